@@ -1,0 +1,30 @@
+"""Errors a user can act on: each is one line that names the field, the value and what is valid."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Base of every error that the command line shows as one line, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration field has a value that is not valid."""
+
+    @classmethod
+    def of(cls, field: str, value: object, valid: str) -> ConfigError:
+        """An error for a field.
+
+        Args:
+            field: dotted name as typed on the command line, for example ``compression.bits``.
+            value: the offending value.
+            valid: what would have been accepted.
+        """
+        return cls(f"{field}={'null' if value is None else value}: {valid}")
+
+
+class DatasetError(UserError, RuntimeError):
+    """A dataset is missing, damaged, or does not fit the run."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on, for example because the loss stopped being finite."""
