@@ -1,0 +1,132 @@
+"""How one activation map is kept for the backward pass: projected, quantized, both, or as it is.
+
+Shapes: N nodes, D features, R projected features, G block size in elements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iexact_runner.compression import backends
+
+
+@dataclass(frozen=True)
+class MapFormat:
+    """Choices that hold for every map of a model; see ``CompressionConfig`` for the fields."""
+
+    bits: int | None
+    kept_frac: float
+    col_size: int
+    levels: tuple[float, ...] | None
+    max_block_size: int | None
+    backend: str
+
+    def keep(self, x: Tensor, *, seed: int | Tensor, project: bool) -> KeptMap:
+        """Keeps a map (N, D); ``project`` allows the random projection, which only linear uses undo without bias."""
+        kernels = backends.select(self.backend, x.device)
+        columns = x.size(1)
+        rank = kept_columns(columns, self.kept_frac) if project else columns
+        stored = x
+        if rank < columns:
+            stored = x @ kernels.rademacher(columns, rank, seed=seed, dtype=x.dtype, device=x.device)
+        block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
+        tensors: tuple[Tensor, ...] = (stored,)
+        if self.bits is not None:
+            tensors = kernels.quantize(stored, bits=self.bits, block_size=block_size, levels=self.levels, seed=seed)
+        fixed_seed = 0
+        if isinstance(seed, Tensor):  # then it belongs to what is saved, like every tensor
+            tensors = (*tensors, seed)
+        else:
+            fixed_seed = seed
+        layout = MapLayout(self.bits, self.levels, block_size, tuple(x.shape), rank, x.dtype, fixed_seed, self.backend)
+        return KeptMap(layout, tensors)
+
+
+@dataclass(frozen=True)
+class MapLayout:
+    """Everything about a kept map but its tensors, so that a node of the autograd graph can carry it freely."""
+
+    bits: int | None
+    levels: tuple[float, ...] | None
+    block_size: int
+    shape: tuple[int, ...]
+    rank: int
+    dtype: torch.dtype
+    seed: int
+    backend: str
+
+    @property
+    def projected(self) -> bool:
+        """Whether the random projection was applied."""
+        return self.rank < self.shape[1]
+
+    @property
+    def stored_type(self) -> str:
+        """What an element is kept as, for people: ``int2``, or the type of the map."""
+        return str(self.dtype).removeprefix("torch.") if self.bits is None else f"int{self.bits}"
+
+    def stored(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The (N, R) map that was stored, decoded."""
+        if self.bits is None:
+            return tensors[0]
+        kernels = backends.select(self.backend, tensors[0].device)
+        decoded: Tensor = kernels.dequantize(
+            *tensors[:3],
+            bits=self.bits,
+            block_size=self.block_size,
+            levels=self.levels,
+            shape=(self.shape[0], self.rank),
+            dtype=self.dtype,
+        )
+        return decoded
+
+    def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Unbiased estimate (N, D) of the map."""
+        stored = self.stored(tensors)
+        return stored @ self._projection(tensors).T if self.projected else stored
+
+    def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """grad^T x for grad (N, D_out): (D_out, D). Multiplies by P^T last, so no (N, D) map is ever rebuilt."""
+        product = grad.T @ self.stored(tensors)
+        return product @ self._projection(tensors).T if self.projected else product
+
+    def _projection(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        kernels = backends.select(self.backend, tensors[0].device)
+        expected = 1 if self.bits is None else 3
+        seed = tensors[expected] if len(tensors) > expected else self.seed
+        projection: Tensor = kernels.rademacher(
+            self.shape[1], self.rank, seed=seed, dtype=self.dtype, device=tensors[0].device
+        )
+        return projection
+
+
+class KeptMap(NamedTuple):
+    """A kept map: its layout and the tensors that must be saved for the backward pass."""
+
+    layout: MapLayout
+    tensors: tuple[Tensor, ...]
+
+
+def kept_columns(columns: int, kept_frac: float) -> int:
+    """R = ceil(kept_frac * D), immune to the last bit of the product (0.07 * 100 is 7, not 8)."""
+    return max(1, math.ceil(kept_frac * columns - 1e-9))
+
+
+def block_size_for(columns: int, *, col_size: int, max_block_size: int | None) -> int:
+    """G for a map with ``columns`` stored features: col_size rows, capped, in whole rows (spec of the reference)."""
+    rows = max(1, col_size)
+    if max_block_size is not None and rows > 1:
+        rows = min(rows, max(1, round(min(rows * columns, max_block_size) / columns)))
+    return rows * columns
+
+
+def levels_for(bits: int | None, alpha: float) -> tuple[float, ...] | None:
+    """Levels of 2-bit codes whose first and last bins are ``alpha`` wide; None if they are uniform."""
+    if bits != 2 or alpha == 1.0:
+        return None
+    return (0.0, alpha, 3.0 - alpha, 3.0)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_close
+
+from iexact_runner.compression import reference
+from iexact_runner.compression.maps import MapFormat, block_size_for, kept_columns, levels_for
+
+
+@pytest.mark.parametrize(
+    ("columns", "col_size", "cap", "expected"),
+    [
+        (16, 0, 1024, 16),
+        (16, 1, 1024, 16),
+        (16, 64, 1024, 1024),
+        (16, 128, 1024, 1024),
+        (128, 64, 1024, 1024),
+        (128, 4, 1024, 512),
+        (63, 64, 1024, 1008),  # Flickr
+        (63, 64, None, 4032),
+        (5000, 64, 1024, 5000),
+        (2000, 0, 1024, 2000),
+        (500, 64, 1024, 1000),
+    ],
+)
+def test_block_sizes_of_the_reference(columns, col_size, cap, expected):
+    assert block_size_for(columns, col_size=col_size, max_block_size=cap) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "kept_frac", "expected"),
+    [(128, 0.125, 16), (500, 0.125, 63), (100, 0.07, 7), (10, 1.0, 10), (3, 0.01, 1)],
+)
+def test_kept_columns(columns, kept_frac, expected):
+    assert kept_columns(columns, kept_frac) == expected
+
+
+def test_levels_of_alpha():
+    assert levels_for(2, 0.9) == (0.0, 0.9, 2.1, 3.0)
+    assert levels_for(2, 1.0) is None and levels_for(4, 1.0) is None and levels_for(None, 1.0) is None
+
+
+def make_format(bits, kept_frac):
+    return MapFormat(bits, kept_frac, col_size=4, levels=None, max_block_size=None, backend="torch")
+
+
+@pytest.mark.parametrize("seed", [3, torch.tensor(3)], ids=["int", "tensor"])
+@pytest.mark.parametrize("bits", [None, 2, 8])
+@pytest.mark.parametrize("kept_frac", [1.0, 0.3])
+def test_weight_gradient_is_that_of_the_decoded_map(bits, kept_frac, seed):
+    x, grad = torch.randn(37, 20), torch.randn(37, 5)
+    layout, tensors = make_format(bits, kept_frac).keep(x, seed=seed, project=True)
+    decoded = layout.decode(tensors)
+    assert decoded.shape == x.shape
+    assert_close(layout.weight_gradient(grad, tensors), grad.T @ decoded)
+    if kept_frac < 1:
+        projection = reference.rademacher(20, 6, seed=3, dtype=x.dtype, device=x.device)
+        if bits is None:
+            assert_close(decoded, x @ projection @ projection.T)
+    elif bits is None:
+        assert torch.equal(decoded, x)
+
+
+def test_projection_is_only_where_allowed():
+    x = torch.randn(10, 20)
+    layout, tensors = make_format(8, 0.3).keep(x, seed=0, project=False)
+    assert not layout.projected and layout.stored_type == "int8"
+    assert_close(layout.decode(tensors), x, tolerance=0.02)

@@ -1,0 +1,87 @@
+"""Shared pieces of the suite: a tiny graph, configurations, poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor
+
+from iexact_runner.cli import config_dir, register_schema, to_config
+from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.data.dataset import NodeDataset
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def composed(*overrides: str) -> Config:
+    """The checked configuration of a command line."""
+    register_schema()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return to_config(compose("config", overrides=list(overrides)))
+
+
+def projected(**fields: object) -> CompressionConfig:
+    """The published layout with some fields changed; by default exact apart from masks."""
+    base: dict[str, object] = {"scheme": "projected", "bits": None, "kept_frac": 1.0}
+    return CompressionConfig(**(base | fields))  # type: ignore[arg-type]
+
+
+FP32 = CompressionConfig(scheme="none")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float = 1e-5) -> None:
+    """Fails with the relative error if it exceeds the tolerance; NaN never passes."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"relative error {error:.3g} exceeds {tolerance:.3g}"
+
+
+def tiny_dataset(
+    *, nodes: int = 101, features: int = 13, classes: int = 3, symmetric: bool = True, multilabel: bool = False
+) -> NodeDataset:
+    """A random graph with an isolated node, a self-loop and features that tell the classes apart."""
+    generator = torch.Generator().manual_seed(0)
+    edges = torch.randint(nodes - 1, (2, 5 * nodes), generator=generator)
+    edges = torch.cat([edges, torch.tensor([[2], [2]])], dim=1)
+    if symmetric:
+        edges = torch.cat([edges, edges.flip(0)], dim=1)
+    edges = torch.unique(edges, dim=1)
+    labels = torch.randint(classes, (nodes,), generator=generator)
+    centres = torch.randn(classes, features, generator=generator)
+    x = centres[labels] + 0.5 * torch.randn(nodes, features, generator=generator)
+    y = labels
+    if multilabel:
+        y = torch.nn.functional.one_hot(labels, classes).float()
+        y[::3, 0] = 1.0
+    order = torch.randperm(nodes, generator=generator)
+    return NodeDataset(x, y, edges.int(), order[:60], order[60:80], order[80:], classes)
+
+
+@pytest.fixture
+def dataset() -> NodeDataset:
+    """The symmetric tiny graph."""
+    return tiny_dataset()
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``torch.empty`` filled with NaN or 0x55, so that an element nobody writes fails a comparison."""
+    plain_empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> Tensor:
+        tensor: Tensor = plain_empty(*args, **kwargs)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x55)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    yield
