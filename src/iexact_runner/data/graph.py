@@ -1,0 +1,152 @@
+"""The graph as the operators that models apply: a sparse matrix with its adjoint, or a list of edges.
+
+Shapes: N nodes, E directed edges. Row i of a matrix gathers from the sources of the edges that end in node i.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Adjacency:
+    """diag(row_scale) @ matrix, an (N, N) sparse operator on node features, with its adjoint.
+
+    Args:
+        matrix: (N, N) CSR with int32 indices where they fit.
+        adjoint: the transposed CSR matrix; the same object as ``matrix`` for a symmetric graph, so held once.
+        row_scale: (N, 1) or None for all ones.
+    """
+
+    matrix: Tensor
+    adjoint: Tensor
+    row_scale: Tensor | None = None
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """The operator applied to (N, D) features."""
+        product = self.matrix @ x
+        return product if self.row_scale is None else product.mul_(self.row_scale)
+
+    def adjoint_matmul(self, grad: Tensor) -> Tensor:
+        """The transposed operator applied to (N, D) gradients: no transpose is formed, A_mean^T g = A^T (D^-1 g)."""
+        return self.adjoint @ (grad if self.row_scale is None else grad * self.row_scale)
+
+    def tensors(self) -> list[Tensor]:
+        """Dense tensors that make up the operator, each once."""
+        matrices = [self.matrix] if self.adjoint is self.matrix else [self.matrix, self.adjoint]
+        parts = [part for csr in matrices for part in (csr.crow_indices(), csr.col_indices(), csr.values())]
+        return parts if self.row_scale is None else [*parts, self.row_scale]
+
+    def to(self, device: torch.device) -> Adjacency:
+        """The operator on ``device``; a symmetric one stays held once."""
+        matrix = self.matrix.to(device)
+        adjoint = matrix if self.adjoint is self.matrix else self.adjoint.to(device)
+        return Adjacency(matrix, adjoint, None if self.row_scale is None else self.row_scale.to(device))
+
+
+@dataclass(frozen=True)
+class EdgeList:
+    """Directed edges (2, E), int64, sorted by target, the last N of them self-loops of nodes 0..N-1 if ``loops``."""
+
+    source: Tensor
+    target: Tensor
+    num_nodes: int
+    loops: bool
+
+    def tensors(self) -> list[Tensor]:
+        """Dense tensors that make up the list."""
+        return [self.source, self.target]
+
+    def to(self, device: torch.device) -> EdgeList:
+        """The list on ``device``."""
+        return EdgeList(self.source.to(device), self.target.to(device), self.num_nodes, self.loops)
+
+    def keep(self, mask: Tensor) -> EdgeList:
+        """The edges where ``mask`` (E,) is set; self-loops always stay, so that every node keeps a neighbour."""
+        if self.loops:
+            mask = mask.clone()
+            mask[-self.num_nodes :] = True
+        return EdgeList(self.source[mask], self.target[mask], self.num_nodes, self.loops)
+
+
+Graph = Adjacency | EdgeList
+
+
+def mean_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
+    """Mean over the in-neighbours, without self-loops added (GraphSAGE); isolated nodes gather zero."""
+    matrix, adjoint = _pattern(edge_index, num_nodes)
+    degree = matrix.crow_indices().diff().clamp(min=1)
+    return Adjacency(matrix, adjoint, degree.float().reciprocal().unsqueeze(1))
+
+
+def gcn_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
+    """D^-1/2 (A + I) D^-1/2 with D the in-degree of A + I (Kipf and Welling, 2017)."""
+    matrix, adjoint = _pattern(with_self_loops(edge_index, num_nodes), num_nodes)
+    scale = matrix.crow_indices().diff().float().rsqrt()
+    normalised = _weighted(matrix, scale)
+    return Adjacency(normalised, normalised if adjoint is matrix else _weighted(adjoint, scale))
+
+
+def edge_list(edge_index: Tensor, num_nodes: int) -> EdgeList:
+    """Edges with one self-loop a node, as attention wants them (Velickovic et al., 2018)."""
+    source, target = with_self_loops(edge_index, num_nodes).long()
+    real = source.numel() - num_nodes
+    order = torch.argsort(target[:real], stable=True)
+    loops = torch.arange(num_nodes, device=edge_index.device)
+    return EdgeList(torch.cat([source[order], loops]), torch.cat([target[order], loops]), num_nodes, loops=True)
+
+
+def with_self_loops(edge_index: Tensor, num_nodes: int) -> Tensor:
+    """Edges with exactly one self-loop a node, at the end."""
+    proper = edge_index[:, edge_index[0] != edge_index[1]]
+    loops = torch.arange(num_nodes, dtype=edge_index.dtype, device=edge_index.device)
+    return torch.cat([proper, loops.expand(2, -1)], dim=1)
+
+
+def training_subgraph(edge_index: Tensor, nodes: Tensor, num_nodes: int) -> Tensor:
+    """Edges between ``nodes``, renumbered by their position in ``nodes`` (inductive training)."""
+    position = torch.full((num_nodes,), -1, dtype=edge_index.dtype, device=edge_index.device)
+    position[nodes] = torch.arange(nodes.numel(), dtype=edge_index.dtype, device=edge_index.device)
+    source, target = position[edge_index.long()]
+    inside = (source >= 0) & (target >= 0)
+    return torch.stack([source[inside], target[inside]])
+
+
+def _pattern(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """CSR matrices of ones for A (row = target) and its transpose; one object twice if the graph is symmetric."""
+    source, target = edge_index
+    keys = torch.sort(target.long() * num_nodes + source).values
+    transposed = torch.sort(source.long() * num_nodes + target).values
+    matrix = _csr(keys, num_nodes)
+    return matrix, matrix if torch.equal(keys, transposed) else _csr(transposed, num_nodes)
+
+
+def _csr(keys: Tensor, num_nodes: int) -> Tensor:
+    """CSR of ones from sorted keys row * N + column."""
+    # int32 halves the index memory, and the CPU product converts 64-bit indices on every call.
+    index = torch.int32 if max(keys.numel(), num_nodes) < 2**31 else torch.int64
+    rows = keys // num_nodes
+    counts = torch.bincount(rows, minlength=num_nodes)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index)
+    columns = (keys - rows * num_nodes).to(index)
+    ones = torch.ones(keys.numel(), device=keys.device)
+    return _csr_tensor(offsets, columns, ones)
+
+
+def _weighted(matrix: Tensor, scale: Tensor) -> Tensor:
+    """diag(scale) @ matrix @ diag(scale)."""
+    offsets, columns = matrix.crow_indices(), matrix.col_indices()
+    row_scale = torch.repeat_interleave(scale, offsets.diff().long())
+    values = row_scale.mul_(scale[columns.long()])
+    return _csr_tensor(offsets, columns, values)
+
+
+def _csr_tensor(offsets: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    nodes = offsets.numel() - 1
+    with warnings.catch_warnings():  # torch calls CSR "in beta state" once a process, which is no news to a user
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(offsets, columns, values, size=(nodes, nodes), check_invariants=False)

@@ -1,0 +1,110 @@
+"""What every loader does last: clean up edges, labels and splits, and check that they fit together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iexact_runner.config import DatasetConfig
+from iexact_runner.data.dataset import NodeDataset
+from iexact_runner.data.splits import Split, random_split
+from iexact_runner.errors import DatasetError
+
+
+def prepare(
+    config: DatasetConfig,
+    *,
+    x: Tensor,
+    y: Tensor,
+    edge_index: Tensor,
+    split: Split | None,
+    num_classes: int | None = None,
+) -> NodeDataset:
+    """Makes a dataset of what a library returned.
+
+    Repeated edges are merged, self-loops stay as the source has them, and nodes without a label leave the split.
+
+    Args:
+        config: ``undirected``, ``standardize`` and ``split_seed`` apply here.
+        x: (N, D) features.
+        y: (N,) or (N, 1) class indices, or (N, C) zeros and ones; -1 or NaN marks a missing label.
+        edge_index: (2, E) node indices.
+        split: the published train, validation and test indices, or None to draw 60/20/20.
+        num_classes: as published; by default the largest label + 1.
+    """
+    if x.dim() != 2 or len(x) != len(y):
+        raise _mismatch(config, f"features {tuple(x.shape)} and labels {tuple(y.shape)} disagree")
+    if not torch.isfinite(x).all():
+        raise _mismatch(config, "a feature is not finite")
+    y = y.squeeze(1) if y.dim() == 2 and y.size(1) == 1 else y
+    missing = torch.isnan(y) | (y < 0)
+    if y.dim() == 2:
+        labelled = ~missing.any(dim=1)
+        y, classes = y.float(), y.size(1)
+    else:
+        labelled = ~missing
+        y = y.masked_fill(missing, -1).long()
+        classes = int(y.max()) + 1
+    if num_classes is not None and classes > num_classes:
+        raise _mismatch(config, f"label {classes - 1} is beyond the {num_classes} classes")
+
+    if split is None:
+        split = random_split(labelled.nonzero().squeeze(1), config.split_seed)
+    train, val, test = (_keep_labelled(config, nodes, labelled) for nodes in split)
+    for name, nodes in (("train", train), ("validation", val), ("test", test)):
+        if len(nodes) == 0:
+            raise _mismatch(config, f"the {name} split has no labelled node")
+    x = x.float()
+    return NodeDataset(
+        x=standardized(x, train) if config.standardize else x,
+        y=y,
+        edge_index=_merged_edges(config, edge_index, len(x)),
+        train=train,
+        val=val,
+        test=test,
+        num_classes=num_classes or classes,
+    )
+
+
+def index_dtype(num_nodes: int) -> torch.dtype:
+    """The smallest dtype that a sparse product takes: int32 halves the memory of the edges."""
+    return torch.int32 if num_nodes <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def standardized(x: Tensor, train: Tensor) -> Tensor:
+    """Zero mean and unit variance over the training nodes; a constant column is only centred."""
+    rows = x[train].double()
+    mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0)
+    # A column of one repeated value has a standard deviation of rounding errors, not of exactly zero.
+    constant = std <= 1e-7 * mean.abs()
+    return (x - mean.float()) / std.masked_fill(constant, 1.0).float()
+
+
+def _keep_labelled(config: DatasetConfig, nodes: Tensor, labelled: Tensor) -> Tensor:
+    _check_range(config, nodes, len(labelled), "split")
+    nodes = nodes.long()
+    return nodes[labelled[nodes]]
+
+
+def _merged_edges(config: DatasetConfig, edge_index: Tensor, num_nodes: int) -> Tensor:
+    """Sorts by source, then target, and drops repeats; adds the reverse edges if the config asks."""
+    _check_range(config, edge_index, num_nodes, "edge list")
+    source, target = edge_index.long()
+    key = source * num_nodes + target
+    if config.undirected:
+        key = torch.cat([key, target * num_nodes + source])
+    key = torch.unique(key)
+    dtype = index_dtype(num_nodes)
+    return torch.stack([(key // num_nodes).to(dtype), (key % num_nodes).to(dtype)])
+
+
+def _check_range(config: DatasetConfig, index: Tensor, num_nodes: int, what: str) -> None:
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_nodes:
+        raise _mismatch(config, f"the {what} names node {int(index.max())} of {num_nodes}")
+
+
+def _mismatch(config: DatasetConfig, reason: str) -> DatasetError:
+    return DatasetError(
+        f"dataset {config.name} under dataset.root={config.root} is inconsistent: {reason}; "
+        "copy or download its files again and delete the processed folder beside them"
+    )
