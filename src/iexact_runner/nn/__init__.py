@@ -1,0 +1,31 @@
+"""The models: one definition each, whatever the compression scheme."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from iexact_runner.config import CompressionConfig, ModelConfig
+from iexact_runner.errors import ConfigError
+from iexact_runner.nn.block import GNN, Block
+from iexact_runner.nn.gat import GAT
+from iexact_runner.nn.gcn import GCN
+from iexact_runner.nn.gcn2 import GCN2
+from iexact_runner.nn.sage import SAGE
+
+__all__ = ["GAT", "GCN", "GCN2", "GNN", "MODELS", "SAGE", "Block", "Model", "build_model"]
+
+Model = GNN | GCN2
+MODELS: dict[str, type[GNN] | type[GCN2]] = {"sage": SAGE, "gcn": GCN, "gcn2": GCN2, "gat": GAT}
+
+
+def build_model(config: ModelConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig) -> Model:
+    """A model with freshly drawn weights, from torch's global generator.
+
+    Raises:
+        ConfigError: if the name is not that of a model.
+    """
+    if config.name not in MODELS:
+        raise ConfigError.of("model.name", config.name, f"must be one of {', '.join(MODELS)}")
+    model_class: Any = MODELS[config.name]
+    model: Model = model_class(config, in_channels=in_channels, out_channels=out_channels, compression=compression)
+    return model

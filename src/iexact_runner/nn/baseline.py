@@ -1,0 +1,82 @@
+"""Plain PyG modules on a torch CSR adjacency: the FP32 baseline that every ratio in this project is taken against."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric import nn as pyg
+
+from iexact_runner.config import GATConfig, GCN2Config, ModelConfig
+
+
+class PyGBaseline(nn.Module):
+    """The same network as :func:`iexact_runner.nn.build_model`, written with the layers of torch_geometric.
+
+    Args:
+        config: widths, depth and rates; edge dropout and shared attention vectors have no PyG layer and are left out.
+        in_channels: D, width of the features.
+        out_channels: number of classes.
+    """
+
+    def __init__(self, config: ModelConfig, *, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_channels
+        if isinstance(config, GATConfig):
+            hidden *= config.heads
+        gcn2 = isinstance(config, GCN2Config)
+        self.lin_in = nn.Linear(in_channels, hidden) if gcn2 else None
+        self.lin_out = nn.Linear(hidden, out_channels) if gcn2 else None
+        layers = config.num_layers
+        widths = [hidden if gcn2 else in_channels, *[hidden] * (layers - 1)]
+        last = hidden if gcn2 else out_channels
+        self.convs = nn.ModuleList(
+            _pyg_conv(config, width, last if index == layers - 1 else config.hidden_channels, index)
+            for index, width in enumerate(widths)
+        )
+        normed = layers if gcn2 else layers - 1
+        self.norms = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in range(normed if config.batch_norm else 0))
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        """Maps features (N, D) to scores (N, classes) with a CSR adjacency, or an edge_index for GAT."""
+        p, training = self.config.dropout, self.training
+        x = F.dropout(x, self.config.input_dropout, training)
+        initial: tuple[Tensor, ...] = ()
+        if self.lin_in is not None:
+            initial = (F.relu(self.lin_in(x)),)
+            x = F.dropout(initial[0], p, training)
+        residual = self.config.residual and not isinstance(self.config, GATConfig)
+        for index, conv in enumerate(self.convs):
+            h: Tensor = conv(x, *initial, adjacency)
+            if self.lin_out is None and index == len(self.convs) - 1:
+                return h
+            if self.config.batch_norm:
+                h = self.norms[index](h)
+            if residual and h.shape == x.shape:
+                h = h + x
+            x = F.dropout(F.relu(h), p, training)
+        assert self.lin_out is not None  # only GCN2 has blocks after which a linear layer follows
+        scores: Tensor = self.lin_out(x)
+        return scores
+
+
+def _pyg_conv(config: ModelConfig, in_channels: int, out_channels: int, layer: int) -> nn.Module:
+    conv: nn.Module
+    if config.name == "sage":
+        conv = pyg.SAGEConv(in_channels, out_channels)
+    elif config.name == "gcn":
+        conv = pyg.GCNConv(in_channels, out_channels, normalize=False)
+    elif isinstance(config, GCN2Config):
+        conv = pyg.GCN2Conv(
+            in_channels,
+            alpha=config.alpha,
+            theta=config.theta,
+            layer=None if config.theta is None else layer + 1,
+            shared_weights=config.shared_weights,
+            normalize=False,
+        )
+    else:
+        assert isinstance(config, GATConfig)
+        heads = 1 if layer == config.num_layers - 1 else config.heads
+        conv = pyg.GATConv(in_channels, out_channels, heads=heads, residual=config.residual, add_self_loops=False)
+    return conv

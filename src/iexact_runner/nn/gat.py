@@ -1,0 +1,91 @@
+"""Graph attention network (Velickovic et al., ICLR 2018)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn.inits import glorot
+
+from iexact_runner.config import CompressionConfig, GATConfig
+from iexact_runner.data.graph import EdgeList, edge_list
+from iexact_runner.nn.block import GNN
+from iexact_runner.schemes import Activation, Plain
+
+NEGATIVE_SLOPE = 0.2
+
+
+class GATConv(nn.Module):
+    """sum_j alpha_ij W x_j + b (+ W_res x_i), alpha = softmax_j LeakyReLU(a_src . W x_j + a_dst . W x_i).
+
+    Parameters are named as in ``torch_geometric.nn.GATConv``; heads are concatenated.
+
+    Args:
+        in_channels: D.
+        out_channels: C, features a head.
+        heads: H.
+        shared_attention: score both ends of an edge with ``att_src``; there is no ``att_dst`` then.
+        residual: add a linear map of the layer's input.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, heads: int, shared_attention: bool, residual: bool
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.lin = nn.Linear(in_channels, heads * out_channels, bias=False)
+        self.att_src = nn.Parameter(torch.empty(1, heads, out_channels))
+        self.att_dst = None if shared_attention else nn.Parameter(torch.empty(1, heads, out_channels))
+        self.res = nn.Linear(in_channels, heads * out_channels, bias=False) if residual else None
+        self.bias = nn.Parameter(torch.empty(heads * out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights (Glorot) and sets the bias to zero."""
+        for weight in (self.lin.weight, self.att_src, self.att_dst, None if self.res is None else self.res.weight):
+            glorot(weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Activation, graph: EdgeList, ops: Plain) -> Tensor:
+        """Maps (N, D) to (N, H * C)."""
+        h = ops.linear(x, self.lin.weight).unflatten(1, (self.heads, -1))  # [N, H, C]
+        score_source = (h * self.att_src).sum(-1)
+        score_target = score_source if self.att_dst is None else (h * self.att_dst).sum(-1)
+        out = ops.attention(h, score_source, score_target, graph, negative_slope=NEGATIVE_SLOPE).flatten(1)
+        if self.res is not None:
+            out = out + ops.linear(x, self.res.weight)
+        return out + self.bias
+
+
+class GAT(GNN):
+    """Chain of :class:`GATConv` blocks; the last has one head. Residuals are inside the convolutions.
+
+    Edges are dropped once a forward pass, the same for all layers; self-loops stay.
+    """
+
+    build_graph = staticmethod(edge_list)
+    residual_in_conv = True
+
+    def __init__(
+        self, config: GATConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig
+    ) -> None:
+        super().__init__(config, in_channels=in_channels, out_channels=out_channels, compression=compression)
+        self.edge_dropout = config.edge_dropout
+
+    def hidden_width(self, config: GATConfig) -> int:
+        """All heads side by side."""
+        return config.heads * config.hidden_channels
+
+    def make_conv(self, config: GATConfig, in_channels: int, layer: int, out_channels: int) -> GATConv:
+        """One head in the last layer, ``heads`` in the others."""
+        heads = 1 if layer == config.num_layers - 1 else config.heads
+        return GATConv(
+            in_channels,
+            out_channels,
+            heads=heads,
+            shared_attention=config.shared_attention,
+            residual=config.residual,
+        )
+
+    def prepare_graph(self, graph: EdgeList, ops: Plain) -> EdgeList:
+        """Edge dropout, once for all layers."""
+        return ops.drop_edges(graph, self.edge_dropout)

@@ -1,0 +1,105 @@
+"""GCNII (Chen et al., ICML 2020)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from iexact_runner.config import CompressionConfig, GCN2Config
+from iexact_runner.data.graph import Adjacency, gcn_adjacency
+from iexact_runner.nn.block import Block
+from iexact_runner.schemes import Activation, Plain, start_pass
+from iexact_runner.schemes.activation import Kept
+
+
+class GCN2Conv(nn.Module):
+    """(1 - beta) s + beta s W, with s = (1 - alpha) A x + alpha x_0, named as in ``torch_geometric.nn.GCN2Conv``.
+
+    With separate weights, each part of s has its own W. beta = log(theta / layer + 1), or 1 without theta.
+
+    Args:
+        channels: D.
+        alpha: strength of the initial residual.
+        theta: strength of the identity mapping; None for none.
+        layer: layer number, from 1.
+        shared_weights: one weight for both parts.
+    """
+
+    def __init__(self, channels: int, *, alpha: float, theta: float | None, layer: int, shared_weights: bool) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.beta = 1.0 if theta is None else math.log(theta / layer + 1)
+        self.weight1 = nn.Parameter(torch.empty(channels, channels))
+        self.weight2 = None if shared_weights else nn.Parameter(torch.empty(channels, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights (Glorot)."""
+        nn.init.xavier_uniform_(self.weight1)
+        if self.weight2 is not None:
+            nn.init.xavier_uniform_(self.weight2)
+
+    def forward(self, x: Activation, graph: Adjacency, ops: Plain, initial: Activation) -> Tensor:
+        """Maps (N, D) to (N, D)."""
+        propagated = ops.aggregate(x.value, graph) * (1 - self.alpha)
+        if self.weight2 is None:
+            return self._mix(Activation(propagated + self.alpha * initial.value, Kept()), self.weight1, ops)
+        # alpha (x_0 W), not (alpha x_0) W: all layers then share the one kept map of x_0.
+        first = self._mix(initial, self.weight2, ops)
+        return self._mix(Activation(propagated, Kept()), self.weight1, ops) + self.alpha * first
+
+    def _mix(self, h: Activation, weight: Tensor, ops: Plain) -> Tensor:
+        product = ops.linear(h, weight.t())
+        return product if self.beta == 1.0 else (1 - self.beta) * h.value + self.beta * product
+
+
+class GCN2(nn.Module):
+    """linear -> ReLU -> dropout, then blocks of :class:`GCN2Conv`, then linear.
+
+    Args:
+        config: widths, depth and rates.
+        in_channels: D, width of the features.
+        out_channels: number of classes.
+        compression: how maps are kept while training.
+    """
+
+    build_graph = staticmethod(gcn_adjacency)
+
+    def __init__(
+        self, config: GCN2Config, *, in_channels: int, out_channels: int, compression: CompressionConfig
+    ) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        self.lin_in = nn.Linear(in_channels, hidden)
+        self.blocks = nn.ModuleList(
+            Block(
+                GCN2Conv(
+                    hidden,
+                    alpha=config.alpha,
+                    theta=config.theta,
+                    layer=layer,
+                    shared_weights=config.shared_weights,
+                ),
+                channels=hidden,
+                batch_norm=config.batch_norm,
+                residual=config.residual,
+                dropout=config.dropout,
+            )
+            for layer in range(1, config.num_layers + 1)
+        )
+        self.lin_out = nn.Linear(hidden, out_channels)
+        self.input_dropout = config.input_dropout
+        self.dropout = config.dropout
+        self.compression = compression
+
+    def forward(self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0) -> Tensor:
+        """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
+        ops = start_pass(self.compression, training=self.training, seed=seed)
+        x = ops.input(features, dropout=self.input_dropout)
+        initial = Activation(ops.relu(ops.linear(x, self.lin_in.weight, self.lin_in.bias)), Kept())
+        x = Activation(ops.dropout(initial.value, self.dropout), Kept())
+        for block in self.blocks:
+            x = block(x, graph, ops, initial)
+        return ops.linear(x, self.lin_out.weight, self.lin_out.bias)

@@ -1,0 +1,50 @@
+"""GraphSAGE with mean aggregation (Hamilton et al., NeurIPS 2017)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from iexact_runner.config import SAGEConfig
+from iexact_runner.data.graph import Adjacency, mean_adjacency
+from iexact_runner.nn.block import GNN
+from iexact_runner.schemes import Activation, Plain
+from iexact_runner.schemes.activation import Kept
+
+
+class SAGEConv(nn.Module):
+    """mean_{j in N(i)} x_j W_l + b + x_i W_r, parameters named as in ``torch_geometric.nn.SAGEConv``.
+
+    Args:
+        in_channels: D.
+        out_channels: C.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.lin_l = nn.Linear(in_channels, out_channels)
+        self.lin_r = nn.Linear(in_channels, out_channels, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draws new weights."""
+        self.lin_l.reset_parameters()
+        self.lin_r.reset_parameters()
+
+    def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
+        """Maps (N, D) to (N, C)."""
+        if ops.transform_first:
+            # mean(x) W = mean(x W): both products then share the one kept map of x.
+            neighbours = ops.aggregate(ops.linear(x, self.lin_l.weight), graph) + self.lin_l.bias
+        else:
+            mean = Activation(ops.aggregate(x.value, graph), Kept())
+            neighbours = ops.linear(mean, self.lin_l.weight, self.lin_l.bias)
+        return neighbours + ops.linear(x, self.lin_r.weight)
+
+
+class SAGE(GNN):
+    """Chain of :class:`SAGEConv` blocks."""
+
+    build_graph = staticmethod(mean_adjacency)
+
+    def make_conv(self, config: SAGEConfig, in_channels: int, layer: int, out_channels: int) -> SAGEConv:
+        """Every layer alike."""
+        return SAGEConv(in_channels, out_channels)

@@ -1,0 +1,19 @@
+"""How maps are kept and gradients computed: one class of operations a scheme."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from iexact_runner.config import CompressionConfig
+from iexact_runner.schemes.activation import Activation
+from iexact_runner.schemes.plain import Plain
+from iexact_runner.schemes.projected import Projected
+
+__all__ = ["Activation", "Plain", "Projected", "start_pass"]
+
+
+def start_pass(config: CompressionConfig, *, training: bool, seed: int | Tensor) -> Plain:
+    """The operations of one forward pass; evaluation is exact under every scheme."""
+    if training and config.scheme == "projected":
+        return Projected(config, seed=seed)
+    return Plain(training=training, seed=seed, transform_first=config.share_maps)

@@ -1,0 +1,31 @@
+"""What travels between the blocks of a model: a map, and how the backward pass gets its values back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from iexact_runner.compression.maps import KeptMap
+
+
+@dataclass
+class Resident:
+    """The feature matrix (with dropout on it, if any): plain modules would keep nothing more than a reference."""
+
+    kept: KeptMap | None = None
+
+
+@dataclass
+class Kept:
+    """A computed map; ``kept`` is filled by the first consumer that needs it and shared by all later ones."""
+
+    kept: KeptMap | None = None
+
+
+@dataclass
+class Activation:
+    """A map (N, D), exact in the forward pass, and its source for the backward pass."""
+
+    value: Tensor
+    source: Resident | Kept

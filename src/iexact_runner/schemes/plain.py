@@ -1,0 +1,87 @@
+"""FP32 training as plain PyG modules do it, and every evaluation: autograd keeps whatever it keeps.
+
+Shapes: N nodes, E edges, H heads, C features a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.utils import softmax
+
+from iexact_runner.compression import reference
+from iexact_runner.compression.seeds import tensor_seed
+from iexact_runner.data.graph import Adjacency, EdgeList
+from iexact_runner.schemes.activation import Activation, Kept, Resident
+from iexact_runner.schemes.functions import SpMM
+
+
+class Plain:
+    """The operations of one forward pass. Other schemes override those that they keep less for.
+
+    Args:
+        training: whether dropout and batch statistics are on.
+        seed: seed of this pass, an int or a 0-d int64 tensor.
+        transform_first: whether a SAGE layer multiplies by its weights before it aggregates.
+    """
+
+    def __init__(self, *, training: bool, seed: int | Tensor, transform_first: bool = False) -> None:
+        self.training = training
+        self.transform_first = transform_first
+        self.seed = seed
+        self._masks_drawn = 0
+
+    def next_mask_seed(self) -> int | Tensor:
+        """Seed of the next dropout mask, whatever else a scheme draws: masks are the same under every scheme."""
+        self._masks_drawn += 1
+        return tensor_seed(self.seed, self._masks_drawn - 1)
+
+    def input(self, features: Tensor, *, dropout: float) -> Activation:
+        """The activation a model starts from."""
+        return Activation(self.dropout(features, dropout), Resident())
+
+    def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X W^T + b."""
+        return F.linear(x.value, weight, bias)
+
+    def aggregate(self, x: Tensor, adjacency: Adjacency) -> Tensor:
+        """A x."""
+        aggregated: Tensor = SpMM.apply(x, adjacency)
+        return aggregated
+
+    def attention(
+        self, h: Tensor, score_source: Tensor, score_target: Tensor, edges: EdgeList, *, negative_slope: float
+    ) -> Tensor:
+        """Sum of neighbours' h (N, H, C) weighted by softmax(LeakyReLU(score_source_j + score_target_i)), (N, H)."""
+        score = F.leaky_relu(score_source[edges.source] + score_target[edges.target], negative_slope)  # [E, H]
+        alpha = softmax(score, edges.target, num_nodes=edges.num_nodes)
+        return torch.zeros_like(h).index_add(0, edges.target, alpha.unsqueeze(-1) * h[edges.source])
+
+    def drop_edges(self, edges: EdgeList, p: float) -> EdgeList:
+        """Edges left by dropout on the graph itself, from the seed of this pass."""
+        if not self.training or p == 0:
+            return edges
+        device = edges.target.device
+        return edges.keep(reference.keep_mask(edges.target.numel(), p=p, seed=self.next_mask_seed(), device=device))
+
+    def finish(self, h: Tensor, *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float) -> Activation:
+        """What follows a convolution in a block: BatchNorm, + residual, ReLU, dropout."""
+        if norm is not None:
+            h = self.batch_norm(h, norm)
+        if residual is not None:
+            h = h + residual
+        return Activation(self.dropout(self.relu(h), dropout), Kept())
+
+    def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+        """BatchNorm1d over the nodes."""
+        normalised: Tensor = norm(h)
+        return normalised
+
+    def relu(self, h: Tensor) -> Tensor:
+        """ReLU."""
+        return F.relu(h)
+
+    def dropout(self, h: Tensor, p: float) -> Tensor:
+        """Dropout; a rate of 0 keeps nothing."""
+        return F.dropout(h, p, training=self.training) if p > 0 else h

@@ -1,0 +1,167 @@
+"""Every compressed operation against its exact twin: gradients, what is saved, and what is biased."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close, relative_error
+
+from iexact_runner.compression import reference
+from iexact_runner.compression.maps import MapFormat
+from iexact_runner.compression.seeds import mix
+from iexact_runner.data.graph import mean_adjacency
+from iexact_runner.schemes import functions
+
+SIZES = [(1, 1), (37, 63), (101, 100), (64, 128)]
+
+
+def keep(x, bits, *, kept_frac=1.0, seed=0, project=True):
+    layout = MapFormat(bits, kept_frac, col_size=0, levels=None, max_block_size=None, backend="torch")
+    return layout.keep(x.detach(), seed=seed, project=project)
+
+
+def gradients(output, inputs, grad):
+    return torch.autograd.grad(output, inputs, grad)
+
+
+@pytest.mark.parametrize(("nodes", "columns"), SIZES, ids=str)
+@pytest.mark.parametrize("bits", [None, 8])
+def test_linear(nodes, columns, bits):
+    x = torch.randn(nodes, columns, requires_grad=True)
+    weight, bias = torch.randn(5, columns, requires_grad=True), torch.randn(5, requires_grad=True)
+    grad = torch.randn(nodes, 5)
+    expected = F.linear(x, weight, bias)
+    actual = functions.Linear.apply(x, weight, bias, keep(x, bits), 0)
+    assert torch.equal(actual, expected)
+    exact = gradients(expected, (x, weight, bias), grad)
+    compressed = gradients(actual, (x, weight, bias), grad)
+    assert_close(compressed[0], exact[0])
+    assert_close(compressed[2], exact[2])
+    if bits is None:
+        assert_close(compressed[1], exact[1])
+    else:  # |decoded - x| is at most one bin of the row
+        bin_width = (x.amax(1) - x.amin(1)).detach() * 1.01 / 255 + 2.0**-7 * x.detach().abs().amax(1) / 255
+        bound = grad.abs().T @ bin_width
+        assert ((compressed[1] - exact[1]).abs() <= bound[:, None] + 1e-5).all()
+
+
+def test_linear_computes_only_the_gradients_that_are_needed():
+    x, weight = torch.randn(9, 4), torch.randn(3, 4, requires_grad=True)
+    output = functions.Linear.apply(x, weight, None, keep(x, None), 0)
+    (grad,) = gradients(output, (weight,), torch.ones(9, 3))
+    assert_close(grad, torch.ones(9, 3).T @ x)
+
+
+@pytest.mark.parametrize("nodes_and_columns", SIZES[1:], ids=str)
+def test_batch_norm(nodes_and_columns):
+    nodes, columns = nodes_and_columns
+    x = torch.randn(nodes, columns, requires_grad=True)
+    weight, bias = torch.randn(columns, requires_grad=True), torch.randn(columns, requires_grad=True)
+    grad = torch.randn(nodes, columns)
+    running = [torch.zeros(columns), torch.ones(columns), torch.zeros(columns), torch.ones(columns)]
+    expected = F.batch_norm(x, *running[:2], weight, bias, training=True, momentum=0.3, eps=1e-5)
+    exact = gradients(expected, (x, weight, bias), grad)
+    for bits, tolerance in ((None, 1e-5), (8, 0.01)):
+        statistics = [running[2].clone(), running[3].clone()]
+        kept = keep(x, bits, project=False)
+        actual = functions.BatchNorm.apply(x, weight, bias, *statistics, 0.3, 1e-5, kept, 0)
+        assert_close(actual, expected)
+        assert_close(statistics[0], running[0])
+        assert_close(statistics[1], running[1])
+        for compressed, full in zip(gradients(actual, (x, weight, bias), grad), exact, strict=True):
+            assert_close(compressed, full, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_leaky_relu(shape, slope):
+    x = torch.randn(shape, requires_grad=True)
+    grad = torch.randn(shape)
+    actual, expected = functions.LeakyReLU.apply(x, slope, "torch"), F.leaky_relu(x, slope)
+    assert torch.equal(actual, expected)
+    assert torch.equal(gradients(actual, (x,), grad)[0], gradients(expected, (x,), grad)[0])
+
+
+@pytest.mark.parametrize("function", [functions.Dropout, functions.MaskedDropout], ids=["regenerated", "stored"])
+@pytest.mark.parametrize("seed", [5, torch.tensor(5)], ids=["int", "tensor"])
+def test_dropout(function, seed):
+    x = torch.randn(37, 63, requires_grad=True)
+    grad = torch.randn(37, 63)
+    kept = reference.keep_mask(x.numel(), p=0.3, seed=5, device=x.device).view(x.shape)
+    actual = function.apply(x, 0.3, seed, "torch")
+    factor = reference.dropout_factor(0.3)
+    assert_close(actual, x * kept * factor)
+    assert_close(gradients(actual, (x,), grad)[0], grad * kept * factor)
+
+
+@pytest.mark.parametrize("p", [0.5])
+def test_spmm(dataset, p):
+    adjacency = mean_adjacency(dataset.edge_index, dataset.num_nodes)
+    x = dataset.x.clone().requires_grad_()
+    dense = adjacency.matrix.to_dense() * adjacency.row_scale
+    grad = torch.randn_like(dataset.x)
+    actual = functions.SpMM.apply(x, adjacency)
+    assert_close(actual, dense @ x)
+    assert_close(gradients(actual, (x,), grad)[0], dense.T @ grad)
+
+
+@pytest.mark.parametrize(("bits", "kept_frac"), [(1, 1.0), (2, 1.0), (4, 1.0), (None, 0.25), (2, 0.25)], ids=str)
+def test_linear_weight_gradient_is_unbiased(bits, kept_frac):
+    """20 fixed random functionals of the gradient over many seeds, within 4 standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(60, 16, generator=generator), torch.randn(60, 6, generator=generator)
+    functionals = torch.randn(20, 6 * 16, generator=generator)
+    exact = (grad.T @ x).flatten()
+    errors = []
+    for draw in range(600):
+        layout, tensors = keep(x, bits, kept_frac=kept_frac, seed=mix(draw))
+        errors.append(functionals @ (layout.weight_gradient(grad, tensors).flatten() - exact))
+    errors = torch.stack(errors)
+    standard_error = errors.std(0) / math.sqrt(len(errors))
+    assert (errors.mean(0).abs() < 4 * standard_error).all()
+
+
+def test_batch_norm_gamma_and_beta_gradients_are_unbiased_and_dx_is_not():
+    """The specification says which is which: dx is quadratic in the kept map, its bias of order variance / N."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 8, generator=generator)
+    # A gradient that is the map itself makes the quadratic term as large as it can be.
+    grad = torch.randn(24, 8, generator=generator) + 2 * x
+    weight = torch.ones(8, requires_grad=True)
+    bias = torch.zeros(8, requires_grad=True)
+    x.requires_grad_()
+    exact = gradients(F.batch_norm(x, None, None, weight, bias, training=True), (x, weight, bias), grad)
+    sums = [[], [], []]
+    for draw in range(1500):
+        kept = keep(x, 1, seed=mix(draw), project=False)
+        output = functions.BatchNorm.apply(x, weight, bias, None, None, 0.1, 1e-5, kept, 0)
+        for errors, compressed, full in zip(sums, gradients(output, (x, weight, bias), grad), exact, strict=True):
+            errors.append((compressed - full).flatten())
+    ratios = []
+    for errors in sums:
+        functionals = torch.randn(20, errors[0].numel(), generator=generator)
+        projected = torch.stack(errors) @ functionals.T
+        standard_error = projected.std(0) / math.sqrt(len(projected))
+        ratios.append((projected.mean(0).abs() / standard_error.clamp_min(1e-6)).max().item())
+    assert ratios[1] < 4 and ratios[2] < 4
+    assert ratios[0] > 4
+
+
+def test_gradients_cannot_be_differentiated_twice():
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    output = functions.Linear.apply(x, weight, None, keep(x, 8), 0)
+    (grad,) = torch.autograd.grad(output.square().sum(), (x,), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_more_bits_are_closer():
+    x, grad = torch.randn(200, 32), torch.randn(200, 8)
+    errors = []
+    for bits in (1, 2, 4, 8):
+        layout, tensors = keep(x, bits, seed=1)
+        errors.append(relative_error(layout.weight_gradient(grad, tensors), grad.T @ x))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.02 < errors[0]
