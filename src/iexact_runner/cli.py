@@ -1,0 +1,171 @@
+"""The command line: Hydra composes a configuration, it is checked, and the task runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from iexact_runner import config as schema
+from iexact_runner.errors import ConfigError, UserError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def config_dir() -> Path:
+    """``conf/``: inside an installed package, or at the root of a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "conf"
+    return installed if installed.is_dir() else here.parents[1] / "conf"
+
+
+def register_schema() -> None:
+    """Makes the dataclasses known to Hydra, so that it refuses unknown fields and wrong types."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema.Config)
+    store.store(group="compression", name="base_compression", node=schema.CompressionConfig)
+    store.store(group="dataset", name="base_dataset", node=schema.DatasetConfig)
+    store.store(group="dataset", name="base_digits", node=schema.DigitsConfig)
+    store.store(group="dataset", name="base_synthetic", node=schema.SyntheticConfig)
+    store.store(group="model", name="base_sage", node=schema.SAGEConfig)
+    store.store(group="model", name="base_gcn", node=schema.GCNConfig)
+    store.store(group="model", name="base_gcn2", node=schema.GCN2Config)
+    store.store(group="model", name="base_gat", node=schema.GATConfig)
+
+
+def to_config(composed: DictConfig) -> schema.Config:
+    """The checked configuration; from here on there are only dataclasses.
+
+    Raises:
+        ConfigError: if a field is unknown or a value is not valid.
+    """
+    _check_known(composed)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, schema.Config)
+    return config
+
+
+@hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
+def app(composed: DictConfig) -> None:
+    """Runs one job in the folder that Hydra made for it; a failed job does not stop the others of a sweep."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    debug = OmegaConf.select(composed, "debug") is True
+    try:
+        run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
+    except (ConfigError, OmegaConfBaseException) as error:
+        _remove_if_empty(folder)
+        _report(explain(error), EXIT_USAGE, debug=debug)
+    except UserError as error:
+        _report(explain(error), EXIT_FAILED, debug=debug)
+    except Exception as error:
+        hint = "" if debug else " (debug=true shows where)"
+        _report(f"{type(error).__name__}: {explain(error)}{hint}", EXIT_FAILED, debug=debug)
+
+
+def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
+    """Runs a checked configuration with its records in ``folder``."""
+    from rich.console import Console  # torch and rich are slow to import, and --help needs neither
+
+    from iexact_runner.experiment import Experiment
+    from iexact_runner.records import RunFolder
+
+    Experiment(config, RunFolder(folder), Console()).run(resolved_yaml)
+
+
+def main() -> None:
+    """Entry point of ``iexact``: every expected error is one line on stderr and a non-zero exit status."""
+    register_schema()
+    # Hydra then raises what it would print in its own many-line way.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    debug = "debug=true" in (argument.lower() for argument in sys.argv[1:])
+    _failures.clear()
+    try:
+        app()
+    except KeyboardInterrupt:
+        _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        _report(explain(error), EXIT_USAGE, debug=debug)
+    except OSError as error:  # Hydra could not make the folder of the run
+        reason = error.strerror or str(error)
+        _report(f"output_dir: {error.filename} cannot be written ({reason}); name a folder that can", 1, debug=debug)
+    if _failures:
+        sys.exit(_failures[-1])
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line that names the field, the value and what is valid."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        choices = [option for option in error.options if not option.startswith("base_")]
+        return f"{group}={choice}: no such choice; {_suggest(choice, choices)}"
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        override = _quoted_override(str(error))
+        if dataclasses.is_dataclass(cause.object_type) and cause.key is not None:
+            names = [field.name for field in dataclasses.fields(cause.object_type)]
+            if cause.key not in names:
+                return f"{override}: no such field; {_suggest(str(cause.key), names)}"
+        return f"{override}: {_one_line(str(cause.msg))}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {_one_line(str(error.msg))}"
+    return _one_line(str(error))
+
+
+# Exit statuses of the jobs of this process that did not complete.
+_failures: list[int] = []
+
+
+def _report(message: str, status: int, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"iexact: {message}", file=sys.stderr)
+    _failures.append(status)
+
+
+def _check_known(composed: DictConfig, prefix: str = "") -> None:
+    """Refuses fields that ``+name=value`` added: nothing would ever read them."""
+    kind: Any = OmegaConf.get_type(composed)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in map(str, composed):
+        if key not in names:
+            raise ConfigError(f"{prefix}{key}: no such field; {_suggest(key, names)}")
+        if not OmegaConf.is_missing(composed, key) and OmegaConf.is_dict(composed[key]):
+            _check_known(composed[key], f"{prefix}{key}.")
+
+
+def _quoted_override(message: str) -> str:
+    """The override that Hydra complains of, out of its message."""
+    first = message.splitlines()[0]
+    for opening in ("Could not override ", "Error merging override "):
+        if first.startswith(opening):
+            return first.removeprefix(opening).rstrip(".").strip("'")
+    return first
+
+
+def _suggest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return (f"did you mean {close[0]}? " if close else "") + f"valid: {', '.join(names)}"
+
+
+def _one_line(text: str) -> str:
+    # OmegaConf appends where it looked, a line each, starting with the key.
+    return " ".join(text.partition("full_key:")[0].split())
+
+
+def _remove_if_empty(folder: Path) -> None:
+    for path in (folder, folder.parent):
+        try:
+            path.rmdir()
+        except OSError:  # somebody's files are in it
+            return

@@ -1,0 +1,135 @@
+"""What a run shows: a live progress bar on a terminal, plain lines elsewhere, and a table at the end."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from iexact_runner.training import Epoch
+
+PLAIN_LINES_PER_RUN = 10
+
+
+class Display:
+    """Progress of the runs of one job.
+
+    Args:
+        console: where to write; a terminal gets a live bar.
+        runs: number of runs.
+        epochs: epochs of a run.
+        metric: name of the scores.
+    """
+
+    def __init__(self, console: Console, *, runs: int, epochs: int, metric: str) -> None:
+        self._console = console
+        self._runs = runs
+        self._epochs = epochs
+        self._metric = metric.replace("_", "-")
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not self._live,
+        )
+        self._bar: TaskID | None = None
+        self._recent: deque[float] = deque(maxlen=10)
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def start_run(self, run: int) -> None:
+        """Announces run ``run``, counted from 0."""
+        name = f"run {run + 1}/{self._runs}"
+        self._recent.clear()
+        self._bar = self._progress.add_task(name, total=self._epochs, figures="")
+
+    def show(self, run: int, epoch: Epoch, *, saved_mib: float) -> None:
+        """Shows the figures of an epoch."""
+        scores = epoch.scores
+        self._recent.append(epoch.seconds)
+        rate = len(self._recent) / max(sum(self._recent), 1e-9)
+        figures = (
+            f"loss {epoch.loss:.4f}  {self._metric} train {scores.train:.4f} val {scores.val:.4f} "
+            f"test {scores.test:.4f}  saved {saved_mib:.2f} MiB  {rate:.2f} epochs/s"
+        )
+        if self._live and self._bar is not None:
+            self._progress.update(self._bar, completed=epoch.number, figures=figures)
+            return
+        every = max(1, self._epochs // PLAIN_LINES_PER_RUN)
+        if epoch.number == 1 or epoch.number % every == 0 or epoch.number == self._epochs:
+            self._console.print(
+                f"run {run + 1}/{self._runs}  epoch {epoch.number}/{self._epochs}  {figures}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -> None:
+    """Prints the figures of a finished or interrupted run."""
+    config = summary["config"]
+    title = f"{config['model']['name']} on {config['dataset']['name']}, {_compression(config['compression'])}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    accuracy, memory, throughput = summary["accuracy"], summary["memory"], summary["throughput"]
+    if accuracy is not None and accuracy["test"]["mean"] is not None:
+        for split in ("train", "val", "test"):
+            figures = accuracy[split]
+            spread = f" +- {100 * figures['std']:.2f}" if len(figures["values"]) > 1 else ""
+            table.add_row(f"{split} {accuracy['metric']}", f"{100 * figures['mean']:.2f}{spread} %")
+    if memory is not None:
+        against = memory["saved_mib_fp32"]
+        ratio = f"  ({against / memory['saved_mib']:.1f}x less than {against:.2f} in FP32)"
+        table.add_row("saved", f"{memory['saved_mib']:.2f} MiB" + (ratio if memory["saved_mib"] < against else ""))
+        for name in ("loss", "data", "model", "peak_allocated", "peak_reserved", "reference_activation"):
+            if memory[f"{name}_mib"] is not None:
+                table.add_row(name.replace("_", " "), f"{memory[f'{name}_mib']:.2f} MiB")
+    if throughput is not None:
+        rate = throughput["epochs_per_second"]
+        table.add_row("epochs/s", f"{rate['median']:.2f}  (p20 {rate['p20']:.2f}, p80 {rate['p80']:.2f})")
+    table.add_row("status", summary["status"])
+    console.print(table)
+    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
+
+
+def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
+    """Prints what is kept for the backward pass, tensor by tensor."""
+    table = Table(title="kept for the backward pass", title_justify="left")
+    for name in ("layer", "op", "shape", "dtype"):
+        table.add_column(name)
+    for name in ("FP32 MiB", "kept MiB"):
+        table.add_column(name, justify="right")
+    total = [0, 0]
+    for tensor in tensors:
+        total = [total[0] + tensor["bytes_fp32"], total[1] + tensor["bytes"]]
+        shape = " x ".join(map(str, tensor["shape"]))
+        sizes = (f"{tensor[size] / 2**20:.3f}" for size in ("bytes_fp32", "bytes"))
+        op = re.sub(r"Backward\d*$", "", tensor["op"])
+        table.add_row(tensor["layer"], op, shape, tensor["dtype"], *sizes)
+    table.add_section()
+    table.add_row("total", "", "", "", *(f"{size / 2**20:.3f}" for size in total), style="bold")
+    console.print(table)
+
+
+def _compression(config: Mapping[str, Any]) -> str:
+    if config["scheme"] == "none":
+        return "FP32"
+    stored = "FP32" if config["bits"] is None else f"INT{config['bits']}"
+    return f"{stored}, kept_frac {config['kept_frac']:g}, col_size {config['col_size']}"

@@ -1,0 +1,229 @@
+"""One training step, evaluation and scores of full-batch node classification."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iexact_runner.compression import reference
+from iexact_runner.compression.seeds import mix
+from iexact_runner.config import GATConfig, ModelConfig, TrainingConfig
+from iexact_runner.data.dataset import NodeDataset
+from iexact_runner.data.graph import Graph, training_subgraph
+from iexact_runner.errors import TrainingError
+from iexact_runner.nn import MODELS, Model
+
+# Streams of one step seed that training itself draws from; the model counts its own from 0.
+LABEL_MASK_STREAM = 1 << 32
+LOG_LOSS_OFFSET = 1 - math.log(2)
+
+
+@dataclass(frozen=True)
+class View:
+    """A graph as a model sees it: features (N, D), labels, and the training nodes."""
+
+    x: Tensor
+    y: Tensor
+    graph: Graph
+    train: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the view holds."""
+        return [self.x, self.y, self.train, *self.graph.tensors()]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a run trains on (``training``), is scored on (``whole``), and the nodes of each score.
+
+    Transductive training uses one and the same view for both.
+    """
+
+    training: View
+    whole: View
+    val: Tensor
+    test: Tensor
+    num_classes: int
+    label_mask_rate: float | None
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a node may carry several labels."""
+        return self.whole.y.dim() == 2
+
+    @property
+    def metric(self) -> str:
+        """Name of the score."""
+        return "micro_f1" if self.multilabel else "accuracy"
+
+    @property
+    def in_channels(self) -> int:
+        """Width of the model's input: features, and classes where labels are fed."""
+        return self.whole.x.size(1) + (self.num_classes if self.label_mask_rate is not None else 0)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the data holds on the device."""
+        views = [self.whole] if self.training is self.whole else [self.whole, self.training]
+        return [tensor for view in views for tensor in view.tensors()] + [self.val, self.test]
+
+
+class Scores(NamedTuple):
+    """Accuracy or micro-F1 on each split, in [0, 1]."""
+
+    train: float
+    val: float
+    test: float
+
+
+class Epoch(NamedTuple):
+    """What one epoch yields: number from 1, training loss, seconds of the training step, scores."""
+
+    number: int
+    loss: float
+    seconds: float
+    scores: Scores
+
+
+def prepare(dataset: NodeDataset, model: ModelConfig, *, inductive: bool, device: torch.device) -> Problem:
+    """Builds the graph operators a model needs and moves all to the device."""
+    build_graph = MODELS[model.name].build_graph
+
+    def view(x: Tensor, y: Tensor, edge_index: Tensor, train: Tensor) -> View:
+        graph = build_graph(edge_index, x.size(0)).to(device)
+        return View(x.to(device), y.to(device), graph, train.to(device))
+
+    whole = view(dataset.x, dataset.y, dataset.edge_index, dataset.train)
+    training = whole
+    if inductive:
+        nodes = dataset.train
+        edges = training_subgraph(dataset.edge_index, nodes, dataset.num_nodes)
+        training = view(dataset.x[nodes], dataset.y[nodes], edges, torch.arange(nodes.numel()))
+    label_mask_rate = model.label_mask_rate if isinstance(model, GATConfig) and model.label_input else None
+    val, test = dataset.val.to(device), dataset.test.to(device)
+    return Problem(training, whole, val, test, dataset.num_classes, label_mask_rate)
+
+
+def training_input(problem: Problem, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Model input and the nodes of the loss; with labels as input, those whose label was not fed."""
+    view = problem.training
+    if problem.label_mask_rate is None:
+        return view.x, view.train
+    fed = ~reference.keep_mask(
+        view.train.numel(), p=problem.label_mask_rate, seed=mix(seed, LABEL_MASK_STREAM), device=view.x.device
+    )
+    if fed.all():  # a handful of training nodes: leave one to learn from
+        fed[0] = False
+    return with_labels(view, view.train[fed], problem.num_classes), view.train[~fed]
+
+
+def with_labels(view: View, known: Tensor, num_classes: int) -> Tensor:
+    """Features with the labels of the ``known`` nodes beside them, zeros elsewhere: (N, D + classes)."""
+    labels = view.x.new_zeros(view.x.size(0), num_classes)
+    labels[known] = F.one_hot(view.y[known], num_classes).to(labels) if view.y.dim() == 1 else view.y[known]
+    return torch.cat([view.x, labels], dim=1)
+
+
+def loss_of(scores: Tensor, labels: Tensor, *, kind: str) -> Tensor:
+    """Training loss of the nodes of the loss: cross-entropy, or BCE with logits for several labels a node.
+
+    ``log_cross_entropy`` is mean(log(eps + CE) - log(eps)), eps = 1 - ln 2, the loss of the reference on arxiv.
+    """
+    if labels.dim() == 2:
+        return F.binary_cross_entropy_with_logits(scores, labels)
+    if kind == "cross_entropy":
+        return F.cross_entropy(scores, labels)
+    losses = F.cross_entropy(scores, labels, reduction="none")
+    return (torch.log(LOG_LOSS_OFFSET + losses) - math.log(LOG_LOSS_OFFSET)).mean()
+
+
+def make_optimizer(model: Model, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Adam or RMSprop."""
+    if config.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.RMSprop(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def update(model: Model, optimizer: torch.optim.Optimizer, loss: Tensor, config: TrainingConfig, *, epoch: int) -> None:
+    """Backward pass, clipping and optimizer step of epoch ``epoch``, counted from 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * min(1.0, epoch / max(1, config.warmup_epochs))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if config.grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+    optimizer.step()
+
+
+def train_epochs(model: Model, problem: Problem, config: TrainingConfig, *, seed: int) -> Iterator[Epoch]:
+    """Trains for ``config.epochs`` epochs, yielding each as it ends.
+
+    Raises:
+        TrainingError: if the loss stops being finite.
+    """
+    optimizer = make_optimizer(model, config)
+    device = problem.whole.x.device
+    for epoch in range(1, config.epochs + 1):
+        start = clock(device)
+        loss = step(model, optimizer, problem, config, seed=mix(seed, epoch), epoch=epoch)
+        seconds = clock(device) - start
+        yield Epoch(epoch, loss, seconds, evaluate(model, problem))
+
+
+def step(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    problem: Problem,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    epoch: int,
+) -> float:
+    """One full-batch training step; returns the loss.
+
+    Raises:
+        TrainingError: if the loss is not finite; the weights are then left as they were.
+    """
+    model.train()
+    features, nodes = training_input(problem, seed=seed)
+    scores = model(features, problem.training.graph, seed=seed)
+    loss = loss_of(scores[nodes], problem.training.y[nodes], kind=config.loss)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TrainingError(f"the training loss is {value} at epoch {epoch}: lower training.lr or use more bits")
+    update(model, optimizer, loss, config, epoch=epoch)
+    return value
+
+
+@torch.no_grad()
+def evaluate(model: Model, problem: Problem) -> Scores:
+    """Scores of the exact forward pass; with labels as input, all training labels are fed."""
+    model.eval()
+    view = problem.whole
+    features = view.x
+    if problem.label_mask_rate is not None:
+        features = with_labels(view, view.train, problem.num_classes)
+    scores = model(features, view.graph)
+    return Scores(*(score(scores[nodes], view.y[nodes]) for nodes in (view.train, problem.val, problem.test)))
+
+
+def score(scores: Tensor, labels: Tensor) -> float:
+    """Accuracy, or micro-F1 of positive logits for several labels a node."""
+    if labels.dim() == 1:
+        return (scores.argmax(dim=1) == labels).float().mean().item()
+    predicted, true = scores > 0, labels > 0.5
+    hits, all_marked = (predicted & true).sum(), predicted.sum() + true.sum()
+    return (2 * hits / all_marked.clamp(min=1)).item()
+
+
+def clock(device: torch.device) -> float:
+    """Seconds on a monotonic clock, after all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

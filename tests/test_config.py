@@ -1,0 +1,184 @@
+"""Every YAML composes and checks; every bad value is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, composed
+
+from iexact_runner.config import BITS, CompressionConfig, Config
+from iexact_runner.errors import ConfigError
+
+CONF = REPOSITORY / "conf"
+DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_model_composes_with_every_dataset(model, dataset):
+    config = composed(f"model={model}", f"dataset={dataset}", "compression=none")
+    assert isinstance(config, Config)
+    assert (config.model.name, config.dataset.name) == (model, dataset)
+    if f"{model}_{dataset}" not in RECIPES:
+        assert config.training.epochs == 200 and config.training.lr == 0.01 and config.training.grad_norm == 0.5
+
+
+def test_every_recipe_belongs_to_a_pair():
+    assert set(RECIPES) <= {f"{model}_{dataset}" for model in MODELS for dataset in DATASETS}
+
+
+def test_defaults_are_the_embedded_job():
+    config = composed()
+    assert (config.model.name, config.dataset.name, config.task) == ("sage", "digits", "train")
+    compression = config.compression
+    assert (compression.bits, compression.kept_frac, compression.col_size) == (2, 0.125, 64)
+    assert (compression.max_block_size, compression.store_dropout_mask, compression.share_maps) == (1024, True, False)
+
+
+# Table of the specification, section 7: layers, hidden, dropout, lr, epochs, clipping.
+@pytest.mark.parametrize(
+    ("model", "dataset", "expected"),
+    [
+        ("gcn", "arxiv", (3, 128, 0.5, 0.01, 500, 0.5)),
+        ("sage", "arxiv", (3, 128, 0.5, 0.01, 500, 0.5)),
+        ("gcn2", "arxiv", (16, 256, 0.1, 0.001, 1000, 0.5)),
+        ("gat", "arxiv", (3, 128, 0.75, 0.002, 2000, None)),
+        ("gcn", "flickr", (2, 256, 0.3, 0.01, 400, 0.5)),
+        ("sage", "flickr", (2, 256, 0.3, 0.01, 400, 0.5)),
+        ("gcn2", "flickr", (8, 256, 0.5, 0.01, 400, 0.5)),
+        ("gcn", "reddit", (2, 256, 0.5, 0.01, 400, None)),
+        ("sage", "reddit2", (2, 256, 0.5, 0.01, 400, None)),
+        ("gcn2", "reddit2", (4, 256, 0.5, 0.01, 400, None)),
+        ("gcn", "yelp", (2, 512, 0.1, 0.01, 500, None)),
+        ("gcn2", "yelp", (4, 512, 0.0, 0.01, 500, None)),
+        ("sage", "products", (3, 256, 0.5, 0.002, 500, 0.5)),
+        ("sage", "cora", (3, 128, 0.5, 0.01, 200, 0.5)),
+        ("gcn2", "tolokers", (8, 128, 0.5, 0.01, 200, 0.5)),
+        ("gat", "digits", (2, 64, 0.5, 0.01, 200, 0.5)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_published_hyper_parameters(model, dataset, expected):
+    config = composed(f"model={model}", f"dataset={dataset}", "compression=none")
+    net, training = config.model, config.training
+    assert expected == (
+        net.num_layers,
+        net.hidden_channels,
+        net.dropout,
+        training.lr,
+        training.epochs,
+        training.grad_norm,
+    )
+
+
+def test_details_of_single_recipes():
+    gat = composed("model=gat", "dataset=arxiv", "compression=none")
+    assert (gat.training.optimizer, gat.training.warmup_epochs) == ("rmsprop", 50)
+    net = gat.model
+    assert (net.heads, net.input_dropout, net.edge_dropout, net.label_mask_rate) == (3, 0.25, 0.7, 0.5)
+    assert net.residual and net.shared_attention and net.label_input
+    arxiv = composed("model=gcn2", "dataset=arxiv", "compression=none").model
+    assert (arxiv.alpha, arxiv.theta, arxiv.residual, arxiv.input_dropout) == (0.5, None, True, 0.1)
+    assert composed("dataset=products").model.batch_norm is False
+    losses = {name: composed(f"dataset={name}").training.loss for name in ("arxiv", "flickr", "synthetic_arxiv")}
+    assert losses == {"arxiv": "log_cross_entropy", "flickr": "cross_entropy", "synthetic_arxiv": "log_cross_entropy"}
+    assert composed("dataset=arxiv").dataset.undirected
+    assert composed("dataset=yelp").dataset.standardize and composed("dataset=reddit2").dataset.standardize
+
+
+def test_a_command_line_value_beats_the_recipe():
+    config = composed("dataset=arxiv", "training.epochs=3", "model.hidden_channels=7")
+    assert (config.training.epochs, config.model.hidden_channels, config.model.dropout) == (3, 7, 0.5)
+
+
+def test_help_names_every_choice():
+    template = (CONF / "config.yaml").read_text()
+    described = template.partition("template:")[2]
+    for group in ("task", "model", "dataset", "compression"):
+        for path in sorted((CONF / group).glob("*.yaml")):
+            assert f" {path.stem} " in described.replace("\n", " "), f"{group}={path.stem} is not in --help"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compression.bits=3", "compression.bits=3: must be one of 1, 2, 4, 8"),
+        ("compression.bits=0", "compression.bits=0: must be one of 1, 2, 4, 8"),
+        ("compression.kept_frac=0", "compression.kept_frac=0.0: must be above 0 and at most 1"),
+        ("compression.kept_frac=1.01", "compression.kept_frac=1.01"),
+        ("compression.kept_frac=nan", "compression.kept_frac=nan"),
+        ("compression.alpha=0", "compression.alpha=0.0: must be above 0 and below 1.5"),
+        ("compression.alpha=1.5", "compression.alpha=1.5"),
+        ("compression.col_size=-1", "compression.col_size=-1: must be 0 or more"),
+        ("compression.max_block_size=0", "compression.max_block_size=0: must be 1 or more, or null"),
+        ("compression.backend=jax", "compression.backend=jax: must be one of auto, torch"),
+        ("compression.scheme=zip", "compression.scheme=zip: must be one of none, projected"),
+        ("model.num_layers=0", "model.num_layers=0: must be 1 or more"),
+        ("model.hidden_channels=-1", "model.hidden_channels=-1: must be 1 or more"),
+        ("model.dropout=1", "model.dropout=1.0: must be at least 0 and below 1"),
+        ("model.input_dropout=-.1", "model.input_dropout=-0.1"),
+        ("training.epochs=0", "training.epochs=0: must be 1 or more"),
+        ("training.lr=0", "training.lr=0.0: must be above 0"),
+        ("training.lr=nan", "training.lr=nan: must be above 0"),
+        ("training.grad_norm=0", "training.grad_norm=0.0: must be above 0, or null"),
+        ("training.optimizer=sgd", "training.optimizer=sgd: must be one of adam, rmsprop"),
+        ("training.loss=mse", "training.loss=mse: must be one of cross_entropy"),
+        ("training.weight_decay=-1", "training.weight_decay=-1.0"),
+        ("training.warmup_epochs=-1", "training.warmup_epochs=-1"),
+        ("measure.timed_epochs=0", "measure.timed_epochs=0"),
+        ("measure.warmup_epochs=-1", "measure.warmup_epochs=-1"),
+        ("measure.max_seconds=0", "measure.max_seconds=0.0"),
+        ("runs=0", "runs=0: must be 1 or more"),
+        ("seed=-1", "seed=-1: must be 0 or more"),
+        ("dataset.root=''", "dataset.root=''"),
+        ("dataset.neighbors=0", "dataset.neighbors=0: must be between 1 and 1796"),
+        ("dataset.split_seed=-1", "dataset.split_seed=-1"),
+    ],
+)
+def test_bad_values_name_the_field(override, message):
+    with pytest.raises(ConfigError) as error:
+        composed(override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compression.bits=4", "compression.alpha=.9"], "compression.alpha=0.9: non-uniform bins need"),
+        (["compression.bits=null", "compression.alpha=.9"], "compression.bits=2, which is null here"),
+        (["compression=none", "compression.bits=2"], "compression.bits=2: compression=none keeps FP32"),
+        (["compression=none", "compression.kept_frac=.5"], "compression.kept_frac=0.5: compression=none"),
+        (["model=gcn"], "model=gcn: compressed training covers sage so far; use compression=none"),
+        (["model=gat", "compression=none", "model.label_mask_rate=1"], "model.label_mask_rate=1.0"),
+        (["model=gat", "compression=none", "model.heads=0"], "model.heads=0"),
+        (["model=gcn2", "compression=none", "model.alpha=2"], "model.alpha=2.0"),
+        (["model=gcn2", "compression=none", "model.theta=0"], "model.theta=0.0"),
+        (["dataset=synthetic", "dataset.num_nodes=1"], "dataset.num_nodes=1"),
+        (["dataset=synthetic", "dataset.average_degree=0"], "dataset.average_degree=0.0"),
+        (["dataset=synthetic", "dataset.homophily=2"], "dataset.homophily=2.0"),
+        (["dataset=synthetic", "dataset.num_classes=1"], "dataset.num_classes=1"),
+        (["dataset=synthetic", "dataset.num_features=0"], "dataset.num_features=0"),
+        (["dataset=synthetic", "dataset.degree_exponent=1"], "dataset.degree_exponent=1.0"),
+        (["dataset=synthetic", "dataset.num_train=10"], "set num_train, num_val and num_test together"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_fields_that_do_not_fit_together(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        composed(*overrides)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [*BITS, None])
+def test_projection_only_and_every_bit_width_are_valid(bits):
+    assert composed(f"compression.bits={'null' if bits is None else bits}").compression.bits == bits
+    assert CompressionConfig(scheme="projected", bits=bits).kept_frac == 1.0
+
+
+def test_configuration_files_lie_where_the_package_looks():
+    from iexact_runner.cli import config_dir
+
+    assert Path(config_dir()) == CONF

@@ -1,0 +1,193 @@
+"""Whole runs on the embedded graph: what is recorded, also when a run fails or is interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from conftest import composed
+from rich.console import Console
+
+from iexact_runner import experiment
+from iexact_runner.errors import ConfigError, TrainingError
+from iexact_runner.experiment import Experiment, resolve_device
+from iexact_runner.records import RunFolder
+
+QUICK = ("training.epochs=4", "model.hidden_channels=16", "measure.timed_epochs=3", "measure.warmup_epochs=1")
+
+
+def run(path, *overrides, terminal=False):
+    screen = io.StringIO()
+    config = composed(*QUICK, *overrides)
+    Experiment(config, RunFolder(path), Console(file=screen, force_terminal=terminal, width=160)).run("the: config\n")
+    return read(path), screen.getvalue()
+
+
+def read(path):
+    summary = json.loads((path / "summary.json").read_text())
+    metrics = path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return summary, lines
+
+
+@pytest.mark.parametrize("model", ["sage", "gcn", "gcn2", "gat"])
+def test_every_model_trains_in_fp32(tmp_path, model):
+    (summary, lines), _ = run(tmp_path, f"model={model}", "compression=none", "model.num_layers=2")
+    assert summary["status"] == "completed" and len(lines) == 4
+    assert summary["memory"]["saved_mib"] == summary["memory"]["saved_mib_fp32"] > 0
+
+
+def test_records_of_a_training_run(tmp_path):
+    (summary, lines), screen = run(tmp_path, "runs=3", "seed=5")
+    assert (tmp_path / "config.yaml").read_text() == "the: config\n"
+    assert set(summary) == {
+        "schema_version",
+        "status",
+        "error",
+        "config",
+        "environment",
+        "accuracy",
+        "memory",
+        "throughput",
+    }
+    assert (summary["schema_version"], summary["status"], summary["error"]) == (1, "completed", None)
+    assert summary["config"]["compression"]["bits"] == 2 and summary["config"]["seed"] == 5
+
+    assert [(line["run"], line["epoch"]) for line in lines] == [(r, e) for r in range(3) for e in range(1, 5)]
+    assert set(lines[0]) == {"run", "epoch", "loss", "train", "val", "test", "seconds", "time"}
+    accuracy = summary["accuracy"]
+    assert accuracy["metric"] == "accuracy" and len(accuracy["test"]["values"]) == 3
+    for index in range(3):  # the test score at the best validation epoch, the first of equals
+        epochs = [line for line in lines if line["run"] == index]
+        best = max(epochs, key=lambda line: line["val"])
+        assert accuracy["test"]["values"][index] == best["test"]
+        assert accuracy["val"]["values"][index] == best["val"]
+    mean = sum(accuracy["test"]["values"]) / 3
+    assert accuracy["test"]["mean"] == pytest.approx(mean)
+    assert lines[0]["loss"] != lines[4]["loss"]  # runs differ in their seed
+
+    memory = summary["memory"]
+    assert set(memory) == {
+        "saved_mib",
+        "saved_mib_fp32",
+        "loss_mib",
+        "data_mib",
+        "model_mib",
+        "peak_allocated_mib",
+        "peak_reserved_mib",
+        "reference_activation_mib",
+        "tensors",
+    }
+    assert sum(tensor["bytes"] for tensor in memory["tensors"]) / 2**20 == pytest.approx(memory["saved_mib"])
+    assert set(memory["tensors"][0]) == {"layer", "op", "shape", "dtype", "bytes_fp32", "bytes"}
+    if not torch.cuda.is_available():
+        assert memory["peak_allocated_mib"] is memory["reference_activation_mib"] is None
+    parameters = 2 * 64 * 16 + 16 + 2 * 16 * 16 + 16 + 2 * 16 * 10 + 10 + 2 * 2 * 16
+    buffers = 4 * (2 * 2 * 16) + 2 * 8
+    assert memory["model_mib"] == pytest.approx((4 * parameters + buffers) / 2**20)
+    assert memory["loss_mib"] == pytest.approx((1078 * 10 * 4 + 1078 * 8) / 2**20, rel=0.02)
+
+    throughput = summary["throughput"]
+    assert throughput["timed_epochs"] == 3 * (4 - 1) and throughput["warmup_epochs"] == 1
+    rates = throughput["epochs_per_second"]
+    assert 0 < rates["p20"] <= rates["median"] <= rates["p80"]
+    environment = summary["environment"]
+    assert environment["torch"] == torch.__version__ and environment["compression_backend"]
+    assert {"python", "torch_geometric", "triton", "git_commit", "device_name", "cpu_count"} <= set(environment)
+    assert "run 3/3" in screen and "saved" in screen and "epochs/s" in screen
+
+
+def test_same_seed_same_numbers(tmp_path):
+    def losses(name, *overrides):
+        return [line["loss"] for line in run(tmp_path / name, *overrides)[0][1]]
+
+    assert losses("a") == losses("b") != losses("c", "seed=1")
+    assert losses("d", "compression=none") == losses("e", "compression=none")
+
+
+def test_the_caller_keeps_its_random_state(tmp_path):
+    state = torch.random.get_rng_state()
+    run(tmp_path, "compression=none")
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_measure_lists_tensors_and_times_epochs(tmp_path):
+    (summary, lines), screen = run(tmp_path, "task=measure")
+    assert summary["status"] == "completed" and summary["accuracy"] is None and not lines
+    assert summary["throughput"]["timed_epochs"] == 3
+    assert "kept for the backward pass" in screen and "BatchNorm" in screen and "int2" in screen
+
+
+def test_terminal_gets_a_live_bar_and_a_pipe_plain_lines(tmp_path):
+    _, live = run(tmp_path / "live", terminal=True)
+    _, plain = run(tmp_path / "plain")
+    assert "\x1b[" in live and "━" in live
+    assert "\x1b[" not in plain and "epoch 4/4" in plain
+
+
+def test_loss_that_explodes_is_recorded_as_failed(tmp_path, monkeypatch):
+    finite = experiment.train_epochs
+
+    def explodes(*args, **kwargs):
+        yield from list(finite(*args, **kwargs))[:2]
+        raise TrainingError(f"the training loss is {math.nan} at epoch 3")
+
+    monkeypatch.setattr(experiment, "train_epochs", explodes)
+    with pytest.raises(TrainingError):
+        run(tmp_path)
+    summary, lines = read(tmp_path)
+    assert summary["status"] == "failed" and summary["error"] == "the training loss is nan at epoch 3"
+    assert len(lines) == 2 and summary["memory"]["saved_mib"] > 0
+    assert summary["accuracy"]["test"] == {"mean": None, "std": None, "values": []}
+
+
+def test_learning_rate_that_explodes_ends_the_run(tmp_path):
+    with pytest.raises(TrainingError, match="at epoch"):
+        run(tmp_path, "training.lr=1e30", "training.grad_norm=null", "compression=none", "model.batch_norm=false")
+    assert read(tmp_path)[0]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (KeyboardInterrupt(), "interrupted", "interrupted by the user"),
+        (ZeroDivisionError("x"), "failed", "ZeroDivisionError: x"),
+    ],
+    ids=["interrupt", "bug"],
+)
+def test_what_was_recorded_before_the_end_is_kept(tmp_path, monkeypatch, error, status, text):
+    finite = experiment.train_epochs
+    calls = []
+
+    def stops_in_the_second_run(*args, **kwargs):
+        calls.append(1)
+        epochs = list(finite(*args, **kwargs))
+        yield from epochs if len(calls) == 1 else epochs[:2]
+        if len(calls) == 2:
+            raise error
+
+    monkeypatch.setattr(experiment, "train_epochs", stops_in_the_second_run)
+    with pytest.raises(type(error)):
+        run(tmp_path, "runs=3")
+    summary, lines = read(tmp_path)
+    assert (summary["status"], summary["error"]) == (status, text)
+    assert len(lines) == 6 and len(summary["accuracy"]["test"]["values"]) == 1
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(ConfigError, match=f"device={name}: no CUDA device was found"):
+            resolve_device(name)
+    for name in ("tpu", "cuda:x", "cuda:-1", ""):
+        with pytest.raises(ConfigError, match="must be auto, cpu, cuda or cuda:N"):
+            resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto").type == "cuda" and resolve_device("cuda:1").index == 1
+    with pytest.raises(ConfigError, match="device=cuda:2: 2 CUDA devices were found"):
+        resolve_device("cuda:2")

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FP32, assert_close, projected, tiny_dataset
+
+from iexact_runner.config import GATConfig, SAGEConfig, TrainingConfig
+from iexact_runner.errors import TrainingError
+from iexact_runner.nn import build_model
+from iexact_runner.training import (
+    evaluate,
+    loss_of,
+    make_optimizer,
+    prepare,
+    score,
+    step,
+    train_epochs,
+    training_input,
+    update,
+    with_labels,
+)
+
+CPU = torch.device("cpu")
+SAGE = SAGEConfig(name="sage", num_layers=2, hidden_channels=16, dropout=0.2)
+
+
+def make_problem(dataset, model=SAGE, *, inductive=False):
+    return prepare(dataset, model, inductive=inductive, device=CPU)
+
+
+def make_model(problem, model=SAGE, compression=FP32):
+    torch.manual_seed(0)
+    return build_model(
+        model, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=compression
+    )
+
+
+@pytest.mark.parametrize("compression", [FP32, projected(bits=2, kept_frac=0.5)], ids=["fp32", "int2"])
+def test_training_learns_the_tiny_graph(dataset, compression):
+    problem = make_problem(dataset)
+    model = make_model(problem, compression=compression)
+    epochs = list(train_epochs(model, problem, TrainingConfig(epochs=40), seed=0))
+    assert [epoch.number for epoch in epochs] == list(range(1, 41))
+    assert epochs[-1].loss < 0.5 * epochs[0].loss
+    assert epochs[-1].scores.test > 0.8
+
+
+def test_same_seed_same_course(dataset):
+    courses = []
+    for seed in (1, 1, 2):
+        problem = make_problem(dataset)
+        model = make_model(problem, compression=projected(bits=2, kept_frac=0.5))
+        courses.append([epoch.loss for epoch in train_epochs(model, problem, TrainingConfig(epochs=5), seed=seed)])
+    assert courses[0] == courses[1] != courses[2]
+
+
+def test_arxiv_loss_is_the_formula():
+    scores, labels = torch.randn(20, 4), torch.randint(4, (20,))
+    losses = F.cross_entropy(scores, labels, reduction="none")
+    eps = 1 - math.log(2)
+    expected = (torch.log(eps + losses) - math.log(eps)).mean()
+    assert_close(loss_of(scores, labels, kind="log_cross_entropy"), expected)
+    assert_close(loss_of(scores, labels, kind="cross_entropy"), losses.mean())
+
+
+def test_multilabel_loss_and_micro_f1():
+    scores = torch.tensor([[2.0, -1.0], [0.5, 3.0], [-1.0, -1.0]])
+    labels = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    assert_close(loss_of(scores, labels, kind="cross_entropy"), F.binary_cross_entropy_with_logits(scores, labels))
+    # Two hits, one false alarm, one miss: F1 = 2 * 2 / (3 + 3).
+    assert score(scores, labels) == pytest.approx(4 / 6)
+    assert score(-torch.ones(3, 2), torch.zeros(3, 2)) == 0.0
+    assert score(scores, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
+
+
+def test_multilabel_training_reports_micro_f1():
+    problem = make_problem(tiny_dataset(multilabel=True))
+    assert problem.metric == "micro_f1"
+    epochs = list(train_epochs(make_model(problem), problem, TrainingConfig(epochs=40), seed=0))
+    assert epochs[-1].scores.train > 0.9
+
+
+def test_inductive_training_sees_only_training_nodes(dataset):
+    problem = make_problem(dataset, inductive=True)
+    view, nodes = problem.training, dataset.train
+    assert torch.equal(view.x, dataset.x[nodes]) and torch.equal(view.y, dataset.y[nodes])
+    assert torch.equal(view.train, torch.arange(nodes.numel()))
+    assert view.graph.matrix.shape == (nodes.numel(), nodes.numel())
+    assert problem.whole.graph.matrix.shape == (dataset.num_nodes, dataset.num_nodes)
+    epochs = list(train_epochs(make_model(problem), problem, TrainingConfig(epochs=30), seed=0))
+    assert epochs[-1].scores.test > 0.7
+
+
+def test_labels_as_input_feed_some_and_score_the_others(dataset):
+    config = GATConfig(
+        name="gat", num_layers=2, hidden_channels=8, heads=2, dropout=0.0, label_input=True, label_mask_rate=0.5
+    )
+    problem = make_problem(dataset, config)
+    assert problem.in_channels == 13 + 3
+    features, nodes = training_input(problem, seed=1)
+    fed = features[:, 13:].sum(1).nonzero().squeeze(1)
+    assert set(fed.tolist()) | set(nodes.tolist()) == set(dataset.train.tolist())
+    assert not set(fed.tolist()) & set(nodes.tolist())
+    assert torch.equal(features[fed, 13:].argmax(1), dataset.y[fed])
+    assert 15 < fed.numel() < 45
+    assert not torch.equal(training_input(problem, seed=2)[1], nodes)
+    everything = with_labels(problem.whole, dataset.train, 3)
+    assert everything[:, 13:].sum() == dataset.train.numel()
+    epochs = list(train_epochs(make_model(problem, config), problem, TrainingConfig(epochs=60), seed=0))
+    assert epochs[-1].loss < 0.7 * epochs[0].loss
+
+
+def test_one_training_node_is_left_to_learn_from():
+    dataset = tiny_dataset()
+    dataset.train = dataset.train[:1]
+    config = GATConfig(name="gat", hidden_channels=4, label_input=True, label_mask_rate=0.99)
+    for seed in range(5):
+        assert training_input(make_problem(dataset, config), seed=seed)[1].numel() == 1
+
+
+def test_learning_rate_warms_up_linearly(dataset):
+    problem = make_problem(dataset)
+    model = make_model(problem)
+    config = TrainingConfig(lr=0.1, warmup_epochs=4, optimizer="rmsprop")
+    optimizer = make_optimizer(model, config)
+    assert isinstance(optimizer, torch.optim.RMSprop)
+    rates = []
+    for epoch in range(1, 7):
+        step(model, optimizer, problem, config, seed=epoch, epoch=epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("grad_norm", [None, 1e-3])
+def test_gradients_are_clipped(dataset, grad_norm):
+    problem = make_problem(dataset)
+    model = make_model(problem)
+    config = TrainingConfig(grad_norm=grad_norm)
+    loss = model(problem.whole.x, problem.whole.graph).square().sum()
+    update(model, make_optimizer(model, config), loss, config, epoch=1)
+    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=0.01) if grad_norm else norm > 1
+
+
+def test_loss_that_is_not_finite_stops_with_the_epoch(dataset):
+    dataset.x[3] = math.inf
+    problem = make_problem(dataset)
+    with pytest.raises(TrainingError, match=r"the training loss is nan at epoch 1"):
+        list(train_epochs(make_model(problem), problem, TrainingConfig(epochs=3), seed=0))
+
+
+def test_evaluation_is_the_same_twice_and_leaves_no_gradient(dataset):
+    problem = make_problem(dataset)
+    model = make_model(problem, compression=projected(bits=2, kept_frac=0.5))
+    assert evaluate(model, problem) == evaluate(model, problem)
+    assert all(parameter.grad is None for parameter in model.parameters())
