@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
-from iexact_runner.cli import config_dir, register_schema, to_config
-from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.config import CompressionConfig
 from iexact_runner.data.dataset import NodeDataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def composed(*overrides: str) -> Config:
-    """The checked configuration of a command line."""
-    register_schema()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return to_config(compose("config", overrides=list(overrides)))
 
 
 def projected(**fields: object) -> CompressionConfig:
@@ -66,6 +55,12 @@ def tiny_dataset(
         y[::3, 0] = 1.0
     order = torch.randperm(nodes, generator=generator)
     return NodeDataset(x, y, edges.int(), order[:60], order[60:80], order[80:], classes)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random inputs on every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, composed
+from conftest import REPOSITORY
 
+from iexact_runner.cli import compose_config
 from iexact_runner.config import BITS, CompressionConfig, Config
 from iexact_runner.errors import ConfigError
 
@@ -19,7 +20,7 @@ RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_model_composes_with_every_dataset(model, dataset):
-    config = composed(f"model={model}", f"dataset={dataset}", "compression=none")
+    config = compose_config(f"model={model}", f"dataset={dataset}", "compression=none")
     assert isinstance(config, Config)
     assert (config.model.name, config.dataset.name) == (model, dataset)
     if f"{model}_{dataset}" not in RECIPES:
@@ -31,7 +32,7 @@ def test_every_recipe_belongs_to_a_pair():
 
 
 def test_defaults_are_the_embedded_job():
-    config = composed()
+    config = compose_config()
     assert (config.model.name, config.dataset.name, config.task) == ("sage", "digits", "train")
     compression = config.compression
     assert (compression.bits, compression.kept_frac, compression.col_size) == (2, 0.125, 64)
@@ -62,7 +63,7 @@ def test_defaults_are_the_embedded_job():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_published_hyper_parameters(model, dataset, expected):
-    config = composed(f"model={model}", f"dataset={dataset}", "compression=none")
+    config = compose_config(f"model={model}", f"dataset={dataset}", "compression=none")
     net, training = config.model, config.training
     assert expected == (
         net.num_layers,
@@ -75,22 +76,22 @@ def test_published_hyper_parameters(model, dataset, expected):
 
 
 def test_details_of_single_recipes():
-    gat = composed("model=gat", "dataset=arxiv", "compression=none")
+    gat = compose_config("model=gat", "dataset=arxiv", "compression=none")
     assert (gat.training.optimizer, gat.training.warmup_epochs) == ("rmsprop", 50)
     net = gat.model
     assert (net.heads, net.input_dropout, net.edge_dropout, net.label_mask_rate) == (3, 0.25, 0.7, 0.5)
     assert net.residual and net.shared_attention and net.label_input
-    arxiv = composed("model=gcn2", "dataset=arxiv", "compression=none").model
+    arxiv = compose_config("model=gcn2", "dataset=arxiv", "compression=none").model
     assert (arxiv.alpha, arxiv.theta, arxiv.residual, arxiv.input_dropout) == (0.5, None, True, 0.1)
-    assert composed("dataset=products").model.batch_norm is False
-    losses = {name: composed(f"dataset={name}").training.loss for name in ("arxiv", "flickr", "synthetic_arxiv")}
+    assert compose_config("dataset=products").model.batch_norm is False
+    losses = {name: compose_config(f"dataset={name}").training.loss for name in ("arxiv", "flickr", "synthetic_arxiv")}
     assert losses == {"arxiv": "log_cross_entropy", "flickr": "cross_entropy", "synthetic_arxiv": "log_cross_entropy"}
-    assert composed("dataset=arxiv").dataset.undirected
-    assert composed("dataset=yelp").dataset.standardize and composed("dataset=reddit2").dataset.standardize
+    assert compose_config("dataset=arxiv").dataset.undirected
+    assert compose_config("dataset=yelp").dataset.standardize and compose_config("dataset=reddit2").dataset.standardize
 
 
 def test_a_command_line_value_beats_the_recipe():
-    config = composed("dataset=arxiv", "training.epochs=3", "model.hidden_channels=7")
+    config = compose_config("dataset=arxiv", "training.epochs=3", "model.hidden_channels=7")
     assert (config.training.epochs, config.model.hidden_channels, config.model.dropout) == (3, 7, 0.5)
 
 
@@ -140,7 +141,7 @@ def test_help_names_every_choice():
 )
 def test_bad_values_name_the_field(override, message):
     with pytest.raises(ConfigError) as error:
-        composed(override)
+        compose_config(override)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -168,13 +169,13 @@ def test_bad_values_name_the_field(override, message):
 )
 def test_fields_that_do_not_fit_together(overrides, message):
     with pytest.raises(ConfigError) as error:
-        composed(*overrides)
+        compose_config(*overrides)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("bits", [*BITS, None])
 def test_projection_only_and_every_bit_width_are_valid(bits):
-    assert composed(f"compression.bits={'null' if bits is None else bits}").compression.bits == bits
+    assert compose_config(f"compression.bits={'null' if bits is None else bits}").compression.bits == bits
     assert CompressionConfig(scheme="projected", bits=bits).kept_frac == 1.0
 
 

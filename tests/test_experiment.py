@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
-from conftest import composed
 from rich.console import Console
 
 from iexact_runner import experiment
+from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.experiment import Experiment, resolve_device
 from iexact_runner.records import RunFolder
@@ -21,7 +21,7 @@ QUICK = ("training.epochs=4", "model.hidden_channels=16", "measure.timed_epochs=
 
 def run(path, *overrides, terminal=False):
     screen = io.StringIO()
-    config = composed(*QUICK, *overrides)
+    config = compose_config(*QUICK, *overrides)
     Experiment(config, RunFolder(path), Console(file=screen, force_terminal=terminal, width=160)).run("the: config\n")
     return read(path), screen.getvalue()
 

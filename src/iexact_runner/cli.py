@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -54,6 +55,18 @@ def to_config(composed: DictConfig) -> schema.Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, schema.Config)
     return config
+
+
+def compose_config(*overrides: str) -> schema.Config:
+    """The checked configuration of a command line, for use as a library.
+
+    Raises:
+        ConfigError: if a field is unknown or a value is not valid.
+    """
+    register_schema()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return to_config(hydra.compose("config", overrides=list(overrides)))
 
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")

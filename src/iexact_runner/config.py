@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from iexact_runner.errors import ConfigError
 
 BITS = (1, 2, 4, 8)
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
 TASKS = ("train", "measure")
 OPTIMIZERS = ("adam", "rmsprop")

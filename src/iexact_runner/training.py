@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from iexact_runner.compression import reference
 from iexact_runner.compression.seeds import mix
@@ -143,7 +143,7 @@ def loss_of(scores: Tensor, labels: Tensor, *, kind: str) -> Tensor:
     return (torch.log(LOG_LOSS_OFFSET + losses) - math.log(LOG_LOSS_OFFSET)).mean()
 
 
-def make_optimizer(model: Model, config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """Adam or RMSprop."""
     if config.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)

@@ -39,7 +39,7 @@ def test_operator_and_adjoint_equal_the_dense_matrix(build, dense, symmetric):
     assert_close(adjacency.matmul(data.x), matrix @ data.x)
     assert_close(adjacency.adjoint_matmul(data.x), matrix.T @ data.x)
     assert (adjacency.adjoint is adjacency.matrix) == symmetric
-    assert adjacency.matrix.col_indices().dtype == torch.int32
+    assert adjacency.matrix.columns.dtype == torch.int32
 
 
 def test_symmetric_operator_stays_held_once_on_another_device(dataset):

@@ -49,7 +49,7 @@ def pair(config, dataset):
             value.copy_(model.get_parameter(translated(key, config)))
     graph = MODELS[config.name].build_graph(dataset.edge_index, dataset.num_nodes)
     if isinstance(graph, Adjacency):  # PyG divides by the degree itself
-        return model, baseline, graph, graph.matrix
+        return model, baseline, graph, graph.matrix.tensor()
     return model, baseline, graph, torch.stack([graph.source, graph.target])
 
 

@@ -97,11 +97,20 @@ def test_dropout(function, seed):
     assert_close(gradients(actual, (x,), grad)[0], grad * kept * factor)
 
 
-@pytest.mark.parametrize("p", [0.5])
-def test_spmm(dataset, p):
+@pytest.mark.parametrize("seed", [5, torch.tensor(5)], ids=["int", "tensor"])
+def test_fused_relu_dropout_is_the_two_in_turn(seed):
+    x = torch.randn(37, 63, requires_grad=True)
+    grad = torch.randn(37, 63)
+    fused = functions.LeakyReLUDropout.apply(x, 0.1, 0.3, seed, "torch")
+    separate = functions.Dropout.apply(functions.LeakyReLU.apply(x, 0.1, "torch"), 0.3, seed, "torch")
+    assert torch.equal(fused, separate)
+    assert torch.equal(gradients(fused, (x,), grad)[0], gradients(separate, (x,), grad)[0])
+
+
+def test_spmm(dataset):
     adjacency = mean_adjacency(dataset.edge_index, dataset.num_nodes)
     x = dataset.x.clone().requires_grad_()
-    dense = adjacency.matrix.to_dense() * adjacency.row_scale
+    dense = adjacency.matrix.tensor().to_dense() * adjacency.row_scale
     grad = torch.randn_like(dataset.x)
     actual = functions.SpMM.apply(x, adjacency)
     assert_close(actual, dense @ x)

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
-from iexact_runner.compression import reference
 from iexact_runner.errors import ConfigError
+
+BACKENDS = ("auto", "torch", "numba", "triton")
+_MODULES = {"torch": "reference", "numba": "numba_kernels", "triton": "triton_kernels"}
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """The backend that ``name`` (``auto``, ``torch``, ``triton``) means for tensors on ``device``.
+    """The backend that ``name`` means for tensors on ``device``.
+
+    ``auto`` is Triton on a GPU, Numba on a CPU, and plain PyTorch where the one that fits is not installed.
 
     Raises:
-        ConfigError: if the named backend does not exist or cannot run on the device.
+        ConfigError: if the named backend does not exist, is not installed or cannot run on the device.
     """
-    if name in ("auto", "torch"):
-        return "torch"
-    if name == "triton":
-        raise ConfigError.of("compression.backend", name, "this version has no Triton kernels yet; use auto or torch")
-    raise ConfigError.of("compression.backend", name, "must be one of auto, torch, triton")
+    if name not in BACKENDS:
+        raise ConfigError.of("compression.backend", name, f"must be one of {', '.join(BACKENDS)}")
+    fitting = "triton" if device.type == "cuda" else "numba"
+    if name == "auto":
+        return fitting if _installed(fitting) else "torch"
+    if name != "torch" and not _installed(name):
+        raise ConfigError.of("compression.backend", name, f"{name} is not installed; use auto or torch")
+    if name not in ("torch", fitting):
+        wanted = "CUDA tensors" if name == "triton" else "CPU tensors"
+        raise ConfigError.of("compression.backend", name, f"runs on {wanted}, not on device {device}; use auto")
+    return name
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _module(backend: str) -> ModuleType:
+    # Imported on first use: Numba and Triton take a second to import, and either may be absent.
+    return importlib.import_module(f"iexact_runner.compression.{_MODULES[backend]}")
 
 
 def select(name: str, device: torch.device) -> ModuleType:
-    """The module whose functions run the kernels."""
-    return {"torch": reference}[resolve(name, device)]
+    """The module whose functions run the kernels for tensors on ``device``."""
+    return _module(resolve(name, device))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import backends
+from iexact_runner.compression import backends, ops
 
 BITS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +66,7 @@ def quantize(
         levels: 2**bits increasing numbers from 0 to 2**bits - 1; None for uniform levels.
         seed: key of the counter-based random numbers, an int or a 0-d int64 tensor. The same seed gives the same
             codes on every backend, whatever the block size; no global generator is touched.
-        backend: ``auto``, ``torch`` or ``triton``.
+        backend: ``auto``, ``torch``, ``numba`` (CPU) or ``triton`` (GPU).
 
     Returns:
         The packed codes with what is needed to decode them.
@@ -78,8 +78,10 @@ def quantize(
     _check_format(bits, block_size)
     _check_seed(seed)
     table = check_levels(levels, bits=bits)
-    kernels = backends.select(backend, x.device)
-    codes, zero, scale = kernels.quantize(x.detach(), bits=bits, block_size=block_size, levels=table, seed=seed)
+    backends.resolve(backend, x.device)
+    codes, zero, scale = ops.quantize(
+        x.detach(), bits=bits, block_size=block_size, levels=table, seed=seed, backend=backend
+    )
     return Quantized(codes, zero, scale, tuple(x.shape), x.dtype, bits, block_size, table)
 
 
@@ -88,7 +90,7 @@ def dequantize(quantized: Quantized, *, backend: str = "auto") -> Tensor:
 
     Args:
         quantized: what :func:`quantize` returned.
-        backend: ``auto``, ``torch`` or ``triton``.
+        backend: ``auto``, ``torch``, ``numba`` (CPU) or ``triton`` (GPU).
 
     Raises:
         ValueError: if the backend is not valid or a stored tensor does not have the size that the format asks for.
@@ -97,8 +99,8 @@ def dequantize(quantized: Quantized, *, backend: str = "auto") -> Tensor:
     _check_size("codes", quantized.codes, -(-count * quantized.bits // 8))
     _check_size("zero", quantized.zero, -(-count // quantized.block_size))
     _check_size("scale", quantized.scale, -(-count // quantized.block_size))
-    kernels = backends.select(backend, quantized.codes.device)
-    decoded: Tensor = kernels.dequantize(
+    backends.resolve(backend, quantized.codes.device)
+    return ops.dequantize(
         quantized.codes,
         quantized.zero,
         quantized.scale,
@@ -107,8 +109,8 @@ def dequantize(quantized: Quantized, *, backend: str = "auto") -> Tensor:
         levels=quantized.levels,
         shape=quantized.shape,
         dtype=quantized.dtype,
+        backend=backend,
     )
-    return decoded
 
 
 def check_levels(levels: Sequence[float] | None, *, bits: int) -> tuple[float, ...] | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import backends
+from iexact_runner.compression import ops
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,22 @@ class MapFormat:
 
     def keep(self, x: Tensor, *, seed: int | Tensor, project: bool) -> KeptMap:
         """Keeps a map (N, D); ``project`` allows the random projection, which only linear uses undo without bias."""
-        kernels = backends.select(self.backend, x.device)
         columns = x.size(1)
         rank = kept_columns(columns, self.kept_frac) if project else columns
         stored = x
         if rank < columns:
-            stored = x @ kernels.rademacher(columns, rank, seed=seed, dtype=x.dtype, device=x.device)
+            stored = x @ ops.rademacher(x, columns, rank, seed=seed, backend=self.backend)
         block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
         tensors: tuple[Tensor, ...] = (stored,)
         if self.bits is not None:
-            tensors = kernels.quantize(stored, bits=self.bits, block_size=block_size, levels=self.levels, seed=seed)
+            tensors = ops.quantize(
+                stored,
+                bits=self.bits,
+                block_size=block_size,
+                levels=self.levels,
+                seed=seed,
+                backend=self.backend,
+            )
         fixed_seed = 0
         if isinstance(seed, Tensor):  # then it belongs to what is saved, like every tensor
             tensors = (*tensors, seed)
@@ -74,35 +80,31 @@ class MapLayout:
         """The (N, R) map that was stored, decoded."""
         if self.bits is None:
             return tensors[0]
-        kernels = backends.select(self.backend, tensors[0].device)
-        decoded: Tensor = kernels.dequantize(
+        return ops.dequantize(
             *tensors[:3],
             bits=self.bits,
             block_size=self.block_size,
             levels=self.levels,
             shape=(self.shape[0], self.rank),
             dtype=self.dtype,
+            backend=self.backend,
         )
-        return decoded
 
     def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """Unbiased estimate (N, D) of the map."""
         stored = self.stored(tensors)
-        return stored @ self._projection(tensors).T if self.projected else stored
+        return stored @ self._projection(tensors, stored).T if self.projected else stored
 
     def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """grad^T x for grad (N, D_out): (D_out, D). Multiplies by P^T last, so no (N, D) map is ever rebuilt."""
-        product = grad.T @ self.stored(tensors)
-        return product @ self._projection(tensors).T if self.projected else product
+        stored = self.stored(tensors)
+        product = grad.T @ stored
+        return product @ self._projection(tensors, stored).T if self.projected else product
 
-    def _projection(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        kernels = backends.select(self.backend, tensors[0].device)
+    def _projection(self, tensors: tuple[Tensor, ...], stored: Tensor) -> Tensor:
         expected = 1 if self.bits is None else 3
         seed = tensors[expected] if len(tensors) > expected else self.seed
-        projection: Tensor = kernels.rademacher(
-            self.shape[1], self.rank, seed=seed, dtype=self.dtype, device=tensors[0].device
-        )
-        return projection
+        return ops.rademacher(stored, self.shape[1], self.rank, seed=seed, backend=self.backend)
 
 
 class KeptMap(NamedTuple):

@@ -124,7 +124,8 @@ def quantize(
     low, high = blocks.aminmax(dim=1)
     top = 2**bits - 1
     zero = round_down(low, dtype)
-    scale = round_up(((high - zero.float()) / top).clamp_min(SMALLEST_SCALE), dtype)
+    # A tensor divides exactly everywhere; by a Python number, CUDA multiplies with its reciprocal.
+    scale = round_up(((high - zero.float()) / torch.full_like(high, top)).clamp_min(SMALLEST_SCALE), dtype)
     poisoned = ~(zero.isfinite() & scale.isfinite())
     zero, scale = zero.masked_fill(poisoned, torch.nan), scale.masked_fill(poisoned, torch.nan)
 
@@ -165,6 +166,7 @@ def dequantize(
 
 def _as_blocks(flat: Tensor, block_size: int) -> Tensor:
     """(blocks, G) view; a shorter last block is filled up with its last element, which changes no extremum."""
+    block_size = min(block_size, flat.numel())
     missing = -flat.numel() % block_size
     if missing:
         flat = torch.cat([flat, flat[-1:].expand(missing)])
@@ -237,6 +239,6 @@ def _scale_kept(x: Tensor, kept: Tensor, p: float) -> Tensor:
 def rademacher(rows: int, columns: int, *, seed: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Projection P (rows, columns) of independent +-1 / sqrt(columns), so that E[P P^T] = I (EXACT, section 3.2)."""
     draws = draw16(rows * columns, seed=seed, purpose=PROJECTION, device=device)
-    signs = torch.where(draws >= DRAWS // 2, 1.0, -1.0)
+    signs = (draws >= DRAWS // 2).float() * 2 - 1
     scaled: Tensor = signs * columns**-0.5
     return scaled.view(rows, columns).to(dtype)

@@ -13,32 +13,72 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class CSR:
+    """A sparse (N, N) matrix: row offsets (N + 1,), column indices (E,), both int32 where they fit, and values (E,)."""
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def tensor(self) -> Tensor:
+        """The matrix as a torch CSR tensor that shares this one's memory."""
+        nodes = self.offsets.numel() - 1
+        return torch.sparse_csr_tensor(
+            self.offsets, self.columns, self.values, size=(nodes, nodes), check_invariants=False
+        )
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """The product with (N, D) features."""
+        product: Tensor = _spmm(self.offsets, self.columns, self.values, x)
+        return product
+
+    def tensors(self) -> list[Tensor]:
+        """The parts."""
+        return [self.offsets, self.columns, self.values]
+
+    def to(self, device: torch.device) -> CSR:
+        """The matrix on ``device``."""
+        return CSR(*(part.to(device) for part in self.tensors()))
+
+
+# An operator of its own, because torch.compile does not trace through sparse layouts.
+@torch.library.custom_op("iexact::spmm", mutates_args=(), schema="(Tensor o, Tensor c, Tensor v, Tensor x) -> Tensor")
+def _spmm(offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    return CSR(offsets, columns, values).tensor() @ x
+
+
+@_spmm.register_fake
+def _(offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(offsets.numel() - 1, x.size(1))
+
+
+@dataclass(frozen=True)
 class Adjacency:
     """diag(row_scale) @ matrix, an (N, N) sparse operator on node features, with its adjoint.
 
     Args:
-        matrix: (N, N) CSR with int32 indices where they fit.
-        adjoint: the transposed CSR matrix; the same object as ``matrix`` for a symmetric graph, so held once.
+        matrix: the matrix.
+        adjoint: its transpose; the same object for a symmetric graph, so held once.
         row_scale: (N, 1) or None for all ones.
     """
 
-    matrix: Tensor
-    adjoint: Tensor
+    matrix: CSR
+    adjoint: CSR
     row_scale: Tensor | None = None
 
     def matmul(self, x: Tensor) -> Tensor:
         """The operator applied to (N, D) features."""
-        product = self.matrix @ x
+        product = self.matrix.matmul(x)
         return product if self.row_scale is None else product.mul_(self.row_scale)
 
     def adjoint_matmul(self, grad: Tensor) -> Tensor:
         """The transposed operator applied to (N, D) gradients: no transpose is formed, A_mean^T g = A^T (D^-1 g)."""
-        return self.adjoint @ (grad if self.row_scale is None else grad * self.row_scale)
+        return self.adjoint.matmul(grad if self.row_scale is None else grad * self.row_scale)
 
     def tensors(self) -> list[Tensor]:
         """Dense tensors that make up the operator, each once."""
         matrices = [self.matrix] if self.adjoint is self.matrix else [self.matrix, self.adjoint]
-        parts = [part for csr in matrices for part in (csr.crow_indices(), csr.col_indices(), csr.values())]
+        parts = [part for matrix in matrices for part in matrix.tensors()]
         return parts if self.row_scale is None else [*parts, self.row_scale]
 
     def to(self, device: torch.device) -> Adjacency:
@@ -79,14 +119,14 @@ Graph = Adjacency | EdgeList
 def mean_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     """Mean over the in-neighbours, without self-loops added (GraphSAGE); isolated nodes gather zero."""
     matrix, adjoint = _pattern(edge_index, num_nodes)
-    degree = matrix.crow_indices().diff().clamp(min=1)
+    degree = matrix.offsets.diff().clamp(min=1)
     return Adjacency(matrix, adjoint, degree.float().reciprocal().unsqueeze(1))
 
 
 def gcn_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     """D^-1/2 (A + I) D^-1/2 with D the in-degree of A + I (Kipf and Welling, 2017)."""
     matrix, adjoint = _pattern(with_self_loops(edge_index, num_nodes), num_nodes)
-    scale = matrix.crow_indices().diff().float().rsqrt()
+    scale = matrix.offsets.diff().float().rsqrt()
     normalised = _weighted(matrix, scale)
     return Adjacency(normalised, normalised if adjoint is matrix else _weighted(adjoint, scale))
 
@@ -116,8 +156,8 @@ def training_subgraph(edge_index: Tensor, nodes: Tensor, num_nodes: int) -> Tens
     return torch.stack([source[inside], target[inside]])
 
 
-def _pattern(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """CSR matrices of ones for A (row = target) and its transpose; one object twice if the graph is symmetric."""
+def _pattern(edge_index: Tensor, num_nodes: int) -> tuple[CSR, CSR]:
+    """Matrices of ones for A (row = target) and its transpose; one object twice if the graph is symmetric."""
     source, target = edge_index
     keys = torch.sort(target.long() * num_nodes + source).values
     transposed = torch.sort(source.long() * num_nodes + target).values
@@ -125,28 +165,22 @@ def _pattern(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
     return matrix, matrix if torch.equal(keys, transposed) else _csr(transposed, num_nodes)
 
 
-def _csr(keys: Tensor, num_nodes: int) -> Tensor:
-    """CSR of ones from sorted keys row * N + column."""
+def _csr(keys: Tensor, num_nodes: int) -> CSR:
+    """Matrix of ones from sorted keys row * N + column."""
     # int32 halves the index memory, and the CPU product converts 64-bit indices on every call.
     index = torch.int32 if max(keys.numel(), num_nodes) < 2**31 else torch.int64
     rows = keys // num_nodes
     counts = torch.bincount(rows, minlength=num_nodes)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index)
     columns = (keys - rows * num_nodes).to(index)
-    ones = torch.ones(keys.numel(), device=keys.device)
-    return _csr_tensor(offsets, columns, ones)
-
-
-def _weighted(matrix: Tensor, scale: Tensor) -> Tensor:
-    """diag(scale) @ matrix @ diag(scale)."""
-    offsets, columns = matrix.crow_indices(), matrix.col_indices()
-    row_scale = torch.repeat_interleave(scale, offsets.diff().long())
-    values = row_scale.mul_(scale[columns.long()])
-    return _csr_tensor(offsets, columns, values)
-
-
-def _csr_tensor(offsets: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    nodes = offsets.numel() - 1
-    with warnings.catch_warnings():  # torch calls CSR "in beta state" once a process, which is no news to a user
+    matrix = CSR(offsets, columns, torch.ones(keys.numel(), device=keys.device))
+    with warnings.catch_warnings():  # torch calls CSR "in beta state" at its first use, which is no news to a user
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(offsets, columns, values, size=(nodes, nodes), check_invariants=False)
+        matrix.tensor()
+    return matrix
+
+
+def _weighted(matrix: CSR, scale: Tensor) -> CSR:
+    """diag(scale) @ matrix @ diag(scale)."""
+    row_scale = torch.repeat_interleave(scale, matrix.offsets.diff().long())
+    return CSR(matrix.offsets, matrix.columns, row_scale.mul_(scale[matrix.columns.long()]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from iexact_runner.compression import backends
+from iexact_runner.compression import ops
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.data.graph import Adjacency
 
@@ -118,8 +118,7 @@ class LeakyReLU(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, negative_slope: float, backend: str) -> Tensor:
-        output: Tensor
-        output, mask = backends.select(backend, x.device).leaky_relu(x, negative_slope=negative_slope)
+        output, mask = ops.leaky_relu(x, negative_slope=negative_slope, backend=backend)
         ctx.negative_slope, ctx.backend = negative_slope, backend
         ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel(), 1)
         ctx.save_for_backward(mask)
@@ -129,8 +128,7 @@ class LeakyReLU(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        kernels = backends.select(ctx.backend, grad.device)
-        return kernels.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope), None, None
+        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), None, None
 
 
 class Dropout(Function):
@@ -139,16 +137,36 @@ class Dropout(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
         ctx.p, ctx.backend = p, backend
-        ctx.seed = None if isinstance(seed, Tensor) else seed
-        ctx.save_for_backward(*([seed] if isinstance(seed, Tensor) else []))
-        dropped: Tensor = backends.select(backend, x.device).dropout(x, p=p, seed=seed)
-        return dropped
+        _save_with_seed(ctx, seed)
+        return ops.dropout(x, p=p, seed=seed, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seed = ctx.saved_tensors[0] if ctx.seed is None else ctx.seed
-        return backends.select(ctx.backend, grad.device).dropout(grad, p=ctx.p, seed=seed), None, None, None
+        _, seed = _saved_with_seed(ctx)
+        return ops.dropout(grad, p=ctx.p, seed=seed, backend=ctx.backend), None, None, None
+
+
+class LeakyReLUDropout(Function):
+    """:class:`LeakyReLU` and :class:`Dropout` in one pass over the map, with the same numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, negative_slope: float, p: float, seed: int | Tensor, backend: str) -> Tensor:
+        output, mask = ops.leaky_relu_dropout(x, negative_slope=negative_slope, p=p, seed=seed, backend=backend)
+        ctx.negative_slope, ctx.p, ctx.backend = negative_slope, p, backend
+        # Plain modules keep the output of ReLU and the dropout mask.
+        ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel() + _dropout_mask_bytes(x), 1)
+        _save_with_seed(ctx, seed, mask)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,), seed = _saved_with_seed(ctx)
+        grad_x = ops.leaky_relu_dropout_backward(
+            grad, mask, negative_slope=ctx.negative_slope, p=ctx.p, seed=seed, backend=ctx.backend
+        )
+        return grad_x, None, None, None, None
 
 
 class MaskedDropout(Function):
@@ -156,17 +174,32 @@ class MaskedDropout(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
-        kernels = backends.select(backend, x.device)
-        mask = kernels.dropout_mask(x.numel(), p=p, seed=seed, device=x.device)
+        mask = ops.dropout_mask(x, p=p, seed=seed, backend=backend)
         ctx.p, ctx.backend = p, backend
-        # Plain dropout keeps a float mask on the CPU, one byte an element on a GPU.
-        ctx.saved_map = SavedMap(tuple(x.shape), "mask", x.numel() * (1 if x.is_cuda else 4), 1)
+        ctx.saved_map = SavedMap(tuple(x.shape), "mask", _dropout_mask_bytes(x), 1)
         ctx.save_for_backward(mask)
-        dropped: Tensor = kernels.apply_dropout_mask(x, mask, p=p)
-        return dropped
+        return ops.apply_dropout_mask(x, mask, p=p, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return backends.select(ctx.backend, grad.device).apply_dropout_mask(grad, mask, p=ctx.p), None, None, None
+        return ops.apply_dropout_mask(grad, mask, p=ctx.p, backend=ctx.backend), None, None, None
+
+
+def _dropout_mask_bytes(x: Tensor) -> int:
+    """Bytes of plain dropout's mask: floats on the CPU, one byte an element on a GPU."""
+    return x.numel() * (1 if x.is_cuda else 4)
+
+
+def _save_with_seed(ctx: Any, seed: int | Tensor, *tensors: Tensor) -> None:
+    """Saves tensors and a seed, which is one of them if it is a tensor."""
+    ctx.seed = None if isinstance(seed, Tensor) else seed
+    ctx.save_for_backward(*tensors, *([seed] if isinstance(seed, Tensor) else []))
+
+
+def _saved_with_seed(ctx: Any) -> tuple[tuple[Tensor, ...], int | Tensor]:
+    if ctx.seed is not None:
+        return ctx.saved_tensors, ctx.seed
+    *tensors, seed = ctx.saved_tensors
+    return tuple(tensors), seed

@@ -71,7 +71,7 @@ class Plain:
             h = self.batch_norm(h, norm)
         if residual is not None:
             h = h + residual
-        return Activation(self.dropout(self.relu(h), dropout), Kept())
+        return Activation(self.relu_dropout(h, dropout), Kept())
 
     def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         """BatchNorm1d over the nodes."""
@@ -81,6 +81,10 @@ class Plain:
     def relu(self, h: Tensor) -> Tensor:
         """ReLU."""
         return F.relu(h)
+
+    def relu_dropout(self, h: Tensor, p: float) -> Tensor:
+        """ReLU then dropout."""
+        return self.dropout(self.relu(h), p)
 
     def dropout(self, h: Tensor, p: float) -> Tensor:
         """Dropout; a rate of 0 keeps nothing."""

@@ -66,6 +66,13 @@ class Projected(Plain):
         activated: Tensor = functions.LeakyReLU.apply(h, 0.0, self._format.backend)
         return activated
 
+    def relu_dropout(self, h: Tensor, p: float) -> Tensor:
+        """ReLU then dropout, in one pass where no dropout mask is kept."""
+        if p == 0 or self._store_dropout_mask:
+            return super().relu_dropout(h, p)
+        dropped: Tensor = functions.LeakyReLUDropout.apply(h, 0.0, p, self.next_mask_seed(), self._format.backend)
+        return dropped
+
     def dropout(self, h: Tensor, p: float) -> Tensor:
         """Dropout from the seed of this pass, its mask regenerated or kept in 1 bit an element."""
         if p == 0:

@@ -1,0 +1,254 @@
+"""The cases on which every backend equals the reference bit for bit.
+
+:func:`cases` lists calls of the backend functions; :func:`mismatches` runs each on the reference and on a backend and
+names what differs. Codes, masks, zeros and scales must have the same bits; of floating-point maps, only which NaN it
+is may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, product
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iexact_runner.compression import reference
+
+BITS = (1, 2, 4, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((), (0,), (3, 0), (1,), (7,), (8,), (9,), (63,), (64,), (100,), (1000,), (1031,), (37, 63), (128, 16))
+# One longer than what any backend works on at a time, and not a multiple of anything.
+LONG = (4099, 5)
+BLOCK_SIZES = (1, 3, 7, 63, 64, 100, 1008, 1024, 10000)
+SEEDS = (0, 1, -1, -(1 << 40) - 7, 0x0123456789ABCDEF, (1 << 63) - 1)
+OFFSETS = (0, 3, 8, (1 << 33) + 5)
+SLOPES = (0.0, 0.2)
+PROBABILITIES = (0.0, 0.1, 0.5, 0.999999)
+FILLS = (
+    "normal",
+    "skewed",
+    "constant",
+    "huge",
+    "overflow",
+    "subnormal",
+    "zeros",
+    "nan",
+    "infinity",
+    "rounded",
+    "strided",
+)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a backend function.
+
+    Args:
+        function: its name.
+        tensors: its positional arguments.
+        options: its keyword arguments.
+        label: what is special about it, for people.
+    """
+
+    function: str
+    tensors: tuple[Any, ...]
+    options: dict[str, Any]
+    label: str
+
+    def __str__(self) -> str:
+        """Function, label and options, as a mismatch is reported."""
+        options = ", ".join(f"{name}={_short(value)}" for name, value in self.options.items())
+        return f"{self.function}[{self.label}]({options})"
+
+    def run(self, kernels: ModuleType, device: torch.device) -> tuple[Tensor, ...]:
+        """What the function of a backend returns for tensors on ``device``, always as a tuple."""
+        options = {name: _move(value, device) for name, value in self.options.items()}
+        if self.function in ("dropout_mask", "rademacher"):
+            options["device"] = device
+        result = getattr(kernels, self.function)(*(_move(tensor, device) for tensor in self.tensors), **options)
+        return result if isinstance(result, tuple) else (result,)
+
+
+def mismatches(kernels: ModuleType, device: torch.device, *, quick: bool) -> list[str]:
+    """One line for each tensor of each case in which ``kernels`` on ``device`` differs from the reference on the CPU.
+
+    Args:
+        kernels: module that offers the functions of the reference.
+        device: where its tensors live.
+        quick: a few dozen short cases that still touch every function, width and type.
+    """
+    return [line for case in cases(quick=quick) for line in differences(case, kernels, device)]
+
+
+def differences(case: Case, kernels: ModuleType, device: torch.device) -> list[str]:
+    """One line for each tensor in which ``kernels`` differs from the reference in one case."""
+    expected, found = case.run(reference, torch.device("cpu")), case.run(kernels, device)
+    if len(expected) != len(found):
+        return [f"{case}: {len(found)} tensors instead of {len(expected)}"]
+    lines = []
+    for position, (right, got) in enumerate(zip(expected, found, strict=True)):
+        # Zero and scale are part of the format, so their NaN is a certain one.
+        difference = _difference(right, got.cpu(), exact=case.function == "quantize")
+        if difference:
+            lines.append(f"{case} result {position}: {difference}")
+    return lines
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """The calls to compare; see :func:`mismatches`."""
+    yield from _quantizer_cases(quick)
+    yield from _mask_cases(quick)
+    yield from _dropout_cases(quick)
+    yield from _rademacher_cases(quick)
+
+
+def filled(fill: str, shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+    """A map of awkward numbers of one kind.
+
+    Args:
+        fill: one of ``FILLS``.
+        shape: shape of the map.
+        dtype: type of the map.
+        seed: seed of the normal numbers that it starts from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    flat, limit = x.view(-1), torch.finfo(dtype).max
+    match fill:
+        case "skewed":
+            x = x.exp() + 100.0
+        case "constant":
+            x = torch.full(shape, -1.7)
+        case "huge":
+            x = x.clamp(-1, 1) * (limit / 2)
+        case "overflow":  # a range that no stored scale can hold at 1 bit
+            x = torch.where(x > 0, limit, -limit)
+        case "subnormal":
+            x = x * torch.finfo(dtype).tiny * 0.5
+        case "zeros":
+            x = torch.where(x > 0, 0.0, -0.0)
+        case "nan":
+            flat[::97] = torch.nan
+            flat[50::211] = -torch.nan
+        case "infinity":
+            flat[::89] = torch.inf
+            flat[60::223] = -torch.inf
+        case "rounded":  # small integers: most sit exactly on a level, where h - floor(h) is 0
+            x = (x * 2).round()
+        case "strided":
+            x = torch.randn((*shape, 2), generator=generator)[..., 1].to(dtype)
+            return x.mT.contiguous().mT if x.dim() > 1 else x
+    return x.to(dtype)
+
+
+def uneven_levels(bits: int) -> tuple[float, ...]:
+    """Increasing levels from 0 to 2**bits - 1, narrow at the ends."""
+    top = 2**bits - 1
+    return tuple(top * (3 * t * t - 2 * t * t * t) for t in (code / top for code in range(top + 1)))
+
+
+def _quantizer_cases(quick: bool) -> Iterator[Case]:
+    """Calls of quantize, and of dequantize with what the reference's quantize returns."""
+    seeds, offsets, fills = cycle(_seeds()), cycle(OFFSETS), cycle(FILLS)
+    for turn, (bits, dtype, uneven) in enumerate(product(BITS, DTYPES, (False, True))):
+        levels = uneven_levels(bits) if uneven else None
+        pairs: list[tuple[tuple[int, ...], int, str]] = []
+        if quick:
+            chosen = bits == 2 and dtype == torch.float32 if uneven else dtype == DTYPES[BITS.index(bits) % len(DTYPES)]
+            pairs = [((37, 3), 7, next(fills))] if chosen else []
+        else:
+            # Sizes, blocks and numbers vary together, some at a time: all products would take long and show no more.
+            sizes = list(product(SHAPES, BLOCK_SIZES))[turn % 4 :: 4]
+            pairs += [(shape, block_size, next(fills)) for shape, block_size in sizes]
+            pairs += [((37, 63), block_size, fill) for fill, block_size in product(FILLS, (3, 100, 10000))]
+            pairs += [(LONG, block_size, "normal") for block_size in (1, 63, 1024, 50000)]
+        for shape, block_size, fill in pairs:
+            x = filled(fill, shape, dtype)
+            form = {"bits": bits, "block_size": block_size, "levels": levels}
+            label = _label(x, fill)
+            yield Case("quantize", (x,), {**form, "seed": next(seeds), "offset": next(offsets)}, label)
+            stored = reference.quantize(x, bits=bits, block_size=block_size, levels=levels, seed=next(seeds))
+            yield Case("dequantize", stored, {**form, "shape": shape, "dtype": dtype}, label)
+
+
+def _mask_cases(quick: bool) -> Iterator[Case]:
+    """Calls of leaky_relu and leaky_relu_backward."""
+    for slope, (shape, fill, dtype) in product(SLOPES, _maps(quick)):
+        x, grad = filled(fill, shape, dtype), filled(fill, shape, dtype, seed=1)
+        label, options = _label(x, fill), {"negative_slope": slope}
+        yield Case("leaky_relu", (x,), options, label)
+        mask = reference.leaky_relu(filled("normal", shape, dtype), **options)[1]
+        yield Case("leaky_relu_backward", (grad, mask), options, label)
+
+
+def _dropout_cases(quick: bool) -> Iterator[Case]:
+    """Calls of the functions that drop."""
+    seeds, offsets, slopes = cycle(_seeds()), cycle(OFFSETS), cycle(SLOPES)
+    for (shape, fill, dtype), p in zip(_maps(quick), cycle(PROBABILITIES), strict=False):
+        x = filled(fill, shape, dtype)
+        label, seed = _label(x, fill), next(seeds)
+        random = {"p": p, "seed": seed, "offset": next(offsets)}
+        fused = {"negative_slope": next(slopes), **random}
+        mask = reference.leaky_relu(filled("normal", shape, dtype), negative_slope=0.0)[1]
+        yield Case("dropout", (x,), random, label)
+        yield Case("dropout_mask", (x.numel(),), random, label)
+        yield Case("apply_dropout_mask", (x, mask), {"p": p}, label)
+        yield Case("leaky_relu_dropout", (x,), fused, label)
+        yield Case("leaky_relu_dropout_backward", (x, mask), fused, label)
+
+
+def _rademacher_cases(quick: bool) -> Iterator[Case]:
+    """Calls of rademacher."""
+    sizes = ((7, 3),) if quick else ((0, 5), (1, 1), (7, 3), (128, 16), (500, 63), (1031, 4))
+    for dtype, (rows, columns), seed in product(DTYPES, sizes, _seeds()[: 1 if quick else None]):
+        yield Case("rademacher", (rows, columns), {"seed": seed, "dtype": dtype}, f"{rows}x{columns}")
+
+
+def _maps(quick: bool) -> list[tuple[tuple[int, ...], str, torch.dtype]]:
+    """Shapes, fills and types of element-wise cases."""
+    if quick:
+        return [((37, 3), fill, dtype) for fill, dtype in zip(("zeros", "nan", "strided"), DTYPES, strict=True)]
+    sizes = [(shape, "normal") for shape in (*SHAPES, LONG)] + [((37, 63), fill) for fill in FILLS]
+    return [(shape, fill, dtype) for (shape, fill), dtype in product(sizes, DTYPES)]
+
+
+def _seeds() -> tuple[int | Tensor, ...]:
+    """Seeds of both kinds."""
+    return (*SEEDS, torch.tensor(-987654321987654321), torch.tensor(5))
+
+
+def _label(x: Tensor, fill: str) -> str:
+    return f"{fill} {_short(x.dtype)} {'x'.join(map(str, x.shape)) or 'scalar'}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor({value.item()})"
+    return "uneven" if isinstance(value, tuple) and len(value) > 2 else str(value).removeprefix("torch.")
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _difference(expected: Tensor, found: Tensor, *, exact: bool) -> str:
+    """What differs between two tensors on the CPU, in words; empty if nothing does."""
+    for name in ("dtype", "shape"):
+        right, got = getattr(expected, name), getattr(found, name)
+        if right != got:
+            return f"{name} {got} instead of {right}"
+    as_integers = _INTEGERS[expected.element_size()]
+    differs = expected.contiguous().view(as_integers) != found.contiguous().view(as_integers)
+    if expected.is_floating_point() and not exact:
+        differs &= ~(expected.isnan() & found.isnan())
+    count = int(differs.sum())
+    if not count:
+        return ""
+    first = int(differs.flatten().nonzero()[0])
+    right, got = expected.flatten()[first].item(), found.flatten()[first].item()
+    return f"{count} of {expected.numel()} elements differ, first at {first}: {got!r} instead of {right!r}"

@@ -1,0 +1,71 @@
+"""The Numba kernels equal the reference bit for bit, whatever the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+numba = pytest.importorskip("numba")
+
+from iexact_runner.compression import numba_kernels, parity  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts PyTorch's number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+def test_equals_the_reference() -> None:
+    found = parity.mismatches(numba_kernels, CPU, quick=False)
+    assert not found, "\n".join([f"{len(found)} differences", *found[:20]])
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_does_not_depend_on_threads(count: int) -> None:
+    before = numba.get_num_threads()
+    torch.set_num_threads(count)
+    assert parity.mismatches(numba_kernels, CPU, quick=True) == []
+    x = torch.randn(40_013)
+    whole = numba_kernels.quantize(x, bits=2, block_size=100, levels=None, seed=3)
+    torch.set_num_threads(1)
+    alone = numba_kernels.quantize(x, bits=2, block_size=100, levels=None, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, alone, strict=True))
+    assert numba.get_num_threads() == before
+
+
+@pytest.mark.parametrize("cut", [8, 100, 4096, 10_007])
+def test_pieces_equal_the_whole(cut: int) -> None:
+    x = torch.randn(20_011)
+    whole = numba_kernels.dropout(x, p=0.4, seed=5)
+    pieces = [numba_kernels.dropout(x[:cut], p=0.4, seed=5), numba_kernels.dropout(x[cut:], p=0.4, seed=5, offset=cut)]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_products_and_sums_round_separately() -> None:
+    """Some of these products have more bits than float32 holds, so a fused multiply-add would show."""
+    scale = torch.tensor([1 / 3]).to(torch.bfloat16)
+    zero = torch.tensor([-1.0e-3]).to(torch.bfloat16)
+    codes = torch.arange(256, dtype=torch.uint8)
+    decoded = numba_kernels.dequantize(
+        codes, zero, scale, bits=8, block_size=256, levels=parity.uneven_levels(8), shape=(256,), dtype=torch.float32
+    )
+    table = torch.tensor(parity.uneven_levels(8), dtype=torch.float32)
+    fused = (table.double() * scale.double() + zero.double()).float()
+    assert torch.equal(decoded, table * scale.float() + zero.float())
+    assert not torch.equal(decoded, fused)
+
+
+def test_input_that_requires_a_gradient() -> None:
+    x = torch.randn(9, 7, requires_grad=True)
+    y, mask = numba_kernels.leaky_relu_dropout(x, negative_slope=0.1, p=0.5, seed=1)
+    assert not y.requires_grad
+    assert mask.shape == (8,)

@@ -1,0 +1,50 @@
+"""The custom operators: registered as torch expects, and nothing but the backend's own functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iexact_runner.compression import ops, reference
+
+X = torch.randn(37, 63)
+SEED = torch.tensor(7)
+MASK = reference.pack((X > 0).flatten().byte(), 1)
+CODES = reference.quantize(X, bits=4, block_size=63, levels=None, seed=7)
+LEVELS = [0.0, 0.7, 2.3, 3.0]
+
+CALLS = {
+    "quantize": (ops._quantize, (X, SEED, 4, 63, None, 0, "torch")),
+    "quantize levels": (ops._quantize, (X, SEED, 2, 100, LEVELS, 16, "torch")),
+    "quantize bfloat16": (ops._quantize, (X.bfloat16(), SEED, 8, 7, None, 0, "torch")),
+    "dequantize": (ops._dequantize, (*CODES, 4, 63, None, [37, 63], torch.float32, "torch")),
+    "leaky_relu": (ops._leaky_relu, (X, 0.1, "torch")),
+    "leaky_relu_backward": (ops._leaky_relu_backward, (X, MASK, 0.1, "torch")),
+    "dropout": (ops._dropout, (X, SEED, 0.3, 0, "torch")),
+    "dropout_mask": (ops._dropout_mask, (X, SEED, 0.3, 5, "torch")),
+    "apply_dropout_mask": (ops._apply_dropout_mask, (X, MASK, 0.3, "torch")),
+    "leaky_relu_dropout": (ops._leaky_relu_dropout, (X, SEED, 0.0, 0.3, 0, "torch")),
+    "leaky_relu_dropout_backward": (ops._leaky_relu_dropout_backward, (X, MASK, SEED, 0.0, 0.3, 0, "torch")),
+    "rademacher": (ops._rademacher, (X, SEED, 63, 8, "torch")),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_operator_is_registered_soundly(name):
+    """Schema, fake implementation and dispatch agree with what the operator really returns."""
+    operator, arguments = CALLS[name]
+    torch.library.opcheck(
+        operator, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
+
+
+def test_every_operator_is_checked():
+    defined = {value for value in vars(ops).values() if isinstance(value, torch.library.CustomOpDef)}
+    assert defined == {operator for operator, _ in CALLS.values()}
+
+
+def test_strides_are_ironed_out():
+    x = torch.randn(20, 30).t()
+    assert ops.leaky_relu(x, negative_slope=0.0, backend="torch")[0].is_contiguous()
+    assert ops.dropout(x, p=0.5, seed=1, backend="torch").is_contiguous()
+    assert torch.equal(ops.dropout(x, p=0.5, seed=1, backend="torch"), reference.dropout(x.contiguous(), p=0.5, seed=1))
