@@ -24,7 +24,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("poisoned_empty")
 def test_equals_the_reference() -> None:
-    found = parity.mismatches(numba_kernels, CPU, quick=False)
+    found = parity.mismatches(numba_kernels, CPU, parity.cases(quick=False))
     assert not found, "\n".join([f"{len(found)} differences", *found[:20]])
 
 
@@ -33,7 +33,7 @@ def test_equals_the_reference() -> None:
 def test_does_not_depend_on_threads(count: int) -> None:
     before = numba.get_num_threads()
     torch.set_num_threads(count)
-    assert parity.mismatches(numba_kernels, CPU, quick=True) == []
+    assert parity.mismatches(numba_kernels, CPU, parity.cases(quick=True)) == []
     x = torch.randn(40_013)
     whole = numba_kernels.quantize(x, bits=2, block_size=100, levels=None, seed=3)
     torch.set_num_threads(1)

@@ -48,12 +48,12 @@ def test_quick_cases_are_few() -> None:
 
 
 def test_reference_equals_itself() -> None:
-    assert parity.mismatches(reference, CPU, quick=True) == []
+    assert parity.mismatches(reference, CPU, parity.cases(quick=True)) == []
 
 
 @pytest.mark.parametrize(("function", "position"), RESULTS, ids=[f"{name}-{index}" for name, index in RESULTS])
 def test_one_flipped_bit_is_noticed(function: str, position: int) -> None:
-    found = parity.mismatches(_mutant(function, position), CPU, quick=True)
+    found = parity.mismatches(_mutant(function, position), CPU, parity.cases(quick=True))
     assert found
     assert all(line.startswith(f"{function}[") and f"result {position}" in line for line in found)
     assert all("1 of " in line for line in found)
@@ -67,7 +67,7 @@ def test_another_shape_type_or_count_is_noticed() -> None:
     ]:
         module = _copy()
         module.dropout = lambda *args, change=change, **options: change(reference.dropout(*args, **options))  # type: ignore[attr-defined]
-        found = parity.mismatches(module, CPU, quick=True)
+        found = parity.mismatches(module, CPU, parity.cases(quick=True))
         assert len(found) == 3
         assert all(words in line for line in found)
 

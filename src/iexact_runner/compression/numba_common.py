@@ -66,7 +66,7 @@ def keys(seed: int | Tensor) -> tuple[np.uint64, np.uint64]:
 @jit
 def chunk_bounds(chunk: int, count: int) -> tuple[int, int]:
     """First element of a chunk and the one past its last."""
-    start = np.int64(chunk) * CHUNK
+    start: Any = np.int64(chunk) * CHUNK
     stop = start + CHUNK
     return start, stop if stop < count else count
 

@@ -7,7 +7,7 @@ is may differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, product
 from types import ModuleType
@@ -74,15 +74,15 @@ class Case:
         return result if isinstance(result, tuple) else (result,)
 
 
-def mismatches(kernels: ModuleType, device: torch.device, *, quick: bool) -> list[str]:
+def mismatches(kernels: ModuleType, device: torch.device, calls: Iterable[Case]) -> list[str]:
     """One line for each tensor of each case in which ``kernels`` on ``device`` differs from the reference on the CPU.
 
     Args:
         kernels: module that offers the functions of the reference.
         device: where its tensors live.
-        quick: a few dozen short cases that still touch every function, width and type.
+        calls: what to compare, for example :func:`cases`.
     """
-    return [line for case in cases(quick=quick) for line in differences(case, kernels, device)]
+    return [line for case in calls for line in differences(case, kernels, device)]
 
 
 def differences(case: Case, kernels: ModuleType, device: torch.device) -> list[str]:
@@ -100,7 +100,11 @@ def differences(case: Case, kernels: ModuleType, device: torch.device) -> list[s
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
-    """The calls to compare; see :func:`mismatches`."""
+    """Calls that cover every backend function.
+
+    Args:
+        quick: a few dozen short ones that still touch every function, width and type.
+    """
     yield from _quantizer_cases(quick)
     yield from _mask_cases(quick)
     yield from _dropout_cases(quick)

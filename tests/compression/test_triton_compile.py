@@ -1,0 +1,222 @@
+"""Every Triton kernel compiles for NVIDIA and AMD GPUs without one, keeps its values in registers and rounds by IEEE.
+
+What is compiled is what the launchers launch: their calls on tensors without memory are recorded instead of run, so
+the specialisations cannot drift from the code, and a kernel that no call here reaches fails the first test.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402  (after importorskip)
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+from iexact_runner.compression import triton_elementwise, triton_kernels  # noqa: E402
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COUNT = 1 << 14
+LEVELS = (0.0, 1.1, 1.9, 3.0)
+# Kernels allowed to spill, as {(kernel, label, target): reason}.
+SPILLS: dict[tuple[str, str, str], str] = {}
+# The floor of h >= 0: flushing a subnormal h to 0 first changes nothing.
+HARMLESS = ("cvt.rmi.ftz.f32.f32",)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    label: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    launch: Launch
+    target: str
+    assembly: str
+    machine_code: str
+    registers: int
+    spills: int
+
+    def __str__(self) -> str:
+        name = f"{self.launch.kernel.__name__}[{self.launch.label}]"
+        return f"{name:64} {self.target:7} {self.registers:4} registers, {self.spills} bytes or registers spilled"
+
+
+def calls() -> Iterator[tuple[str, Any]]:
+    """A label and a call for each specialisation worth compiling."""
+    for name, dtype, bits, block_size, levels, offset, count in (
+        ("float32 2", torch.float32, 2, 256, None, 0, COUNT),
+        ("float32 2 short blocks", torch.float32, 2, 32, None, 0, COUNT),
+        ("float32 2 long blocks", torch.float32, 2, 8192, None, 0, COUNT),
+        ("float32 2 levels", torch.float32, 2, 256, LEVELS, 0, COUNT),
+        ("float32 2 shifted", torch.float32, 2, 256, None, 3, COUNT),
+        ("float32 2 odd", torch.float32, 2, 63, None, 0, COUNT + 1),
+        ("float32 2 quarters", torch.float32, 2, 76, LEVELS, 0, COUNT),
+        ("float32 2 huge blocks", torch.float32, 2, 10**5, None, 0, COUNT),
+        ("float32 1", torch.float32, 1, 1024, None, 0, COUNT),
+        ("bfloat16 4", torch.bfloat16, 4, 256, None, 0, COUNT),
+        ("float16 8", torch.float16, 8, 64, None, 0, COUNT),
+        ("float16 8 odd", torch.float16, 8, 63, None, 5, COUNT),
+        ("bfloat16 1 single", torch.bfloat16, 1, 16, None, 8, 16),
+        ("float32 8 single odd", torch.float32, 8, 1, None, 0, 1),
+        ("float32 2 over 2**32", torch.float32, 2, 64, None, 2**40, 2**37),
+        ("float32 4 over 2**32 quarters", torch.float32, 4, 3 * 2**36, None, 2**40, 2**38 + 4),
+    ):
+        x = torch.empty(count, dtype=dtype, device="meta")
+        form = {"bits": bits, "block_size": block_size, "levels": levels}
+        zero = torch.empty(-(-count // block_size), dtype=triton_kernels.stored_dtype(dtype), device="meta")
+        codes = torch.empty(-(-count * bits // 8), dtype=torch.uint8, device="meta")
+        yield name, lambda x=x, form=form, offset=offset: triton_kernels.quantize(x, **form, seed=1, offset=offset)
+        yield (
+            name,
+            lambda x=x, form=form, stored=(codes, zero, zero): triton_kernels.dequantize(
+                *stored, **form, shape=tuple(x.shape), dtype=x.dtype
+            ),
+        )
+    slope, random = {"negative_slope": 0.1}, {"p": 0.3, "seed": 1}
+    mask = torch.empty(COUNT // 8, dtype=torch.uint8, device="meta")
+    yield "float32", lambda: triton_kernels.dropout_mask(COUNT, device=mask.device, **random)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.empty(COUNT, dtype=dtype, device="meta")
+        name = str(dtype).removeprefix("torch.")
+        yield name, lambda x=x: triton_kernels.leaky_relu(x, **slope)
+        yield name, lambda x=x: triton_kernels.leaky_relu_backward(x, mask, **slope)
+        yield name, lambda x=x: triton_kernels.apply_dropout_mask(x, mask, p=0.3)
+        yield name, lambda x=x: triton_kernels.dropout(x, **random)
+        yield name, lambda x=x: triton_kernels.leaky_relu_dropout(x, **slope, **random)
+        yield name, lambda x=x: triton_kernels.leaky_relu_dropout_backward(x, mask, **slope, **random)
+        yield name, lambda x=x: triton_kernels.rademacher(128, 128, seed=1, dtype=x.dtype, device=x.device)
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[Launch]:
+    """What the launchers would launch on a GPU."""
+    recorded: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for label, call in calls():
+
+            def record(
+                kernel: Any, *arguments: Any, grid: Any, warmup: bool, _label: str = label, **options: Any
+            ) -> None:
+                recorded.append(Launch(kernel, _label, arguments, options))
+
+            patch.setattr(JITFunction, "run", record)
+            call()
+    return recorded
+
+
+@pytest.fixture(scope="module")
+def compiled(launches: list[Launch], tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    folder = tmp_path_factory.mktemp("cubins")
+    return [compile_for(name, launch, folder) for launch in launches for name in TARGETS]
+
+
+def compile_for(name: str, launch: Launch, folder: Path) -> Compiled:
+    """Compiles a launch as Triton would when it runs on ``TARGETS[name]``."""
+    kernel, target = launch.kernel, TARGETS[name]
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.arguments, **launch.options)
+    keywords = {**launch.options, "debug": False}
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    binary = triton.compile(ASTSource(kernel, signature, constants, attributes), target, options.__dict__)
+    if target.backend == "cuda":
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        command = [str(BINARIES / "cuobjdump"), "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack, local = (
+            int(found[1]) for found in re_find(usage, r"REG:(\d+)", r"STACK:(\d+)", r"LOCAL:(\d+)")
+        )
+        command = [str(BINARIES / "nvdisasm"), "-c", str(cubin)]
+        machine_code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return Compiled(launch, name, binary.asm["ptx"], machine_code, registers, stack + local)
+    text = binary.asm["amdgcn"]
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    registers, *spills = (int(found[1]) for found in re_find(text, *(rf"\.{name}:\s+(\d+)" for name in names)))
+    return Compiled(launch, name, text, text, registers, sum(spills))
+
+
+def re_find(text: str, *patterns: str) -> list[re.Match[str]]:
+    """The first match of each pattern, which must exist."""
+    found = [re.search(pattern, text) for pattern in patterns]
+    assert all(found), f"{patterns} in {text[:2000]}"
+    return [match for match in found if match]
+
+
+def test_every_kernel_is_compiled(launches: list[Launch]) -> None:
+    kernels = {
+        name
+        for module in (triton_elementwise, triton_kernels)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    assert kernels
+    assert {launch.kernel.__name__ for launch in launches} == kernels
+
+
+def test_every_launch_forbids_fused_multiply_add(launches: list[Launch]) -> None:
+    assert all(launch.options["enable_fp_fusion"] is False for launch in launches)
+
+
+def test_nothing_spills(compiled: list[Compiled]) -> None:
+    print("\n".join(map(str, compiled)))
+    spilling = {(item.launch.kernel.__name__, item.launch.label, item.target) for item in compiled if item.spills}
+    assert spilling == set(SPILLS)
+
+
+def test_nvidia_arithmetic_is_ieee(compiled: list[Compiled]) -> None:
+    for item in compiled:
+        if TARGETS[item.target].backend == "cuda":
+            assembly = item.assembly
+            for harmless in HARMLESS:
+                assembly = assembly.replace(harmless, "")
+            assert not re.findall(r"div\.full|\bfma\.|\bmad\.\w+\.f32|\.ftz|\.approx", assembly), item
+
+
+def test_only_divisions_multiply_and_add_at_once(compiled: list[Compiled]) -> None:
+    # An IEEE division is expanded into them, so this shows nothing of the kernels that divide.
+    dividing = {"_quantize_kernel", "_extrema_kernel", "_codes_kernel"}
+    for item in compiled:
+        if item.launch.kernel.__name__ not in dividing:
+            assert not re.findall(r"\bFFMA|\bv_(?:pk_)?(?:fma|fmac|mac|mad)_f32", item.machine_code), item
+        elif TARGETS[item.target].backend == "hip":
+            assert "v_div_fixup_f32" in item.machine_code, item
+
+
+def test_amd_keeps_subnormals(compiled: list[Compiled]) -> None:
+    for item in compiled:
+        if TARGETS[item.target].backend == "hip":
+            (mode,) = re_find(item.assembly, r"\.amdhsa_float_denorm_mode_32\s+(\d+)")
+            assert mode[1] == "3", item
+
+
+def test_float32_maps_move_16_bytes_at_once(compiled: list[Compiled]) -> None:
+    streaming = {
+        "_quantize_kernel": r"ld\.global\.v4\.b32",
+        "_dequantize_kernel": r"st\.global\.v4\.b32",
+        "_dropout_kernel": r"ld\.global\.v4\.b32",
+        "_leaky_relu_kernel": r"ld\.global\.v4\.b32",
+    }
+    for item in compiled:
+        pattern = streaming.get(item.launch.kernel.__name__)
+        if pattern and TARGETS[item.target].backend == "cuda" and "odd" not in item.launch.label:
+            assert re.search(pattern, item.assembly), item

@@ -1,0 +1,104 @@
+"""The Triton kernels, run on tiny maps by Triton's interpreter, equal the reference bit for bit.
+
+Each test runs this file as a script: ``TRITON_INTERPRET`` must be set before the kernels are decorated, and then
+holds for all of Triton in that process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import cycle, product
+from typing import cast
+
+import pytest
+import torch
+
+from iexact_runner.compression import parity, reference
+from iexact_runner.compression.parity import Case
+
+pytest.importorskip("triton")
+
+
+def quantizer_cases(count: int, block_size: int, bits: int, *, dtype: torch.dtype, offset: int) -> Iterator[Case]:
+    x = parity.filled("skewed", (count,), dtype)
+    levels = parity.uneven_levels(bits) if count % 2 else None
+    form = {"bits": bits, "block_size": block_size, "levels": levels}
+    yield Case("quantize", (x,), {**form, "seed": torch.tensor(-5), "offset": offset}, str(count))
+    stored = reference.quantize(x, bits=bits, block_size=block_size, levels=levels, seed=1)
+    yield Case("dequantize", stored, {**form, "shape": (count,), "dtype": dtype}, str(count))
+
+
+def short_cases() -> Iterator[Case]:
+    """Maps that fill no tile, end within a byte, or have blocks that share one; draws that straddle Philox calls."""
+    sizes = ((1, 8), (100, 16), (318, 63), (131, 64), (97, 7), (70, 1), (75, 24), (300, 1000))
+    offsets, dtypes = cycle((0, 3, 2**33 + 13)), cycle(parity.DTYPES)
+    for (count, block_size), bits in product(sizes, parity.BITS):
+        yield from quantizer_cases(count, block_size, bits, dtype=next(dtypes), offset=next(offsets))
+
+
+def long_cases() -> Iterator[Case]:
+    """Several programs; blocks up to the largest tile, and past it."""
+    for block_size in (8192, 8200, 2056, 4097, 9002, 15):
+        yield from quantizer_cases(9002, block_size, 2, dtype=torch.float32, offset=6)
+    x = parity.filled("nan", (8195,), torch.bfloat16)
+    random = {"p": 0.3, "seed": torch.tensor(-7), "offset": 2**35 + 1}
+    yield Case("leaky_relu_dropout", (x,), {"negative_slope": 0.2, **random}, "8195")
+    yield Case("dropout_mask", (8195,), random, "8195")
+
+
+def extreme_cases() -> Iterator[Case]:
+    """Numbers at the edges of the types, in every function that rounds them."""
+    numbers = [0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 1e-38, -1e-38, 3.4e38, -3.4e38]
+    numbers += [65504.0, -65504.0, 65519.0, 6e-8, -6e-8, 3.0e-5, 1.00390625, 1.01171875, 3.3961e38]
+    for dtype, slope in product(parity.DTYPES, (0.0, 0.2, -0.3)):
+        x = torch.tensor(numbers).to(dtype)
+        mask = torch.tensor([0b10110010, 0b01101011, 0b00011101], dtype=torch.uint8)
+        random = {"p": 0.3, "seed": 5, "offset": 1}
+        yield Case("leaky_relu", (x,), {"negative_slope": slope}, "extreme")
+        yield Case("leaky_relu_backward", (x, mask), {"negative_slope": slope}, "extreme")
+        yield Case("apply_dropout_mask", (x, mask), {"p": 0.3}, "extreme")
+        yield Case("leaky_relu_dropout", (x,), {"negative_slope": slope, **random}, "extreme")
+        yield Case("leaky_relu_dropout_backward", (x, mask), {"negative_slope": slope, **random}, "extreme")
+    for dtype, bits, block_size in product(parity.DTYPES, (1, 8), (1, 2, 8)):
+        x = torch.tensor(numbers).to(dtype)
+        form = {"bits": bits, "block_size": block_size, "levels": None}
+        yield Case("quantize", (x,), {**form, "seed": 5}, "extreme")
+
+
+SELECTIONS = {
+    "quick": lambda: parity.cases(quick=True),
+    "short": short_cases,
+    "long": long_cases,
+    "extreme": extreme_cases,
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_interpreted_kernels_equal_the_reference(selection: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, selection],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    count, found = cast("tuple[int, list[str]]", json.loads(run.stdout.splitlines()[-1]))
+    assert count >= 14
+    assert not found, "\n".join(found)
+
+
+def main(selection: str) -> None:
+    from iexact_runner.compression import triton_kernels
+
+    torch.use_deterministic_algorithms(True)  # which fills every torch.empty with NaN or the largest integer
+    cases = list(SELECTIONS[selection]())
+    found = parity.mismatches(triton_kernels, torch.device("cpu"), cases)
+    print(json.dumps([len(cases), found]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
