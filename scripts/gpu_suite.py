@@ -69,9 +69,9 @@ def check_parity(device: Any, out: Path, *, max_seconds: float) -> int:
 def time_kernels(device: Any, out: Path) -> None:
     """Bandwidth of each kernel, bytes read and written once, against a device-to-device copy."""
     import torch
-    from bench_kernels import kernel_runs
     from triton.testing import do_bench
 
+    from bench_kernels import kernel_runs
     from iexact_runner.compression import triton_kernels
 
     rows = []
@@ -99,9 +99,9 @@ def time_kernels(device: Any, out: Path) -> None:
 
 def time_epochs(device: Any, out: Path, *, rounds: int) -> None:
     """A training step of every model and preset against plain PyG FP32."""
-    from bench_epoch import append_rows, show, time_presets
     from rich.console import Console
 
+    from bench_epoch import append_rows, show, time_presets
     from iexact_runner.errors import UserError
 
     path = out / "gpu_epochs.csv"

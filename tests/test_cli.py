@@ -12,8 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from conftest import REPOSITORY
 
+# A proxy that refuses at once: no test reaches the network.
+DEAD = "http://127.0.0.1:9"
 QUICK = ("training.epochs=3", "model.hidden_channels=8", "dataset=digits")
 
 
@@ -94,7 +97,7 @@ def test_output_folder_that_cannot_be_made(tmp_path):
 
 def test_missing_dataset_fails_with_one_line_and_a_record(tmp_path):
     result = iexact(
-        "dataset=amazon_photo", "dataset.root=nowhere", cwd=tmp_path, env={"http_proxy": "", "https_proxy": ""}
+        "dataset=amazon_photo", "dataset.root=nowhere", cwd=tmp_path, env={"http_proxy": DEAD, "https_proxy": DEAD}
     )
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "amazon_electronics_photo.npz" in result.stderr

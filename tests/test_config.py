@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
+from conftest import REPOSITORY
 from iexact_runner.cli import compose_config
 from iexact_runner.config import BITS, CompressionConfig, Config
 from iexact_runner.errors import ConfigError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FP32, projected
 from torch import nn
 
+from conftest import FP32, projected
 from iexact_runner.config import SAGEConfig
 from iexact_runner.data.graph import mean_adjacency
 from iexact_runner.measure import SavedTensors, Throughput, time_epochs, total_bytes

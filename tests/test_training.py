@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FP32, assert_close, projected, tiny_dataset
 
+from conftest import FP32, assert_close, projected, tiny_dataset
 from iexact_runner.config import GATConfig, SAGEConfig, TrainingConfig
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import build_model

@@ -96,7 +96,8 @@ class Experiment:
         finally:
             summary = self._summary(status, error)
             self._folder.write_summary(summary)
-            show_summary(self._console, summary, folder=os.path.relpath(self._folder.path))
+            if summary["memory"] is not None:
+                show_summary(self._console, summary, folder=os.path.relpath(self._folder.path))
         return summary
 
     def _execute(self) -> None:

@@ -82,6 +82,12 @@ def test_uniform_levels_are_the_fast_path():
     assert check_levels([0, 0.9, 2.1, 3], bits=2) == (0.0, 0.9, 2.1, 3.0)
 
 
+def test_parts_on_another_device_are_refused():
+    kept = quantize(torch.randn(100), bits=2, block_size=10, seed=0)
+    with pytest.raises(ValueError, match="zero is on meta: must be on cpu"):
+        dequantize(dataclasses.replace(kept, zero=kept.zero.to("meta")))
+
+
 def test_damaged_payload_is_refused():
     kept = quantize(torch.randn(100), bits=2, block_size=10, seed=0)
     for field in ("codes", "zero", "scale"):

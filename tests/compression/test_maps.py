@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close
 
+from conftest import assert_close
 from iexact_runner.compression import reference
 from iexact_runner.compression.maps import MapFormat, block_size_for, kept_columns, levels_for
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_close, tiny_dataset
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
+from conftest import assert_close, tiny_dataset
 from iexact_runner.data.graph import (
     Adjacency,
     edge_list,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FP32, assert_close, tiny_dataset
 
+from conftest import FP32, assert_close, tiny_dataset
 from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
 from iexact_runner.data.graph import Adjacency, edge_list
 from iexact_runner.errors import ConfigError

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import projected, tiny_dataset
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from conftest import projected, tiny_dataset
 from iexact_runner.config import SAGEConfig
 from iexact_runner.data.graph import mean_adjacency
 from iexact_runner.measure import SavedTensors

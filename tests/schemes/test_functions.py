@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_close, relative_error
 
+from conftest import assert_close, relative_error
 from iexact_runner.compression import reference
 from iexact_runner.compression.maps import MapFormat
 from iexact_runner.compression.seeds import mix

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close, projected, tiny_dataset
 
+from conftest import assert_close, projected, tiny_dataset
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, SAGEConfig
 from iexact_runner.data.graph import mean_adjacency

@@ -25,9 +25,9 @@ def resolve(name: str, device: torch.device) -> str:
     """
     if name not in BACKENDS:
         raise ConfigError.of("compression.backend", name, f"must be one of {', '.join(BACKENDS)}")
-    fitting = "triton" if device.type == "cuda" else "numba"
+    fitting = {"cpu": "numba", "cuda": "triton"}.get(device.type)
     if name == "auto":
-        return fitting if _installed(fitting) else "torch"
+        return fitting if fitting and _installed(fitting) else "torch"
     if name != "torch" and not _installed(name):
         raise ConfigError.of("compression.backend", name, f"{name} is not installed; use auto or torch")
     if name not in ("torch", fitting):

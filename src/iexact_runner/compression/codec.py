@@ -93,12 +93,17 @@ def dequantize(quantized: Quantized, *, backend: str = "auto") -> Tensor:
         backend: ``auto``, ``torch``, ``numba`` (CPU) or ``triton`` (GPU).
 
     Raises:
-        ValueError: if the backend is not valid or a stored tensor does not have the size that the format asks for.
+        ValueError: if the backend is not valid, or a stored tensor is on another device than the codes or does not
+            have the size that the format asks for.
     """
     count = torch.Size(quantized.shape).numel()
-    _check_size("codes", quantized.codes, -(-count * quantized.bits // 8))
-    _check_size("zero", quantized.zero, -(-count // quantized.block_size))
-    _check_size("scale", quantized.scale, -(-count // quantized.block_size))
+    blocks = -(-count // quantized.block_size)
+    for name, size in (("codes", -(-count * quantized.bits // 8)), ("zero", blocks), ("scale", blocks)):
+        part: Tensor = getattr(quantized, name)
+        if part.numel() != size:
+            raise ValueError(f"{name} holds {part.numel()} elements: shape, bits and block_size ask for {size}")
+        if part.device != quantized.codes.device:
+            raise ValueError(f"{name} is on {part.device}: must be on {quantized.codes.device}, as the codes are")
     backends.resolve(backend, quantized.codes.device)
     return ops.dequantize(
         quantized.codes,
@@ -152,8 +157,3 @@ def _check_seed(seed: int | Tensor) -> None:
             raise ValueError(f"seed of shape {tuple(seed.shape)}, {seed.dtype}: must be an int or a 0-d int64 tensor")
     elif not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed={seed}: must fit a signed 64-bit integer")
-
-
-def _check_size(name: str, tensor: Tensor, size: int) -> None:
-    if tensor.numel() != size:
-        raise ValueError(f"{name} holds {tensor.numel()} elements: shape, bits and block_size ask for {size}")

@@ -1,0 +1,66 @@
+"""The scripts run as they are documented, on small inputs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import REPOSITORY
+
+
+def script(name, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "scripts" / name), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_epoch_benchmark_takes_ratios_within_rounds(tmp_path):
+    result = script("bench_epoch.py", "--dataset", "digits", "--rounds", 3, "--csv", "epoch.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "epoch.csv").set_index("preset")
+    assert set(rows.index) >= {"baseline", "none", "exact", "iexact"}
+    assert rows.loc["baseline", "ratio_median"] == 1.0
+    assert (rows["ratio_p20"] <= rows["ratio_p80"]).all() and (rows["seconds_median"] > 0).all()
+    assert rows["torch"].nunique() == 1 and rows["device_name"].notna().all()
+
+
+@pytest.mark.parametrize("model", ["gcn", "gcn2", "gat"])
+def test_epoch_benchmark_has_a_baseline_for_every_model(tmp_path, model):
+    result = script("bench_epoch.py", "--dataset", "digits", "--model", model, "--rounds", 2, cwd=tmp_path)
+    assert result.returncode == 0 and "baseline" in result.stdout, result.stderr
+
+
+def test_kernel_benchmark_prints_the_promised_ratio(tmp_path):
+    pytest.importorskip("numba")
+    result = script("bench_kernels.py", "--rows", 1000, "--repeats", 2, "--csv", "kernels.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "INT2 quantize + decode" in result.stdout
+    rows = pd.read_csv(tmp_path / "kernels.csv").set_index("kernel")
+    assert rows.loc["copy to existing", "ratio_to_copy_existing"] == 1.0 and "relu_dropout" in rows.index
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU is told")
+def test_gpu_suite_says_at_once_what_is_missing(tmp_path):
+    pytest.importorskip("triton")
+    result = script("gpu_suite.py", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr == "gpu_suite: no CUDA device was found\n"
+
+
+def test_result_rows_hold_figures_and_environment(tmp_path):
+    command = [sys.executable, "-m", "iexact_runner", "-m", "compression=none,iexact", "training.epochs=2"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    result = script("results_csv.py", "outputs", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "rows.csv").write_text(result.stdout)
+    rows = pd.read_csv(tmp_path / "rows.csv")
+    assert rows["compression.scheme"].tolist() == ["none", "projected"]
+    assert (rows["saved_mib"] > 0).all() and rows["test_mean"].between(0, 1).all() and rows["torch"].notna().all()
+    assert script("results_csv.py", "empty", cwd=tmp_path).returncode == 2
