@@ -177,7 +177,14 @@ def test_every_launch_forbids_fused_multiply_add(launches: list[Launch]) -> None
     assert all(launch.options["enable_fp_fusion"] is False for launch in launches)
 
 
-def test_nothing_spills(compiled: list[Compiled]) -> None:
+def test_nothing_spills(compiled: list[Compiled], capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():  # the figures belong into the log of every run, not only of a failed one
+        print(f"\n{'registers (most of any specialisation)':40}" + "".join(f"{name:>8}" for name in TARGETS))
+        for kernel in sorted({item.launch.kernel.__name__ for item in compiled}):
+            of_kernel = [item for item in compiled if item.launch.kernel.__name__ == kernel]
+            most = {name: max(item.registers for item in of_kernel if item.target == name) for name in TARGETS}
+            spilled = sum(item.spills for item in of_kernel)
+            print(f"{kernel:40}" + "".join(f"{most[name]:8}" for name in TARGETS) + f"  {spilled} spilled")
     print("\n".join(map(str, compiled)))
     spilling = {(item.launch.kernel.__name__, item.launch.label, item.target) for item in compiled if item.spills}
     assert spilling == set(SPILLS)

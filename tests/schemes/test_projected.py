@@ -52,6 +52,14 @@ def test_forward_is_exact_under_every_setting(dataset, bits, kept_frac):
     assert torch.equal(scores, expected) and grad.isfinite().all()
 
 
+def test_alpha_changes_the_kept_codes_and_nothing_else(dataset):
+    scores, uniform = gradient(sage(projected(bits=2)), dataset)
+    uneven_scores, uneven = gradient(sage(projected(bits=2, alpha=0.8)), dataset)
+    assert torch.equal(uneven_scores, scores) and not torch.equal(uneven, uniform)
+    kept = [sum(record.bytes for record in kept_bytes(projected(bits=2, alpha=a), dataset)) for a in (1.0, 0.8)]
+    assert kept[0] == kept[1]
+
+
 def test_without_dropout_and_compression_the_gradient_is_that_of_fp32(dataset):
     plain_scores, plain = gradient(sage(CompressionConfig(scheme="none"), dropout=0.0), dataset)
     scores, kept = gradient(sage(projected(), dropout=0.0), dataset)

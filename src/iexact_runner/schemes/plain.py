@@ -5,10 +5,9 @@ Shapes: N nodes, E edges, H heads, C features a head.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.utils import softmax
+from torch_geometric.utils import scatter, softmax
 
 from iexact_runner.compression import reference
 from iexact_runner.compression.seeds import tensor_seed
@@ -54,9 +53,13 @@ class Plain:
         self, h: Tensor, score_source: Tensor, score_target: Tensor, edges: EdgeList, *, negative_slope: float
     ) -> Tensor:
         """Sum of neighbours' h (N, H, C) weighted by softmax(LeakyReLU(score_source_j + score_target_i)), (N, H)."""
-        score = F.leaky_relu(score_source[edges.source] + score_target[edges.target], negative_slope)  # [E, H]
+        score = F.leaky_relu(
+            score_source.index_select(0, edges.source) + score_target.index_select(0, edges.target), negative_slope
+        )  # [E, H]
         alpha = softmax(score, edges.target, num_nodes=edges.num_nodes)
-        return torch.zeros_like(h).index_add(0, edges.target, alpha.unsqueeze(-1) * h[edges.source])
+        weighted = alpha.unsqueeze(-1) * h.index_select(0, edges.source)  # [E, H, C]
+        gathered: Tensor = scatter(weighted, edges.target, dim_size=edges.num_nodes)
+        return gathered
 
     def drop_edges(self, edges: EdgeList, p: float) -> EdgeList:
         """Edges left by dropout on the graph itself, from the seed of this pass."""
