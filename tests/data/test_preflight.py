@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,23 @@ def test_only_new_files_are_removed(error: BaseException, tmp_path: Path) -> Non
         new.write_text("half")
         raise error
     assert old.exists() and not new.exists()
+
+
+def test_one_process_at_a_time_prepares_a_dataset(tmp_path: Path) -> None:
+    """Four processes add to a file that none may see half-written."""
+    code = """
+import sys, time
+from pathlib import Path
+from iexact_runner.data import preflight
+folder = Path(sys.argv[1])
+with preflight.exclusive(folder):
+    file = folder / "count"
+    before = int(file.read_text()) if file.exists() else 0
+    file.write_text("")
+    time.sleep(0.2)
+    file.write_text(str(before + 1))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(4)]
+    assert [process.wait(timeout=60) for process in processes] == [0] * 4
+    assert (tmp_path / "count").read_text() == "4"

@@ -83,6 +83,13 @@ def test_amazon_gets_a_seeded_split(folder: str, tmp_path: Path, tiny: SimpleNam
     assert first.edge_index.size(1) == 2 * tiny.nodes
 
 
+def test_root_may_be_the_folder_of_the_dataset_itself(
+    tmp_path: Path, tiny: SimpleNamespace, config: MakeConfig
+) -> None:
+    tiny.amazon(tmp_path / "Computers" / "raw")
+    assert load_dataset(config("amazon_computers", tmp_path / "Computers")).num_nodes == tiny.nodes
+
+
 def test_tolokers_takes_the_first_split(tmp_path: Path, tiny: SimpleNamespace, config: MakeConfig) -> None:
     raw = tmp_path / "HeterophilousGraphDataset" / "tolokers" / "raw"
     raw.mkdir(parents=True)

@@ -39,6 +39,11 @@ def load_ogb(config: DatasetConfig) -> NodeDataset:
     if config.name not in _DATASETS:
         raise ConfigError.of("dataset.name", config.name, f"ogb datasets are {', '.join(_DATASETS)}")
     folder = _find_folder(config)
+    with preflight.exclusive(folder):
+        return _load(config, folder)
+
+
+def _load(config: DatasetConfig, folder: Path) -> NodeDataset:
     files = _required_files(config.name, folder)
     missing = preflight.missing_files(files)
     if missing:

@@ -6,13 +6,16 @@ Used by the loaders of :mod:`~iexact_runner.data.ogb` and :mod:`~iexact_runner.d
 from __future__ import annotations
 
 import contextlib
+import getpass
 import gzip
+import hashlib
 import http.client
 import io
 import json
 import os
 import pickle
 import socket
+import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -21,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+from filelock import FileLock
 
 from iexact_runner.errors import DatasetError
 
@@ -139,6 +143,16 @@ def removed_on_failure(paths: Sequence[Path]) -> Iterator[None]:
         for path in set(paths) - before:
             path.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Lets one process at a time process a dataset; the others wait, then find it processed."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    # Not in the dataset's folder, which may be read-only; a user's own file, for others may not open it.
+    with FileLock(Path(tempfile.gettempdir(), f"iexact-{user}-{name}.lock")):
+        yield
 
 
 @contextlib.contextmanager

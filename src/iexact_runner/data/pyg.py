@@ -82,6 +82,14 @@ def load_pyg(config: DatasetConfig) -> NodeDataset:
     if source is None:
         raise ConfigError.of("dataset.name", config.name, f"torch_geometric datasets are {', '.join(_DATASETS)}")
     root = _find_root(config, source)
+    with preflight.exclusive(root / source.subset):
+        data = _read(source, root)
+    if (data.y.dim() == 2) != (config.name in _MULTILABEL):
+        raise DatasetError(f"{root} holds another dataset than {config.name}: set dataset.root to the right folder")
+    return prepare(config, x=data.x, y=data.y, edge_index=data.edge_index, split=_published_split(data))
+
+
+def _read(source: _Source, root: Path) -> Any:
     folder = root / source.subset
     processed = folder / "processed" / "data.pt"
     if not processed.exists():
@@ -94,22 +102,20 @@ def load_pyg(config: DatasetConfig) -> NodeDataset:
     guarded = type(source.dataset_class.__name__, (_Guarded, source.dataset_class), {})
     try:
         with preflight.quiet(), preflight.removed_on_failure(made):
-            data = guarded(str(root), **({"name": source.subset} if source.subset else {}))[0]
+            return guarded(str(root), **({"name": source.subset} if source.subset else {}))[0]
     except DatasetError:
         raise
     except OSError as error:
         raise preflight.unwritable_error(folder, preflight.first_line(error)) from error
     except preflight.READ_ERRORS as error:
         raise preflight.damaged_error(made, error) from error
-    if (data.y.dim() == 2) != (config.name in _MULTILABEL):
-        raise DatasetError(f"{root} holds another dataset than {config.name}: set dataset.root to the right folder")
-    return prepare(config, x=data.x, y=data.y, edge_index=data.edge_index, split=_published_split(data))
 
 
 def _find_root(config: DatasetConfig, source: _Source) -> Path:
     root = Path(config.root).expanduser().absolute()
     family = root / source.dataset_class.__name__
-    for candidate in (root, family):
+    # Last, for those who name the folder of the files itself.
+    for candidate in (root, family, root.parent) if root.name == source.subset else (root, family):
         folder = candidate / source.subset
         names = ["processed/data.pt", *(f"raw/{name}" for name in source.files)]
         if any(os.path.exists(folder / name) for name in names):
