@@ -54,7 +54,15 @@ def test_int_and_tensor_seeds_agree():
     ("fields", "words"),
     [
         ({"bits": 3}, "bits=3: must be one of 1, 2, 4, 8"),
-        ({"block_size": 0}, "block_size=0: must be 1 or more"),
+        ({"block_size": 0}, "block_size=0: must be an int of 1 or more"),
+        ({"block_size": 1.5}, "block_size=1.5"),
+        ({"block_size": 2**70}, "below 2**63"),
+        ({"bits": True}, "bits=True: must be one of 1, 2, 4, 8"),
+        ({"bits": 2.0}, "bits=2.0"),
+        ({"seed": 1.5}, "seed=1.5: must be an int"),
+        ({"seed": None}, "seed=None"),
+        ({"levels": "0123"}, "levels='0123': must be numbers"),
+        ({"x": [1.0, 2.0]}, "x=[1.0, 2.0]: must be a tensor"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, "0-d int64"),
         ({"seed": torch.tensor(1.0)}, "float32"),
@@ -90,6 +98,14 @@ def test_parts_on_another_device_are_refused():
 
 def test_damaged_payload_is_refused():
     kept = quantize(torch.randn(100), bits=2, block_size=10, seed=0)
+    for field, value in (
+        ("codes", kept.codes.int()),
+        ("zero", kept.zero.double()),
+        ("dtype", torch.float64),
+        ("bits", 3),
+    ):
+        with pytest.raises(ValueError, match=field):
+            dequantize(dataclasses.replace(kept, **{field: value}))
     for field in ("codes", "zero", "scale"):
         damaged = dataclasses.replace(kept, **{field: getattr(kept, field)[:-1]})
         with pytest.raises(ValueError, match=field):

@@ -9,7 +9,7 @@ import torch
 
 numba = pytest.importorskip("numba")
 
-from iexact_runner.compression import numba_kernels, parity  # noqa: E402
+from iexact_runner.compression import numba_common, numba_kernels, parity  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,16 @@ def threads() -> Iterator[None]:
 def test_equals_the_reference() -> None:
     found = parity.mismatches(numba_kernels, CPU, parity.cases(quick=False))
     assert not found, "\n".join([f"{len(found)} differences", *found[:20]])
+
+
+def test_works_where_there_is_no_place_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numba_common._can_cache()
+
+    def no_locator(**_: object) -> None:
+        raise RuntimeError("cannot cache function")
+
+    monkeypatch.setattr(numba_common.numba, "njit", no_locator)
+    assert not numba_common._can_cache()
 
 
 @pytest.mark.usefixtures("threads")

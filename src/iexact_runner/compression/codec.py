@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import backends, ops
+from iexact_runner.compression import backends, ops, reference
 
 BITS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,11 +97,17 @@ def dequantize(quantized: Quantized, *, backend: str = "auto") -> Tensor:
             have the size that the format asks for.
     """
     count = torch.Size(quantized.shape).numel()
+    _check_format(quantized.bits, quantized.block_size)
+    if quantized.dtype not in DTYPES:
+        raise ValueError(f"dtype={quantized.dtype}: must be one of {', '.join(map(str, DTYPES))}")
     blocks = -(-count // quantized.block_size)
     for name, size in (("codes", -(-count * quantized.bits // 8)), ("zero", blocks), ("scale", blocks)):
         part: Tensor = getattr(quantized, name)
         if part.numel() != size:
             raise ValueError(f"{name} holds {part.numel()} elements: shape, bits and block_size ask for {size}")
+        dtype = torch.uint8 if name == "codes" else reference.stored_dtype(quantized.dtype)
+        if part.dtype != dtype:
+            raise ValueError(f"{name} is {part.dtype}: must be {dtype}")
         if part.device != quantized.codes.device:
             raise ValueError(f"{name} is on {part.device}: must be on {quantized.codes.device}, as the codes are")
     backends.resolve(backend, quantized.codes.device)
@@ -126,6 +132,8 @@ def check_levels(levels: Sequence[float] | None, *, bits: int) -> tuple[float, .
     """
     if levels is None:
         return None
+    if isinstance(levels, str):
+        raise ValueError(f"levels={levels!r}: must be numbers")
     table = tuple(float(level) for level in levels)
     top = 2**bits - 1
     if len(table) != top + 1:
@@ -138,6 +146,8 @@ def check_levels(levels: Sequence[float] | None, *, bits: int) -> tuple[float, .
 
 
 def _check_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x={x!r:.60}: must be a tensor")
     if x.dtype not in DTYPES:
         raise ValueError(f"x.dtype={x.dtype}: must be one of {', '.join(map(str, DTYPES))}")
     if x.layout != torch.strided:
@@ -145,15 +155,15 @@ def _check_tensor(x: Tensor) -> None:
 
 
 def _check_format(bits: int, block_size: int) -> None:
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"bits={bits}: must be one of {', '.join(map(str, BITS))}")
-    if block_size < 1:
-        raise ValueError(f"block_size={block_size}: must be 1 or more")
+    if type(block_size) is not int or not 1 <= block_size < 2**63:
+        raise ValueError(f"block_size={block_size}: must be an int of 1 or more, below 2**63")
 
 
 def _check_seed(seed: int | Tensor) -> None:
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed of shape {tuple(seed.shape)}, {seed.dtype}: must be an int or a 0-d int64 tensor")
-    elif not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed}: must fit a signed 64-bit integer")
+    elif type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed}: must be an int of 64 bits with sign, or a 0-d int64 tensor")

@@ -34,10 +34,21 @@ _LOW_WORD, _WORD = np.uint64(MASK32), np.uint64(32)
 _MULTIPLIER0, _MULTIPLIER1 = (np.uint64(multiplier) for multiplier in PHILOX_MULTIPLIERS)
 _WEYL0, _WEYL1 = (np.uint64(step) for step in PHILOX_WEYL)
 
+
+def _can_cache() -> bool:
+    """Whether Numba finds a place for its cache: a read-only installation of a user without a home has none."""
+    try:
+        numba.njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+_CACHE = _can_cache()
 # Compiled code is cached by the file of the kernel alone: after a change here, clear __pycache__.
 # The numpy error model drops the check for a zero divisor, which would keep loops from being vectorised.
-jit: Decorator = partial(numba.njit, cache=True, error_model="numpy")
-parallel: Decorator = partial(numba.njit, cache=True, error_model="numpy", parallel=True)
+jit: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy")
+parallel: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy", parallel=True)
 
 
 @contextmanager
