@@ -87,6 +87,7 @@ def time_presets(
             "rounds": rounds,
             **{key: facts[key] for key in ("device_name", "torch_threads", "python", "torch", "torch_geometric")},
             "triton": facts["triton"],
+            "cuda": facts["cuda"],
             "backend": facts["compression_backend"],
             "git_commit": facts["git_commit"],
         }

@@ -14,12 +14,19 @@ from typing import Any
 import pandas as pd
 
 CONFIG = (
+    "task",
     "model.name",
+    "model.num_layers",
+    "model.hidden_channels",
     "dataset.name",
     "compression.scheme",
     "compression.bits",
     "compression.kept_frac",
     "compression.col_size",
+    "compression.alpha",
+    "compression.max_block_size",
+    "compression.share_maps",
+    "compression.store_dropout_mask",
     "runs",
     "seed",
     "training.epochs",

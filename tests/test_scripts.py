@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+import types
 
 import pandas as pd
 import pytest
 import torch
 
 from conftest import REPOSITORY
+from iexact_runner.compression import reference
 
 
 def script(name, *arguments, cwd):
@@ -52,6 +55,35 @@ def test_gpu_suite_says_at_once_what_is_missing(tmp_path):
     pytest.importorskip("triton")
     result = script("gpu_suite.py", cwd=tmp_path)
     assert result.returncode == 1 and result.stderr == "gpu_suite: no CUDA device was found\n"
+
+
+def test_gpu_suite_notices_a_difference(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import gpu_suite
+
+    device = torch.device("cpu")
+    assert gpu_suite.check_parity(reference, device, tmp_path, max_seconds=0.0)
+    rows = pd.read_csv(tmp_path / "gpu_parity.csv")
+    assert rows.loc[0, "differences"] == 0 and 0 < rows.loc[0, "compared"] < rows.loc[0, "of"]
+    exact = reference.dropout
+    monkeypatch.setattr(reference, "dropout", lambda x, **options: exact(x, **options) if x.numel() != 111 else x + 1)
+    broken = types.ModuleType("broken")
+    vars(broken).update({name: value for name, value in vars(reference).items() if not name.startswith("__")})
+    monkeypatch.setattr(reference, "dropout", exact)
+    assert not gpu_suite.check_parity(broken, device, tmp_path, max_seconds=0.0)
+
+
+def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import gpu_suite
+
+    monkeypatch.setattr(gpu_suite, "DATASETS", ("digits",))
+    monkeypatch.setattr(gpu_suite, "MODELS", ("sage",))
+    gpu_suite.time_epochs(torch.device("cpu"), tmp_path, rounds=2, deadline=time.monotonic() + 600)
+    rows = pd.read_csv(tmp_path / "gpu_epochs.csv")
+    assert "iexact" in rows["preset"].tolist() and rows["ratio_median"].notna().all()
+    gpu_suite.time_epochs(torch.device("cpu"), tmp_path, rounds=2, deadline=0.0)
+    assert "left out, the time is up" in capsys.readouterr().out
 
 
 def test_result_rows_hold_figures_and_environment(tmp_path):
