@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPOSITORY
+from iexact_runner import __version__
 
 # A proxy that refuses at once: no test reaches the network.
 DEAD = "http://127.0.0.1:9"
@@ -73,6 +74,9 @@ def test_help_reads_as_documentation_and_is_quick(tmp_path):
         ("seed=0,1", "Ambiguous value for argument 'seed=0,1'"),
         ("compression.backend=triton", "compression.backend=triton"),
         ("device=cuda:7", "device=cuda:7"),
+        ("model=null", "GROUP=null: a group needs a choice"),
+        ("recipe=null", "~recipe"),
+        ("model.name=foo", "model.name=foo: choose one with model=NAME"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, override, words):
@@ -86,6 +90,30 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, override, words):
 def test_debug_shows_the_traceback(tmp_path):
     result = iexact("compression.bits=3", "debug=true", cwd=tmp_path)
     assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith("iexact: compression.bits=3")
+
+
+def test_empty_output_folder_is_not_the_root(tmp_path):
+    result = iexact(*QUICK, "output_dir=", cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr == "iexact: output_dir='': must be a folder\n"
+
+
+def test_version(tmp_path):
+    assert iexact("--version", cwd=tmp_path).stdout == f"iexact {__version__}\n"
+
+
+def test_reader_that_leaves_does_not_end_the_run(tmp_path):
+    command = f"{sys.executable} -m iexact_runner {' '.join(QUICK)} | head -n 1"
+    subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, timeout=300, check=False)
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    assert (summary["status"], summary["error"]) == ("completed", None)
+    assert len((only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_runs_never_share_a_folder(tmp_path):
+    assert iexact(*QUICK, "hydra.run.dir=same", cwd=tmp_path).returncode == 0
+    again = iexact(*QUICK, "hydra.run.dir=same", cwd=tmp_path)
+    assert again.returncode == 1 and "already holds metrics.jsonl and summary.json" in again.stderr
+    assert len((tmp_path / "same" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_output_folder_that_cannot_be_made(tmp_path):
@@ -106,12 +134,14 @@ def test_missing_dataset_fails_with_one_line_and_a_record(tmp_path):
 
 def test_sweep_runs_all_jobs_and_reports_the_bad_one(tmp_path):
     result = iexact("-m", *QUICK, "compression.bits=3,2", cwd=tmp_path)
-    assert result.returncode == 2 and "compression.bits=3" in result.stderr
+    assert result.returncode == 2
+    assert result.stderr.startswith("iexact: job 0 (") and "): compression.bits=3: must be" in result.stderr
     summaries = list(tmp_path.rglob("summary.json"))
     assert len(summaries) == 1 and json.loads(summaries[0].read_text())["status"] == "completed"
 
 
-def test_interrupted_run_keeps_what_it_had(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_run_keeps_what_it_had(tmp_path, sent):
     process = subprocess.Popen(
         [sys.executable, "-m", "iexact_runner", "training.epochs=100000", "model.hidden_channels=8"],
         cwd=tmp_path,
@@ -123,7 +153,7 @@ def test_interrupted_run_keeps_what_it_had(tmp_path):
     while not list(tmp_path.rglob("metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr == "iexact: interrupted: what was recorded so far is kept\n"
     run = only_run(tmp_path)

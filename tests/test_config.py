@@ -137,6 +137,9 @@ def test_help_names_every_choice():
         ("dataset.root=''", "dataset.root=''"),
         ("dataset.neighbors=0", "dataset.neighbors=0: must be between 1 and 1796"),
         ("dataset.split_seed=-1", "dataset.split_seed=-1"),
+        ("model.name=gat", "model.name=gat: choose one with model=NAME"),
+        ("dataset.name=cora", "dataset.name=cora: choose one with dataset=NAME"),
+        ("output_dir=''", "output_dir='': must be a folder"),
     ],
 )
 def test_bad_values_name_the_field(override, message):
@@ -157,6 +160,7 @@ def test_bad_values_name_the_field(override, message):
         (["model=gat", "compression=none", "model.heads=0"], "model.heads=0"),
         (["model=gcn2", "compression=none", "model.alpha=2"], "model.alpha=2.0"),
         (["model=gcn2", "compression=none", "model.theta=0"], "model.theta=0.0"),
+        (["task=measure", "runs=2"], "runs=2: task=measure measures one run"),
         (["dataset=synthetic", "dataset.num_nodes=1"], "dataset.num_nodes=1"),
         (["dataset=synthetic", "dataset.average_degree=0"], "dataset.average_degree=0.0"),
         (["dataset=synthetic", "dataset.homophily=2"], "dataset.homophily=2.0"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from conftest import tiny_dataset
 from iexact_runner import experiment
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, TrainingError
@@ -145,7 +146,7 @@ def test_loss_that_explodes_is_recorded_as_failed(tmp_path, monkeypatch):
 
 
 def test_learning_rate_that_explodes_ends_the_run(tmp_path):
-    with pytest.raises(TrainingError, match="at epoch"):
+    with pytest.raises(TrainingError, match=r"(at|after) epoch \d+"):
         run(tmp_path, "training.lr=1e30", "training.grad_norm=null", "compression=none", "model.batch_norm=false")
     assert read(tmp_path)[0]["status"] == "failed"
 
@@ -175,6 +176,37 @@ def test_what_was_recorded_before_the_end_is_kept(tmp_path, monkeypatch, error, 
     summary, lines = read(tmp_path)
     assert (summary["status"], summary["error"]) == (status, text)
     assert len(lines) == 6 and len(summary["accuracy"]["test"]["values"]) == 1
+
+
+def test_last_step_that_ruins_the_weights_is_not_completed(tmp_path):
+    with pytest.raises(TrainingError, match="after epoch 1"):
+        run(tmp_path, "training.lr=1e30", "training.epochs=1", "training.grad_norm=null", "model.batch_norm=false")
+    assert read(tmp_path)[0]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("compression.share_maps=true",),
+        ("model.dropout=0",),
+        ("model.input_dropout=.3",),
+        ("compression.share_maps=true", "model.num_layers=1"),
+        ("compression.store_dropout_mask=false", "dataset.inductive=true"),
+    ],
+    ids=lambda overrides: " ".join(overrides) or "published layout",
+)
+def test_fp32_figure_of_a_compressed_run_is_what_fp32_keeps(tmp_path, overrides):
+    plain = [override for override in overrides if not override.startswith("compression.")]
+    (compressed, _), _ = run(tmp_path / "a", "task=measure", *overrides)
+    (fp32, _), _ = run(tmp_path / "b", "task=measure", "compression=none", *plain)
+    assert compressed["memory"]["saved_mib_fp32"] == fp32["memory"]["saved_mib"] > 0
+
+
+def test_multilabel_data_refuse_a_loss_that_would_be_ignored(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "load_dataset", lambda _: tiny_dataset(multilabel=True))
+    with pytest.raises(ConfigError, match="training.loss=log_cross_entropy"):
+        run(tmp_path, "training.loss=log_cross_entropy")
 
 
 def test_devices(monkeypatch):

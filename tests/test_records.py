@@ -48,6 +48,14 @@ def test_summary_is_strict_json(tmp_path):
     assert to_json(-math.inf) == "null"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_records_of_another_run_are_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("old")
+    with pytest.raises(UserError, match=f"already holds {name} of another run"):
+        RunFolder(tmp_path)
+    assert (tmp_path / name).read_text() == "old"
+
+
 def test_unwritable_folder_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.touch()

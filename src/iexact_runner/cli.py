@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,9 +17,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
 
@@ -72,32 +76,44 @@ def compose_config(*overrides: str) -> schema.Config:
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
 def app(composed: DictConfig) -> None:
     """Runs one job in the folder that Hydra made for it; a failed job does not stop the others of a sweep."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
     debug = OmegaConf.select(composed, "debug") is True
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    job = f"job {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)}): " if sweep else ""
     try:
         run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
         _remove_if_empty(folder)
-        _report(explain(error), EXIT_USAGE, debug=debug)
+        _report(job + explain(error), EXIT_USAGE, debug=debug)
     except UserError as error:
-        _report(explain(error), EXIT_FAILED, debug=debug)
+        _report(job + explain(error), EXIT_FAILED, debug=debug)
+    except KeyboardInterrupt:
+        _remove_if_empty(folder)
+        raise
     except Exception as error:
-        hint = "" if debug else " (debug=true shows where)"
-        _report(f"{type(error).__name__}: {explain(error)}{hint}", EXIT_FAILED, debug=debug)
+        _report(job + _unexpected(error, debug=debug), EXIT_FAILED, debug=debug)
 
 
 def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
     """Runs a checked configuration with its records in ``folder``."""
-    from rich.console import Console  # torch and rich are slow to import, and --help needs neither
-
+    # torch and rich are slow to import, and --help needs neither.
+    from iexact_runner.display import Screen
     from iexact_runner.experiment import Experiment
     from iexact_runner.records import RunFolder
 
-    Experiment(config, RunFolder(folder), Console()).run(resolved_yaml)
+    Experiment(config, RunFolder(folder), Screen()).run(resolved_yaml)
 
 
 def main() -> None:
     """Entry point of ``iexact``: every expected error is one line on stderr and a non-zero exit status."""
+    if "--version" in sys.argv[1:]:
+        print(f"iexact {__version__}")
+        return
+    if any(re.fullmatch(r"output_dir=(''|\"\")?", argument) for argument in sys.argv[1:]):
+        sys.exit("iexact: output_dir='': must be a folder")  # Hydra would make folders in the root
+    # What ends a batch job ends it as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     register_schema()
     # Hydra then raises what it would print in its own many-line way.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -112,6 +128,8 @@ def main() -> None:
     except OSError as error:  # Hydra could not make the folder of the run
         reason = error.strerror or str(error)
         _report(f"output_dir: {error.filename} cannot be written ({reason}); name a folder that can", 1, debug=debug)
+    except Exception as error:
+        _report(_unexpected(error, debug=debug), EXIT_USAGE, debug=debug)
     if _failures:
         sys.exit(_failures[-1])
 
@@ -133,6 +151,12 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {_one_line(str(error.msg))}"
     return _one_line(str(error))
+
+
+def _unexpected(error: Exception, *, debug: bool) -> str:
+    if "Config group override must be a string" in str(error):
+        return "GROUP=null: a group needs a choice; ~GROUP drops an optional one, for example ~recipe"
+    return f"{type(error).__name__}: {explain(error)}" + ("" if debug else " (debug=true shows where)")
 
 
 # Exit statuses of the jobs of this process that did not complete.

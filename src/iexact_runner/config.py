@@ -175,6 +175,11 @@ class SyntheticConfig(DatasetConfig):
         _check(sum(given) <= nodes, "dataset.num_train", self.num_train, valid)
 
 
+MODEL_CONFIGS = {"sage": SAGEConfig, "gcn": GCNConfig, "gcn2": GCN2Config, "gat": GATConfig}
+# Of the datasets that need no files; the loaders check the names of the others.
+DATASET_PREFIXES: dict[type[DatasetConfig], str] = {DigitsConfig: "digits", SyntheticConfig: "synthetic"}
+
+
 @dataclass
 class CompressionConfig:
     """What is kept of each activation map for the backward pass (spec symbols in brackets).
@@ -293,6 +298,15 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
+        _check(bool(self.output_dir), "output_dir", repr(self.output_dir), "must be a folder")
+        model, dataset = self.model, self.dataset
+        fitting = MODEL_CONFIGS.get(model.name)
+        _check(fitting is type(model), "model.name", model.name, "choose one with model=NAME")
+        if type(dataset) in DATASET_PREFIXES:
+            prefix = DATASET_PREFIXES[type(dataset)]
+            valid = "choose one with dataset=NAME"
+            _check(dataset.name.startswith(prefix), "dataset.name", dataset.name, valid)
+        _check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
         _check_at_least("runs", self.runs, 1)
         _check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")
         if self.compression.scheme != "none":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
@@ -15,6 +17,15 @@ from rich.table import Table
 from iexact_runner.training import Epoch
 
 PLAIN_LINES_PER_RUN = 10
+
+
+class Screen(Console):
+    """A console that goes quiet when its reader leaves (``iexact | head``), rather than end the run."""
+
+    def on_broken_pipe(self) -> None:
+        """Writes to nowhere from here on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Display:
@@ -116,15 +127,14 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
         table.add_column(name)
     for name in ("FP32 MiB", "kept MiB"):
         table.add_column(name, justify="right")
-    total = [0, 0]
     for tensor in tensors:
-        total = [total[0] + tensor["bytes_fp32"], total[1] + tensor["bytes"]]
         shape = " x ".join(map(str, tensor["shape"]))
         sizes = (f"{tensor[size] / 2**20:.3f}" for size in ("bytes_fp32", "bytes"))
         op = re.sub(r"Backward\d*$", "", tensor["op"])
         table.add_row(tensor["layer"], op, shape, tensor["dtype"], *sizes)
     table.add_section()
-    table.add_row("total", "", "", "", *(f"{size / 2**20:.3f}" for size in total), style="bold")
+    total = sum(tensor["bytes"] for tensor in tensors)
+    table.add_row("total", "", "", "", "", f"{total / 2**20:.3f}", style="bold")
     console.print(table)
 
 

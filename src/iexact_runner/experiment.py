@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iexact_runner import environment, measure
 from iexact_runner.compression import backends
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import Config
+from iexact_runner.config import CompressionConfig, Config, ModelConfig
 from iexact_runner.data import load_dataset
 from iexact_runner.display import Display, show_summary, show_tensors
 from iexact_runner.errors import ConfigError, UserError
@@ -54,6 +55,20 @@ def resolve_device(name: str) -> torch.device:
     raise ConfigError.of("device", name, "must be auto, cpu, cuda or cuda:N")
 
 
+def fp32_bytes(config: ModelConfig, problem: Problem) -> int:
+    """What FP32 training of a model keeps, measured on its forward pass with tensors that have no memory."""
+    with FakeTensorMode() as fake:
+        features = fake.from_tensor(training_input(problem, seed=0)[0])
+        graph = problem.training.graph.map(fake.from_tensor)
+        plain = CompressionConfig(scheme="none")
+        with torch.device(problem.training.x.device):
+            model = build_model(
+                config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=plain
+            )
+        with measure.SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
+            return sum(record.bytes for record in saved.kept(model(features, graph)))
+
+
 class Experiment:
     """State of one run while it goes on.
 
@@ -90,14 +105,14 @@ class Experiment:
         except UserError as failure:
             error = str(failure)
             raise
-        except Exception as failure:
+        except BaseException as failure:
             error = f"{type(failure).__name__}: {failure}"
             raise
         finally:
             summary = self._summary(status, error)
             self._folder.write_summary(summary)
             if summary["memory"] is not None:
-                show_summary(self._console, summary, folder=os.path.relpath(self._folder.path))
+                show_summary(self._console, summary, folder=_shown(self._folder.path))
         return summary
 
     def _execute(self) -> None:
@@ -107,13 +122,16 @@ class Experiment:
         random state is the same afterwards.
         """
         config = self._config
-        dataset = load_dataset(config.dataset)
-        problem = prepare(dataset, config.model, inductive=config.dataset.inductive, device=self._device)
-        del dataset  # two copies of a large graph would not fit
+        with self._console.status(f"loading {config.dataset.name}"):
+            dataset = load_dataset(config.dataset)
+            problem = prepare(dataset, config.model, inductive=config.dataset.inductive, device=self._device)
+            del dataset  # two copies of a large graph would not fit
+        if problem.multilabel and config.training.loss != "cross_entropy":
+            valid = f"{config.dataset.name} has several labels a node, whose loss is BCE: leave it at cross_entropy"
+            raise ConfigError.of("training.loss", config.training.loss, valid)
         self._metric = problem.metric
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            measure.reset_peak(self._device)
             self._memory = self._kept_memory(problem)
             if config.task == "train":
                 self._train(problem)
@@ -141,6 +159,7 @@ class Experiment:
 
     def _new_model(self, problem: Problem, run: int) -> tuple[Model, int]:
         """The model of a run, its weights freshly drawn from the run's seed, and that seed."""
+        measure.reset_peak(self._device)
         seed = mix(self._config.seed, run)
         torch.manual_seed(seed)
         model = build_model(
@@ -170,7 +189,7 @@ class Experiment:
         loss.backward()
         return {
             "saved_mib": saved_bytes / measure.MIB,
-            "saved_mib_fp32": sum(record.bytes_fp32 for record in kept) / measure.MIB,
+            "saved_mib_fp32": fp32_bytes(self._config.model, problem) / measure.MIB,
             "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / measure.MIB,
             "data_mib": measure.total_bytes(problem.tensors()) / measure.MIB,
             "model_mib": measure.total_bytes([*model.parameters(), *model.buffers()]) / measure.MIB,
@@ -226,3 +245,8 @@ class Experiment:
                 timed_epochs=config.measure.timed_epochs,
                 max_seconds=config.measure.max_seconds,
             )
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it is clear: relative where it lies below the working folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -6,6 +6,7 @@ reference tells which of them the graph still holds when the model returns. Each
 
 from __future__ import annotations
 
+import gc
 import statistics
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -155,7 +156,9 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    # Not the address of the memory, which tensors without memory lack.
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
 
 
 def _describe(op: str, packed: _Packed, kept: int, described: Any) -> TensorRecord:
@@ -184,8 +187,10 @@ def allocated(device: torch.device) -> int | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts the peak figures of a CUDA device anew."""
+    """Starts the peak figures of a CUDA device anew, from what is really in use."""
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # the reserved peak would else begin at what an earlier run left cached
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -22,11 +22,14 @@ class RunFolder:
         path: created if it does not exist.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, or holds the records of another run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        taken = [name for name in ("metrics.jsonl", "summary.json") if (path / name).exists()]
+        if taken:
+            raise UserError(f"{path}: already holds {' and '.join(taken)} of another run; name another folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):

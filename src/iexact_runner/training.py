@@ -96,7 +96,7 @@ def prepare(dataset: NodeDataset, model: ModelConfig, *, inductive: bool, device
     build_graph = MODELS[model.name].build_graph
 
     def view(x: Tensor, y: Tensor, edge_index: Tensor, train: Tensor) -> View:
-        graph = build_graph(edge_index, x.size(0)).to(device)
+        graph = build_graph(edge_index, x.size(0)).map(lambda part: part.to(device))
         return View(x.to(device), y.to(device), graph, train.to(device))
 
     whole = view(dataset.x, dataset.y, dataset.edge_index, dataset.train)
@@ -165,7 +165,7 @@ def train_epochs(model: Model, problem: Problem, config: TrainingConfig, *, seed
     """Trains for ``config.epochs`` epochs, yielding each as it ends.
 
     Raises:
-        TrainingError: if the loss stops being finite.
+        TrainingError: if the loss or the model's output stops being finite.
     """
     optimizer = make_optimizer(model, config)
     device = problem.whole.x.device
@@ -173,7 +173,10 @@ def train_epochs(model: Model, problem: Problem, config: TrainingConfig, *, seed
         start = clock(device)
         loss = step(model, optimizer, problem, config, seed=mix(seed, epoch), epoch=epoch)
         seconds = clock(device) - start
-        yield Epoch(epoch, loss, seconds, evaluate(model, problem))
+        scores = evaluate(model, problem)
+        if not all(map(math.isfinite, scores)):
+            raise TrainingError(f"the model's output is not finite after epoch {epoch}: lower training.lr")
+        yield Epoch(epoch, loss, seconds, scores)
 
 
 def step(
@@ -214,7 +217,9 @@ def evaluate(model: Model, problem: Problem) -> Scores:
 
 
 def score(scores: Tensor, labels: Tensor) -> float:
-    """Accuracy, or micro-F1 of positive logits for several labels a node."""
+    """Accuracy, or micro-F1 of positive logits for several labels a node; NaN if a score is not finite."""
+    if not scores.isfinite().all():
+        return math.nan
     if labels.dim() == 1:
         return (scores.argmax(dim=1) == labels).float().mean().item()
     predicted, true = scores > 0, labels > 0.5

@@ -127,8 +127,17 @@ def test_unknown_model_is_named():
         build_model(ModelConfig(name="gin"), in_channels=1, out_channels=1, compression=FP32)
 
 
-def test_reset_parameters_draws_new_weights():
-    model = build_model(CONFIGS[0], in_channels=13, out_channels=3, compression=FP32)
-    before = model.head.lin_l.weight.clone()
-    model.head.reset_parameters()
-    assert not torch.equal(model.head.lin_l.weight, before)
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4], CONFIGS[6], CONFIGS[9]], ids=name)
+def test_reset_parameters_gives_a_fresh_model(config, dataset):
+    def fresh():
+        torch.manual_seed(3)
+        return build_model(config, in_channels=13, out_channels=3, compression=FP32)
+
+    model = build_model(config, in_channels=13, out_channels=3, compression=FP32)
+    graph = MODELS[config.name].build_graph(dataset.edge_index, dataset.num_nodes)
+    model(dataset.x, graph)  # moves the running statistics
+    used = {key: value.clone() for key, value in model.state_dict().items()}
+    model.reset_parameters()
+    assert all(torch.equal(model.get_buffer(key), value) for key, value in fresh().named_buffers())
+    weights = [key for key, value in model.named_parameters() if value.dim() > 1]
+    assert weights and all((model.get_parameter(key) != used[key]).any() for key in weights)

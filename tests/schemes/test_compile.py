@@ -47,4 +47,5 @@ def test_compiled_step_keeps_numbers_and_memory(store_dropout_mask, share_maps):
         expected, actual = step(model, seed), step(compiled, seed)
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
     assert counter.frame_count == 1
-    assert kept_bytes(compiled) <= kept_bytes(model)
+    kept = kept_bytes(model)
+    assert 0.98 * kept <= kept_bytes(compiled) <= kept

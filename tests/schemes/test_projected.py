@@ -12,7 +12,7 @@ from conftest import assert_close, projected, tiny_dataset
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, SAGEConfig
 from iexact_runner.data.graph import mean_adjacency
-from iexact_runner.measure import MIB, SavedTensors
+from iexact_runner.measure import SavedTensors
 from iexact_runner.nn import build_model
 from iexact_runner.nn.sage import SAGEConv
 from iexact_runner.schemes import Activation, start_pass
@@ -185,7 +185,3 @@ def test_sage_layer_gradients_are_unbiased():
     standard_error = errors.std(0) / math.sqrt(len(errors))
     assert (errors.mean(0).abs() < 4 * standard_error).all()
     assert errors.abs().mean() > 0.1  # there is noise to average away
-
-
-def test_saved_mib_is_in_mebibytes():
-    assert MIB == 2**20

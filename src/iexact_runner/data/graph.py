@@ -6,6 +6,7 @@ Shapes: N nodes, E directed edges. Row i of a matrix gathers from the sources of
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,9 +37,9 @@ class CSR:
         """The parts."""
         return [self.offsets, self.columns, self.values]
 
-    def to(self, device: torch.device) -> CSR:
-        """The matrix on ``device``."""
-        return CSR(*(part.to(device) for part in self.tensors()))
+    def map(self, function: Callable[[Tensor], Tensor]) -> CSR:
+        """The matrix with a function applied to its parts, for example to move them to a device."""
+        return CSR(*map(function, self.tensors()))
 
 
 # An operator of its own, because torch.compile does not trace through sparse layouts.
@@ -81,11 +82,11 @@ class Adjacency:
         parts = [part for matrix in matrices for part in matrix.tensors()]
         return parts if self.row_scale is None else [*parts, self.row_scale]
 
-    def to(self, device: torch.device) -> Adjacency:
-        """The operator on ``device``; a symmetric one stays held once."""
-        matrix = self.matrix.to(device)
-        adjoint = matrix if self.adjoint is self.matrix else self.adjoint.to(device)
-        return Adjacency(matrix, adjoint, None if self.row_scale is None else self.row_scale.to(device))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Adjacency:
+        """The operator with a function applied to its parts; a symmetric one stays held once."""
+        matrix = self.matrix.map(function)
+        adjoint = matrix if self.adjoint is self.matrix else self.adjoint.map(function)
+        return Adjacency(matrix, adjoint, None if self.row_scale is None else function(self.row_scale))
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ class EdgeList:
         """Dense tensors that make up the list."""
         return [self.source, self.target]
 
-    def to(self, device: torch.device) -> EdgeList:
-        """The list on ``device``."""
-        return EdgeList(self.source.to(device), self.target.to(device), self.num_nodes, self.loops)
+    def map(self, function: Callable[[Tensor], Tensor]) -> EdgeList:
+        """The list with a function applied to its parts."""
+        return EdgeList(function(self.source), function(self.target), self.num_nodes, self.loops)
 
     def keep(self, mask: Tensor) -> EdgeList:
         """The edges where ``mask`` (E,) is set; self-loops always stay, so that every node keeps a neighbour."""

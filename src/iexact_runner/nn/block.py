@@ -31,6 +31,12 @@ class Block(nn.Module):
         self.residual = residual
         self.dropout = dropout
 
+    def reset_parameters(self) -> None:
+        """Draws new weights and forgets the running statistics."""
+        for part in (self.conv, self.norm):
+            if part is not None:
+                part.reset_parameters()  # type: ignore[operator]
+
     def forward(self, x: Activation, graph: Graph, ops: Plain, initial: Activation | None = None) -> Activation:
         """Maps (N, D) to (N, channels)."""
         h: Tensor = self.conv(x, graph, ops) if initial is None else self.conv(x, graph, ops, initial)
@@ -81,6 +87,11 @@ class GNN(nn.Module, ABC):
     @abstractmethod
     def make_conv(self, config: Any, in_channels: int, layer: int, out_channels: int) -> nn.Module:
         """The convolution of one layer, counted from 0; the last is layer ``num_layers - 1``."""
+
+    def reset_parameters(self) -> None:
+        """Draws new weights and forgets the running statistics."""
+        for part in (*self.blocks, self.head):
+            part.reset_parameters()
 
     def prepare_graph(self, graph: Any, ops: Plain) -> Graph:
         """What a model does to the graph once a forward pass; nothing by default."""

@@ -94,6 +94,11 @@ class GCN2(nn.Module):
         self.dropout = config.dropout
         self.compression = compression
 
+    def reset_parameters(self) -> None:
+        """Draws new weights and forgets the running statistics."""
+        for part in (self.lin_in, *self.blocks, self.lin_out):
+            part.reset_parameters()
+
     def forward(self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
         ops = start_pass(self.compression, training=self.training, seed=seed)

@@ -32,7 +32,7 @@ class Plain:
         self._masks_drawn = 0
 
     def next_mask_seed(self) -> int | Tensor:
-        """Seed of the next dropout mask, whatever else a scheme draws: masks are the same under every scheme."""
+        """Seed of the next mask, whatever else is drawn: every compressing scheme drops the same elements."""
         self._masks_drawn += 1
         return tensor_seed(self.seed, self._masks_drawn - 1)
 
