@@ -98,11 +98,14 @@ def app(composed: DictConfig) -> None:
 def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
     """Runs a checked configuration with its records in ``folder``."""
     # torch and rich are slow to import, and --help needs neither.
-    from iexact_runner.display import Screen
+    from iexact_runner.display import Screen, show_messages
     from iexact_runner.experiment import Experiment
     from iexact_runner.records import RunFolder
 
-    Experiment(config, RunFolder(folder), Screen()).run(resolved_yaml)
+    # By name, because dataset libraries are silenced by replacing sys.stdout.
+    screen = Screen(file=sys.stdout)
+    show_messages(screen)
+    Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -26,6 +28,13 @@ class Screen(Console):
         """Writes to nowhere from here on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show_messages(console: Console) -> None:
+    """Shows what the package logs, such as a download that begins."""
+    logger = logging.getLogger("iexact_runner")
+    logger.handlers = [RichHandler(console=console, show_time=False, show_level=False, show_path=False)]
+    logger.setLevel(logging.INFO)
 
 
 class Display:

@@ -1,0 +1,60 @@
+"""The README's blocks work as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from conftest import REPOSITORY
+from iexact_runner.cli import compose_config
+
+TEXT = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line
+    for kind, block in BLOCKS
+    if kind == "bash"
+    for line in block.splitlines()
+    if line.startswith("iexact ") and "--help" not in line
+]
+
+
+def test_python_blocks_run(capsys):
+    blocks = [block for kind, block in BLOCKS if kind == "python"]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command):
+    words = shlex.split(command, comments=True)[1:]
+    # A sweep's jobs take one choice each: the last will do.
+    overrides = [re.sub(r"=.*,", "=", word) for word in words if word != "-m"]
+    assert compose_config(*overrides).dataset.name
+
+
+def test_every_field_that_is_named_exists():
+    config = compose_config("model=gat", "compression=none")
+    for group, field in set(re.findall(r"`(compression|training|model|dataset|measure)\.(\w+)", TEXT)):
+        planned = (group, field) == ("measure", "energy")
+        assert hasattr(getattr(config, group), field) != planned, f"{group}.{field}"
+
+
+def test_figures_stand_in_the_committed_rows():
+    import pandas as pd
+
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "amazon_computers_cpu.csv")
+    for _, row in rows.iterrows():
+        shown = f"{100 * row.test_mean:.2f} +- {100 * row.test_std:.2f} | {row.saved_mib:.2f} |"
+        assert shown in TEXT
+    kept = pd.read_csv(REPOSITORY / "benchmarks" / "synthetic_arxiv_memory_cpu.csv")
+    assert all(f" {value:.2f} " in TEXT for value in kept["saved_mib"])
+    epochs = pd.read_csv(REPOSITORY / "benchmarks" / "epoch_cpu.csv")
+    for _, row in epochs[epochs["preset"] != "baseline"].iterrows():
+        figures = (row.ratio_median, row.ratio_p20, row.ratio_p80)
+        shown = "{} ({} - {})".format(*(f"{figure:.2f}".removeprefix("0") for figure in figures))
+        assert shown in TEXT, shown
