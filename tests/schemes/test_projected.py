@@ -146,6 +146,13 @@ def test_kept_bytes_are_those_of_the_formula(col_size, bits):
     assert sum(record.bytes for record in records) == maps + norms + masks
 
 
+@pytest.mark.parametrize(("input_dropout", "fp32_bytes"), [(0.0, 0), (0.3, 4 * 101 * 13)], ids=["resident", "dropped"])
+def test_only_untouched_features_are_free_in_fp32(dataset, input_dropout, fp32_bytes):
+    config = projected(bits=2, share_maps=True)
+    first = kept_bytes(config, dataset, input_dropout=input_dropout)[0]
+    assert (first.op, first.shape, first.bytes_fp32) == ("LinearBackward", (101, 13), fp32_bytes)
+
+
 def test_switches_of_the_layout_save_what_they_promise():
     nodes, hidden = 1024, 32
     dataset = tiny_dataset(nodes=nodes)

@@ -180,7 +180,7 @@ def leaky_relu(x: Tensor, *, negative_slope: float) -> tuple[Tensor, Tensor]:
 
 
 def leaky_relu_backward(grad: Tensor, packed_mask: Tensor, *, negative_slope: float) -> Tensor:
-    """Grad where the mask is set, negative_slope * grad elsewhere."""
+    """Gradient: grad where the mask is set, negative_slope * grad elsewhere."""
     passes = unpack(packed_mask, grad.numel(), 1).view(grad.shape).bool()
     return torch.where(passes, grad, grad * negative_slope if negative_slope else torch.zeros_like(grad))
 
@@ -202,7 +202,7 @@ def dropout_mask(count: int, *, p: float, seed: int | Tensor, device: torch.devi
 
 
 def apply_dropout_mask(x: Tensor, packed_mask: Tensor, *, p: float) -> Tensor:
-    """X / (1 - p') where the mask is set, 0 elsewhere; p' is the probability the threshold really drops with."""
+    """Kept elements: x / (1 - p') where the mask is set, 0 elsewhere; p' is what the threshold really drops with."""
     return _scale_kept(x, unpack(packed_mask, x.numel(), 1).bool(), p)
 
 

@@ -91,7 +91,7 @@ class Adjacency:
 
 @dataclass(frozen=True)
 class EdgeList:
-    """Directed edges (2, E), int64, sorted by target, the last N of them self-loops of nodes 0..N-1 if ``loops``."""
+    """Source and target (E,), int64, of edges sorted by target; the last N are the self-loops 0..N-1 if ``loops``."""
 
     source: Tensor
     target: Tensor

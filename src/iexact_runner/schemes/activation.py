@@ -11,7 +11,7 @@ from iexact_runner.compression.maps import KeptMap
 
 @dataclass
 class Resident:
-    """The feature matrix (with dropout on it, if any): plain modules would keep nothing more than a reference."""
+    """The feature matrix itself: plain modules keep nothing more than a reference to it."""
 
     kept: KeptMap | None = None
 

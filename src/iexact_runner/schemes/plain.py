@@ -37,15 +37,16 @@ class Plain:
         return tensor_seed(self.seed, self._masks_drawn - 1)
 
     def input(self, features: Tensor, *, dropout: float) -> Activation:
-        """The activation a model starts from."""
-        return Activation(self.dropout(features, dropout), Resident())
+        """The activation a model starts from; features with dropout on them are a map of their own."""
+        value = self.dropout(features, dropout)
+        return Activation(value, Resident() if value is features else Kept())
 
     def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X W^T + b."""
+        """Product x W^T + b."""
         return F.linear(x.value, weight, bias)
 
     def aggregate(self, x: Tensor, adjacency: Adjacency) -> Tensor:
-        """A x."""
+        """Product A x."""
         aggregated: Tensor = SpMM.apply(x, adjacency)
         return aggregated
 

@@ -34,7 +34,7 @@ class Projected(Plain):
         self._maps_kept = 0
 
     def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X W^T + b, from the one kept map that all consumers of ``x`` share."""
+        """Product x W^T + b, from the one kept map that all consumers of ``x`` share."""
         if not torch.is_grad_enabled():
             return super().linear(x, weight, bias)
         if x.source.kept is None:
