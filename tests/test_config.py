@@ -155,7 +155,6 @@ def test_bad_values_name_the_field(override, message):
         (["compression.bits=null", "compression.alpha=.9"], "compression.bits=2, which is null here"),
         (["compression=none", "compression.bits=2"], "compression.bits=2: compression=none keeps FP32"),
         (["compression=none", "compression.kept_frac=.5"], "compression.kept_frac=0.5: compression=none"),
-        (["model=gcn"], "model=gcn: compressed training covers sage so far; use compression=none"),
         (["model=gat", "compression=none", "model.label_mask_rate=1"], "model.label_mask_rate=1.0"),
         (["model=gat", "compression=none", "model.heads=0"], "model.heads=0"),
         (["model=gcn2", "compression=none", "model.alpha=2"], "model.alpha=2.0"),

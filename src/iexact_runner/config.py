@@ -19,8 +19,6 @@ SCHEMES = ("none", "projected")
 TASKS = ("train", "measure")
 OPTIMIZERS = ("adam", "rmsprop")
 LOSSES = ("cross_entropy", "log_cross_entropy")
-# Models all of whose operations have a compressed twin.
-COMPRESSED_MODELS = ("sage",)
 
 
 def _check(condition: bool, name: str, value: object, valid: str) -> None:
@@ -309,10 +307,3 @@ class Config:
         _check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
         _check_at_least("runs", self.runs, 1)
         _check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")
-        if self.compression.scheme != "none":
-            _check(
-                self.model.name in COMPRESSED_MODELS,
-                "model",
-                self.model.name,
-                f"compressed training covers {', '.join(COMPRESSED_MODELS)} so far; use compression=none",
-            )

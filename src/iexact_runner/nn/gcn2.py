@@ -99,9 +99,11 @@ class GCN2(nn.Module):
         for part in (self.lin_in, *self.blocks, self.lin_out):
             part.reset_parameters()
 
-    def forward(self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0) -> Tensor:
+    def forward(
+        self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0, map_seed: int | Tensor | None = None
+    ) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
-        ops = start_pass(self.compression, training=self.training, seed=seed)
+        ops = start_pass(self.compression, training=self.training, seed=seed, map_seed=map_seed)
         x = ops.input(features, dropout=self.input_dropout)
         initial = Activation(ops.relu(ops.linear(x, self.lin_in.weight, self.lin_in.bias)), Kept())
         x = Activation(ops.dropout(initial.value, self.dropout), Kept())
