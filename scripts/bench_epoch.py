@@ -28,7 +28,7 @@ from iexact_runner.data import load_dataset
 from iexact_runner.experiment import resolve_device
 from iexact_runner.nn import build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
-from iexact_runner.training import Problem, clock, loss_of, make_optimizer, prepare, step, training_input, update
+from iexact_runner.training import Optimization, Problem, clock, loss_of, prepare, step, training_input
 
 PRESETS = {
     "none": ("compression=none",),
@@ -119,21 +119,21 @@ def _preset_step(config: Config, problem: Problem) -> Step:
         out_channels=problem.num_classes,
         compression=config.compression,
     ).to(problem.whole.x.device)
-    optimizer = make_optimizer(model, config.training)
-    return lambda epoch: step(model, optimizer, problem, config.training, seed=epoch, epoch=epoch)
+    optimization = Optimization(model, config.training)
+    return lambda epoch: step(model, optimization, problem, seed=epoch, epoch=epoch)
 
 
 def _baseline_step(config: Config, problem: Problem) -> Step:
     torch.manual_seed(0)
     model = PyGBaseline(config.model, in_channels=problem.in_channels, out_channels=problem.num_classes)
     model.to(problem.whole.x.device).train()
-    optimizer = make_optimizer(model, config.training)
+    optimization = Optimization(model, config.training)
     operator = baseline_graph(problem.training.graph)
 
     def run(epoch: int) -> float:
         features, nodes = training_input(problem, seed=epoch)
         loss = loss_of(model(features, operator)[nodes], problem.training.y[nodes], kind=config.training.loss)
-        update(model, optimizer, loss, config.training, epoch=epoch)
+        optimization.update(model, loss, epoch=epoch)
         return loss.item()
 
     return run

@@ -17,6 +17,7 @@ BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
 TASKS = ("train", "measure")
+PRECISIONS = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adam", "rmsprop")
 LOSSES = ("cross_entropy", "log_cross_entropy")
 
@@ -280,12 +281,13 @@ class MeasureConfig:
 
 @dataclass
 class Config:
-    """One run of ``iexact``."""
+    """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32."""
 
     task: str = MISSING
     runs: int = 1
     seed: int = 0
     device: str = "auto"
+    precision: str = "float32"
     debug: bool = False
     output_dir: str = "outputs"
     model: ModelConfig = MISSING
@@ -296,6 +298,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
+        _check_choice("precision", self.precision, PRECISIONS)
         _check(bool(self.output_dir), "output_dir", repr(self.output_dir), "must be a folder")
         model, dataset = self.model, self.dataset
         fitting = MODEL_CONFIGS.get(model.name)

@@ -20,18 +20,21 @@ from iexact_runner.data import load_dataset
 from iexact_runner.display import Display, show_summary, show_tensors
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.nn import Model, build_model
+from iexact_runner.peak import PeakMemory
 from iexact_runner.records import SCHEMA_VERSION, RunFolder, mean_std
 from iexact_runner.training import (
     Epoch,
+    Optimization,
     Problem,
     Scores,
+    autocast,
     clock,
     loss_of,
-    make_optimizer,
     prepare,
     step,
     train_epochs,
     training_input,
+    training_loss,
 )
 
 
@@ -177,20 +180,25 @@ class Experiment:
         features, nodes = training_input(problem, seed=seed)
         before = measure.allocated(self._device)
         with measure.SavedTensors(model, excluded=[features, *problem.tensors()]) as saved:
-            scores = model(features, problem.training.graph, seed=seed)
+            with autocast(self._config.precision, self._device):
+                scores = model(features, problem.training.graph, seed=seed)
             kept = saved.kept(scores)
-            loss = loss_of(scores[nodes], problem.training.y[nodes], kind=self._config.training.loss)
+            loss = loss_of(scores[nodes].float(), problem.training.y[nodes], kind=self._config.training.loss)
             kept_with_loss = saved.kept(loss)
         after = measure.allocated(self._device)
         reference = None
         if before is not None and after is not None:
             reference = (after - before - scores.nbytes - loss.nbytes) / measure.MIB
         saved_bytes = sum(record.bytes for record in kept)
-        loss.backward()
+        del scores, loss
+        kind, precision = self._config.training.loss, self._config.precision
+        with PeakMemory(self._device) as peak:
+            training_loss(model, problem, kind=kind, precision=precision, seed=seed).backward()
         return {
             "saved_mib": saved_bytes / measure.MIB,
             "saved_mib_fp32": fp32_bytes(self._config.model, problem) / measure.MIB,
             "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / measure.MIB,
+            "step_peak_mib": peak.bytes / measure.MIB,
             "data_mib": measure.total_bytes(problem.tensors()) / measure.MIB,
             "model_mib": measure.total_bytes([*model.parameters(), *model.buffers()]) / measure.MIB,
             "reference_activation_mib": reference,
@@ -208,7 +216,8 @@ class Experiment:
                 model, seed = self._new_model(problem, run)
                 display.start_run(run)
                 best: Scores | None = None
-                for epoch in train_epochs(model, problem, config.training, seed=seed):
+                optimization = Optimization(model, config.training, precision=config.precision)
+                for epoch in train_epochs(model, problem, optimization, seed=seed):
                     self._record(run, epoch)
                     if best is None or epoch.scores.val > best.val:
                         best = epoch.scores
@@ -229,13 +238,13 @@ class Experiment:
         assert self._memory is not None
         show_tensors(self._console, self._memory["tensors"])
         model, seed = self._new_model(problem, run=0)
-        optimizer = make_optimizer(model, config.training)
+        optimization = Optimization(model, config.training, precision=config.precision)
         numbers = itertools.count(1)
 
         def one_epoch() -> float:
             number = next(numbers)
             start = clock(self._device)
-            step(model, optimizer, problem, config.training, seed=mix(seed, number), epoch=number)
+            step(model, optimization, problem, seed=mix(seed, number), epoch=number)
             return clock(self._device) - start
 
         with self._console.status("timing epochs"):

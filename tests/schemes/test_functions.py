@@ -170,8 +170,8 @@ def test_batch_norm_gamma_and_beta_gradients_are_unbiased_and_dx_is_not():
         projected = torch.stack(errors) @ functionals.T
         standard_error = projected.std(0) / math.sqrt(len(projected))
         ratios.append((projected.mean(0).abs() / standard_error.clamp_min(1e-6)).max().item())
-    assert ratios[1] < 4 and ratios[2] < 4
-    assert ratios[0] > 4
+    assert ratios[0] > 4 > ratios[1]
+    assert torch.stack(sums[2]).abs().max() < 1e-4  # beta's needs nothing of the map
 
 
 def test_gradients_cannot_be_differentiated_twice():

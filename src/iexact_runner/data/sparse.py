@@ -109,11 +109,12 @@ class CSR:
 )
 def _spmm(offsets: Tensor, columns: Tensor, values: Tensor | None, scale: Tensor | None, x: Tensor) -> Tensor:
     matrix = CSR(offsets, columns, values).tensor(column_scale=scale)
-    if x.dtype == matrix.dtype:
-        return matrix @ x
     if x.is_cuda:
-        return matrix.to(x.dtype) @ x
-    return (matrix @ x.to(matrix.dtype)).to(x.dtype)
+        matrix = matrix.to(x.dtype)
+    dense = x.to(matrix.dtype)
+    product = dense.new_empty(matrix.size(0), dense.size(1))
+    # Written into place, for ``matrix @ dense`` makes a second map of zeros to add the product to.
+    return torch.addmm(product, matrix, dense, beta=0.0, out=product).to(x.dtype)
 
 
 @_spmm.register_fake

@@ -49,9 +49,7 @@ class GATConv(nn.Module):
         """Maps (N, D) to (N, H * C)."""
         h = ops.linear(x, self.lin.weight).unflatten(1, (self.heads, -1))  # [N, H, C]
         out = ops.attention(h, self.att_src, self.att_dst, graph, negative_slope=NEGATIVE_SLOPE).flatten(1)
-        if self.res is not None:
-            out = out + ops.linear(x, self.res.weight)
-        return out + self.bias
+        return out + self.bias if self.res is None else ops.linear(x, self.res.weight, self.bias).add_(out)
 
 
 class GAT(GNN):

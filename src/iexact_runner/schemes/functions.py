@@ -19,6 +19,9 @@ from iexact_runner.compression import ops
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
+# Elements of a map that one step of a chunked pass works on: 512 KiB of float32, which fit a core's cache.
+CHUNK_ELEMENTS = 1 << 17
+
 
 class Linear(Function):
     """x W^T + b; the weight gradient g^T x comes from the kept map, unbiased for an unbiased map."""
@@ -76,10 +79,35 @@ class BatchNorm(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weight, mean, inverse_std = ctx.saved_tensors
         x = ctx.layout.decode(tuple(tensors))
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
-        )
-        return (*grads, None, None, None, None, None, None)
+        if grad.is_cuda or ctx.layout.bits is None:  # what is kept in FP32 must not be written over
+            grads = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
+            )
+        else:
+            grads = _batch_norm_backward(grad, x, weight, mean, inverse_std)
+        return *grads, None, None, None, None, None, None
+
+
+def _batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, which takes the place of ``x``, of gamma and of beta.
+
+    In chunks of rows that fit a cache, for the CPU kernel of torch needs a third map beside ``grad`` and ``x``.
+    """
+    rows = max(1, CHUNK_ELEMENTS // max(1, x.size(1)))
+    chunks = [slice(start, start + rows) for start in range(0, x.size(0), rows)]
+    grad_weight, grad_bias = torch.zeros_like(mean), torch.zeros_like(mean)
+    for part in chunks:
+        piece = grad[part].float()
+        grad_bias += piece.sum(0)
+        grad_weight += (x[part] - mean).mul_(inverse_std).mul_(piece).sum(0)
+    factor = inverse_std if weight is None else inverse_std * weight
+    for part in chunks:
+        normalised = (x[part] - mean).mul_(inverse_std)
+        centred = grad[part] - (normalised.mul_(grad_weight).add_(grad_bias)).div_(x.size(0))
+        x[part] = centred.mul_(factor)
+    return x, None if weight is None else grad_weight, None if weight is None else grad_bias
 
 
 class LeakyReLU(Function):
