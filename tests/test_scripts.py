@@ -84,15 +84,3 @@ def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys
     assert "iexact" in rows["preset"].tolist() and rows["ratio_median"].notna().all()
     gpu_suite.time_epochs(torch.device("cpu"), tmp_path, rounds=2, deadline=0.0)
     assert "left out, the time is up" in capsys.readouterr().out
-
-
-def test_result_rows_hold_figures_and_environment(tmp_path):
-    command = [sys.executable, "-m", "iexact_runner", "-m", "compression=none,iexact", "training.epochs=2"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    result = script("results_csv.py", "outputs", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    (tmp_path / "rows.csv").write_text(result.stdout)
-    rows = pd.read_csv(tmp_path / "rows.csv")
-    assert rows["compression.scheme"].tolist() == ["none", "projected"]
-    assert (rows["saved_mib"] > 0).all() and rows["test_mean"].between(0, 1).all() and rows["torch"].notna().all()
-    assert script("results_csv.py", "empty", cwd=tmp_path).returncode == 2

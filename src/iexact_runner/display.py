@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from iexact_runner.records import compression_label
 from iexact_runner.training import Epoch
 
 PLAIN_LINES_PER_RUN = 10
@@ -104,7 +105,7 @@ class Display:
 def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -> None:
     """Prints the figures of a finished or interrupted run."""
     config = summary["config"]
-    title = f"{config['model']['name']} on {config['dataset']['name']}, {_compression(config['compression'])}"
+    title = f"{config['model']['name']} on {config['dataset']['name']}, {compression_label(config['compression'])}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -145,10 +146,3 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
     total = sum(tensor["bytes"] for tensor in tensors)
     table.add_row("total", "", "", "", "", f"{total / 2**20:.3f}", style="bold")
     console.print(table)
-
-
-def _compression(config: Mapping[str, Any]) -> str:
-    if config["scheme"] == "none":
-        return "FP32"
-    stored = "FP32" if config["bits"] is None else f"INT{config['bits']}"
-    return f"{stored}, kept_frac {config['kept_frac']:g}, col_size {config['col_size']}"

@@ -1,0 +1,313 @@
+"""Figures of results: accuracy and gradient error against memory, what is kept, training curves, speed."""
+
+from __future__ import annotations
+
+import io
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iexact_runner.errors import UserError
+from iexact_runner.grouping import METRICS, Metric, Row
+from iexact_runner.records import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from iexact_runner.report import Report
+
+TITLES = {
+    "pareto": "Score and gradient error against memory",
+    "memory": "What is kept for the backward pass",
+    "curves": "Loss and score over the epochs",
+    "throughput": "Epochs per second",
+}
+# Colours that people with a colour vision deficiency tell apart (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
+MARKERS = "osD^vPX*"
+STYLE: Any = {
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "iexact",
+}
+# Operation that keeps a map, by its autograd node.
+KINDS = (
+    (r"Linear|Addmm|^Mm", "inputs of linear layers"),
+    (r"BatchNorm", "inputs of BatchNorm"),
+    (r"Dropout", "dropout"),
+    (r"ReLU|Relu", "ReLU"),
+)
+MOST_CURVES = 8
+MIB = 1024**2
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Writes every figure that the runs have data for as PNG and SVG; returns their paths.
+
+    Raises:
+        UserError: if matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in draw(report).items():
+        write_atomically(folder / f"{name}.svg", to_svg(figure))
+        with _style():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+        paths += [folder / f"{name}.svg", folder / f"{name}.png"]
+    return paths
+
+
+def draw(report: Report) -> dict[str, Figure]:
+    """Every figure that the runs have data for, by name.
+
+    Raises:
+        UserError: if matplotlib is not installed.
+    """
+    settings: dict[str, list[Row]] = {}
+    for row in report.results.rows:
+        settings.setdefault(f"{row.shared('config.model.name')} on {row.shared('config.dataset.name')}", []).append(row)
+    draws: dict[str, Callable[[dict[str, list[Row]]], Figure | None]] = {
+        "pareto": draw_pareto,
+        "memory": draw_memory,
+        "curves": draw_curves,
+        "throughput": draw_throughput,
+    }
+    drawn = {}
+    with _style():
+        for name, function in draws.items():
+            if settings and (figure := function(settings)) is not None:
+                drawn[name] = figure
+    return drawn
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as an SVG element, the same for the same data."""
+    text = io.StringIO()
+    with _style():
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
+    """Score, and gradient error where it was taken, against saved MiB; the rows that no other beats are joined."""
+    saved = METRICS["saved_mib"]
+    errors = dict.fromkeys(name for rows in settings.values() for row in rows for name in row.cells if "error" in name)
+    measures = [(METRICS["test"], 1), *((Metric(name, "", name.replace("_", " ")), -1) for name in errors)]
+    measures = [
+        (metric, sign)
+        for metric, sign in measures
+        if sum(len(_points(rows, saved, metric)) for rows in settings.values()) > 1
+    ]
+    if not measures:
+        return None
+    figure, panels = _panels(len(measures), len(settings), height=3.4)
+    for line, (metric, sign) in zip(panels, measures, strict=True):
+        for axes, (title, rows) in zip(line, settings.items(), strict=True):
+            points = _points(rows, saved, metric)
+            for index, (row, x, y) in enumerate(points):
+                std = (row.cells[metric.name].std or 0.0) * metric.scale
+                axes.errorbar(
+                    [x],
+                    [y],
+                    [std],
+                    fmt=MARKERS[index // len(COLOURS) % len(MARKERS)],
+                    color=COLOURS[index % len(COLOURS)],
+                    capsize=3,
+                    markersize=7,
+                    label=_short(row),
+                    zorder=3,
+                )
+            front = _front([(x, sign * y) for _, x, y in points])
+            axes.plot([x for x, _ in front], [sign * y for _, y in front], color="#999999", linewidth=1.2, zorder=2)
+            axes.set(title=title, xscale="log", xlabel=saved.title, ylabel=_named(metric, rows))
+            axes.xaxis.set_major_formatter(_plain_numbers())
+            axes.xaxis.set_minor_formatter(_plain_numbers())
+            _legend(axes, len(points))
+    return figure
+
+
+def draw_memory(settings: dict[str, list[Row]]) -> Figure | None:
+    """Kept MiB by operation as stacked bars; where FP32 dwarfs the others, a second panel without it."""
+    kept = {title: [(row, kinds) for row in rows if (kinds := _kept_by_kind(row))] for title, rows in settings.items()}
+    kept = {title: bars for title, bars in kept.items() if bars}
+    if not kept:
+        return None
+    figure, panels = _panels(len(kept), 2, height=0.9 + 0.26 * max(map(len, kept.values())))
+    for (left, right), (title, bars) in zip(panels, kept.items(), strict=True):
+        _stack(left, bars, title)
+        widest = max(sum(kinds.values()) for _, kinds in bars)
+        small = [(row, kinds) for row, kinds in bars if sum(kinds.values()) < widest / 3]
+        if small:
+            _stack(right, small, f"{title}, compressed")
+        else:
+            right.set_axis_off()
+        left.legend(loc="best", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+    return figure
+
+
+def draw_curves(settings: dict[str, list[Row]]) -> Figure | None:
+    """Mean training loss and test score by epoch, with a band of one standard deviation over the repeats."""
+    found = {title: [(row, curves) for row in rows if (curves := _curves(row))] for title, rows in settings.items()}
+    found = {title: rows for title, rows in found.items() if rows}
+    if not found:
+        return None
+    figure, panels = _panels(len(found), 2, height=3.2)
+    for line, (title, rows) in zip(panels, found.items(), strict=True):
+        shown = rows[:MOST_CURVES]
+        for axes, (name, heading) in zip(line, (("loss", "training loss"), ("test", "test score [%]")), strict=True):
+            for colour, (row, curves) in zip(COLOURS, shown, strict=False):
+                scale = 100 if name == "test" else 1
+                epochs, middle, spread = _band([[scale * point[name] for point in curve] for curve in curves])
+                axes.plot(epochs, middle, color=colour, linewidth=1.2, label=_short(row))
+                low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
+                axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+            left_out = f" (first {MOST_CURVES} of {len(rows)})" if len(rows) > MOST_CURVES else ""
+            axes.set(title=title + left_out, xlabel="epoch", ylabel=heading)
+        line[0].set_yscale("log")
+        line[1].legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def draw_throughput(settings: dict[str, list[Row]]) -> Figure | None:
+    """Median epochs per second as bars, with whiskers from the 20th to the 80th percentile."""
+    rated = {
+        title: [(row, row.cells["epochs_per_second"]) for row in rows if "epochs_per_second" in row.cells]
+        for title, rows in settings.items()
+    }
+    rated = {title: rows for title, rows in rated.items() if rows}
+    if not rated:
+        return None
+    figure, panels = _panels(len(rated), 1, height=0.9 + 0.26 * max(map(len, rated.values())))
+    for (axes,), (title, rows) in zip(panels, rated.items(), strict=True):
+        names = [_short(row) for row, _ in rows]
+        values = [cell.value for _, cell in rows]
+        whiskers = [
+            [cell.value - (cell.p20 or cell.value) for _, cell in rows],
+            [(cell.p80 or cell.value) - cell.value for _, cell in rows],
+        ]
+        places = range(len(rows))
+        axes.barh(places, values, 0.7, xerr=whiskers, color=COLOURS[0], ecolor="#444444", capsize=3)
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel="epochs/s (20th to 80th percentile)")
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def _panels(rows: int, columns: int, *, height: float) -> tuple[Figure, list[list[Axes]]]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UserError("figures need matplotlib; pip install 'iexact-runner[figures]'") from error
+    width = max(7.5, 4.8 * columns)
+    figure = Figure(figsize=(width, max(1.9, height) * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise UserError("figures need matplotlib; pip install 'iexact-runner[figures]'") from error
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def _points(rows: Sequence[Row], across: Metric, upwards: Metric) -> list[tuple[Row, float, float]]:
+    return [
+        (row, row.cells[across.name].value * across.scale, row.cells[upwards.name].value * upwards.scale)
+        for row in rows
+        if across.name in row.cells and upwards.name in row.cells
+    ]
+
+
+def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other beats: none keeps less and reaches as much."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _kept_by_kind(row: Row) -> dict[str, float]:
+    """MiB by kind of operation, from what one run of the row kept."""
+    kinds: dict[str, float] = {}
+    tensors: list[dict[str, Any]] = next((kept for run in row.runs if (kept := run.lookup("memory.tensors"))), [])
+    for tensor in tensors:
+        named = next((kind for pattern, kind in KINDS if re.search(pattern, tensor["op"])), "other")
+        if tensor["op"].startswith("Mul") and not tensor["layer"].endswith(("conv", "head")):
+            named = "dropout"  # PyTorch's on a CPU is a product with its mask
+        kinds[named] = kinds.get(named, 0.0) + tensor["bytes"] / MIB
+    return kinds
+
+
+def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], title: str) -> None:
+    names = [kind for _, kind in KINDS] + ["other"]
+    totals = [sum(kinds.values()) for _, kinds in bars]
+    left = [0.0] * len(bars)
+    for colour, name in zip(COLOURS, names, strict=False):
+        widths = [kinds.get(name, 0.0) for _, kinds in bars]
+        if any(widths):
+            axes.barh(range(len(bars)), widths, 0.7, left=left, color=colour, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, total in enumerate(totals):
+        axes.text(total, place, f" {total:.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [_short(row) for row, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(totals))
+    axes.set(title=title, xlabel="saved [MiB]")
+    axes.grid(visible=False, axis="y")
+
+
+def _curves(row: Row) -> list[list[dict[str, Any]]]:
+    """The epochs of each repeat of a row."""
+    repeats: dict[tuple[Path, int], list[dict[str, Any]]] = {}
+    for run in row.runs:
+        for line in run.metrics():
+            if line["loss"] is not None and line["test"] is not None:
+                repeats.setdefault((run.folder, line["run"]), []).append(line)
+    return list(repeats.values())
+
+
+def _band(curves: Sequence[Sequence[float]]) -> tuple[list[int], list[float], list[float]]:
+    """Epochs, mean and sample standard deviation over the curves, as far as the shortest goes."""
+    columns = list(zip(*curves, strict=False))
+    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    return list(range(1, len(columns) + 1)), [statistics.fmean(column) for column in columns], spread
+
+
+def _short(row: Row) -> str:
+    """What tells a row apart from the others of its panel."""
+    words = {name: value for name, value in row.labels.items() if name not in ("model", "dataset")}
+    named = [str(value) if name == "compression" else f"{name.split('.')[-1]} {value}" for name, value in words.items()]
+    return ", ".join(named) or ", ".join(map(str, row.labels.values()))
+
+
+def _named(metric: Metric, rows: Sequence[Row]) -> str:
+    names = {run.lookup("accuracy.metric") for row in rows for run in row.runs} - {None}
+    return metric.title.replace("score", names.pop().replace("_", "-") if len(names) == 1 else "score")
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    columns = 1 if entries <= 12 else 2
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, ncols=columns, handletextpad=0.3)
+
+
+def _plain_numbers() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else "")
