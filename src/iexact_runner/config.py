@@ -16,8 +16,8 @@ from iexact_runner.errors import ConfigError
 BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
-TASKS = ("train", "measure")
 PRECISIONS = ("float32", "bfloat16", "float16")
+TASKS = ("train", "measure", "fidelity")
 OPTIMIZERS = ("adam", "rmsprop")
 LOSSES = ("cross_entropy", "log_cross_entropy")
 
@@ -280,6 +280,20 @@ class MeasureConfig:
 
 
 @dataclass
+class FidelityConfig:
+    """``task=fidelity``: ``draws`` gradients of the scheme at the weights after each number of training ``epochs``."""
+
+    epochs: list[int] = field(default_factory=lambda: [5, 30, 100])
+    draws: int = 20
+
+    def __post_init__(self) -> None:
+        epochs = list(self.epochs)
+        increasing = bool(epochs) and all(first < second for first, second in zip(epochs, epochs[1:], strict=False))
+        _check(increasing and epochs[0] >= 0, "fidelity.epochs", epochs, "must be increasing and 0 or more")
+        _check_at_least("fidelity.draws", self.draws, 2)
+
+
+@dataclass
 class Config:
     """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32."""
 
@@ -295,6 +309,7 @@ class Config:
     compression: CompressionConfig = MISSING
     training: TrainingConfig = field(default_factory=TrainingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)

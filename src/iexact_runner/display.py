@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import statistics
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -146,3 +147,29 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
     total = sum(tensor["bytes"] for tensor in tensors)
     table.add_row("total", "", "", "", "", f"{total / 2**20:.3f}", style="bold")
     console.print(table)
+
+
+def show_fidelity(console: Console, record: Mapping[str, Any]) -> None:
+    """Prints how far compressed gradients are from the exact one, overall and by parameter at the last epoch."""
+    title = f"gradient against the exact one, {record['draws']} draws"
+    table = Table(title=title, title_justify="left")
+    table.add_column("after", no_wrap=True)
+    for name in ("share of norm", "relative error", "cosine", "bias (standard error)"):
+        table.add_column(name, justify="right")
+    for epoch, figures in record["after"].items():
+        table.add_row(f"{epoch} epochs", "1.000", *_fidelity_cells(figures))
+    table.add_section()
+    last = list(record["after"].values())[-1]
+    for name, figures in last["parameters"].items():
+        table.add_row(f"  {name}", f"{statistics.fmean(figures['share']):.3f}", *_fidelity_cells(figures))
+    console.print(table)
+
+
+def _fidelity_cells(figures: Mapping[str, Any]) -> list[str]:
+    """Means over the runs; a dash for a parameter whose exact gradient is zero but for rounding."""
+    if None in figures["relative_error"]:
+        return ["-", "-", "-"]
+    error, cosine, bias, spread = (
+        statistics.fmean(figures[name]) for name in ("relative_error", "cosine", "bias", "bias_standard_error")
+    )
+    return [f"{error:.3f}", f"{cosine:.3f}", f"{bias:.3f} ({spread:.3f})"]

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iexact_runner import environment, measure
+from iexact_runner import environment, fidelity, measure
 from iexact_runner.compression import backends
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, Config, ModelConfig
 from iexact_runner.data import load_dataset
-from iexact_runner.display import Display, show_summary, show_tensors
+from iexact_runner.display import Display, show_fidelity, show_summary, show_tensors
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.nn import Model, build_model
 from iexact_runner.peak import PeakMemory
@@ -91,6 +91,7 @@ class Experiment:
         self._metric: str | None = None
         self._completed: list[Scores] = []
         self._throughput: measure.Throughput | None = None
+        self._fidelities: list[dict[int, dict[str, Any]]] = []
 
     def run(self, resolved_yaml: str) -> dict[str, Any]:
         """Runs the task, writes the records and returns the summary.
@@ -119,7 +120,7 @@ class Experiment:
         return summary
 
     def _execute(self) -> None:
-        """Trains or measures.
+        """Trains, measures, or compares gradients.
 
         Dropout of the FP32 scheme and the initial weights use torch's generators, hence the fork: the caller's
         random state is the same afterwards.
@@ -138,8 +139,10 @@ class Experiment:
             self._memory = self._kept_memory(problem)
             if config.task == "train":
                 self._train(problem)
-            else:
+            elif config.task == "measure":
                 self._measure(problem)
+            else:
+                self._compare_gradients(problem)
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""
@@ -148,6 +151,7 @@ class Experiment:
             accuracy = {"metric": self._metric}
             for split in Scores._fields:
                 accuracy[split] = mean_std([getattr(scores, split) for scores in self._completed])
+        compared = self._fidelities and fidelity.pooled(self._fidelities, draws=self._config.fidelity.draws)
         memory = self._memory and {**self._memory, **measure.peak_mib(self._device)}
         return {
             "schema_version": SCHEMA_VERSION,
@@ -158,6 +162,7 @@ class Experiment:
             "accuracy": accuracy,
             "memory": memory,
             "throughput": self._throughput and self._throughput.to_dict(),
+            "fidelity": compared or None,
         }
 
     def _new_model(self, problem: Problem, run: int) -> tuple[Model, int]:
@@ -254,6 +259,15 @@ class Experiment:
                 timed_epochs=config.measure.timed_epochs,
                 max_seconds=config.measure.max_seconds,
             )
+
+    def _compare_gradients(self, problem: Problem) -> None:
+        for run in range(self._config.runs):
+            model, seed = self._new_model(problem, run)
+            self._fidelities.append({})
+            with self._console.status(f"run {run + 1}/{self._config.runs}: training, then drawing gradients"):
+                for epoch, figures in fidelity.checkpoints(model, problem, self._config, seed=seed):
+                    self._fidelities[-1][epoch] = figures
+        show_fidelity(self._console, fidelity.pooled(self._fidelities, draws=self._config.fidelity.draws))
 
 
 def _shown(path: Path) -> str:
