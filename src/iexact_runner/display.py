@@ -126,6 +126,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
     if throughput is not None:
         rate = throughput["epochs_per_second"]
         table.add_row("epochs/s", f"{rate['median']:.2f}  (p20 {rate['p20']:.2f}, p80 {rate['p80']:.2f})")
+    if summary["energy"] is not None:
+        emitted = summary["energy"]["gco2e"]
+        table.add_row("energy", f"{summary['energy']['kwh']:.3g} kWh" + (f"  ({emitted:.3g} gCO2e)" if emitted else ""))
     table.add_row("status", summary["status"])
     console.print(table)
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iexact_runner import environment, fidelity, measure
+from iexact_runner import energy, environment, fidelity, loggers, measure
 from iexact_runner.compression import backends
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, Config, ModelConfig
@@ -87,6 +87,11 @@ class Experiment:
         self._console = console
         self._device = resolve_device(config.device)
         self._backend = backends.resolve(config.compression.backend, self._device)
+        loggers.check_installed(config.logger)
+        if config.measure.energy:
+            energy.check_installed()
+        self._logger = loggers.Logger()
+        self._energy: dict[str, Any] | None = None
         self._memory: dict[str, Any] | None = None
         self._metric: str | None = None
         self._completed: list[Scores] = []
@@ -101,6 +106,7 @@ class Experiment:
         self._folder.write_config(resolved_yaml)
         status, error = "failed", None
         try:
+            self._logger = loggers.open_logger(self._config, self._folder.path, asdict(self._config))
             self._execute()
             status = "completed"
         except KeyboardInterrupt:
@@ -115,6 +121,7 @@ class Experiment:
         finally:
             summary = self._summary(status, error)
             self._folder.write_summary(summary)
+            self._logger.close(summary)
             if summary["memory"] is not None:
                 show_summary(self._console, summary, folder=_shown(self._folder.path))
         return summary
@@ -163,6 +170,7 @@ class Experiment:
             "memory": memory,
             "throughput": self._throughput and self._throughput.to_dict(),
             "fidelity": compared or None,
+            "energy": self._energy,
         }
 
     def _new_model(self, problem: Problem, run: int) -> tuple[Model, int]:
@@ -224,6 +232,7 @@ class Experiment:
                 optimization = Optimization(model, config.training, precision=config.precision)
                 for epoch in train_epochs(model, problem, optimization, seed=seed):
                     self._record(run, epoch)
+                    self._logger.log(run, epoch)
                     if best is None or epoch.scores.val > best.val:
                         best = epoch.scores
                     if epoch.number > warmup:
@@ -252,13 +261,16 @@ class Experiment:
             step(model, optimization, problem, seed=mix(seed, number), epoch=number)
             return clock(self._device) - start
 
+        meter = energy.EnergyMeter(self._device, country=config.measure.country) if config.measure.energy else None
         with self._console.status("timing epochs"):
             self._throughput = measure.time_epochs(
                 one_epoch,
                 warmup_epochs=config.measure.warmup_epochs,
                 timed_epochs=config.measure.timed_epochs,
                 max_seconds=config.measure.max_seconds,
+                meter=meter,
             )
+        self._energy = None if meter is None else meter.record
 
     def _compare_gradients(self, problem: Problem) -> None:
         for run in range(self._config.runs):
