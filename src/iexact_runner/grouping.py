@@ -249,7 +249,12 @@ def _gradient_errors(runs: Sequence[Run]) -> list[Metric]:
     """Relative gradient error at every epoch at which some run took it."""
     epochs = {epoch for run in runs for epoch in (run.lookup("fidelity.after") or {})}
     return [
-        Metric(f"gradient_error_{epoch}", f"fidelity.after.{epoch}.relative_error", f"gradient error, epoch {epoch}")
+        Metric(
+            f"gradient_error_{epoch}",
+            f"fidelity.after.{epoch}.relative_error",
+            f"gradient error, epoch {epoch}",
+            digits=3,
+        )
         for epoch in sorted(epochs, key=int)
     ]
 
