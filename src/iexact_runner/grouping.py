@@ -76,6 +76,7 @@ METRICS = {
         Metric("saved_mib", "memory.saved_mib", "saved [MiB]"),
         Metric("saved_mib_fp32", "memory.saved_mib_fp32", "saved by FP32 [MiB]"),
         Metric("loss_mib", "memory.loss_mib", "loss [MiB]"),
+        Metric("step_peak_mib", "memory.step_peak_mib", "peak of a step [MiB]"),
         Metric("data_mib", "memory.data_mib", "data [MiB]"),
         Metric("model_mib", "memory.model_mib", "model [MiB]", digits=4),
         Metric("peak_allocated_mib", "memory.peak_allocated_mib", "peak allocated [MiB]"),
