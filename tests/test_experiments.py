@@ -108,8 +108,8 @@ def test_sweep_ends_with_the_table_of_its_runs(tmp_path):
             scores = summary["accuracy"]["test"]
             assert f"{100 * scores['mean']:.2f} +- {100 * scores['std']:.2f}" in table
         else:
-            errors = summary["fidelity"]["after"]["10"]["relative_error"]
-            assert f"{sum(errors) / 2:.2f} +- " in table
+            errors = summary["fidelity"]["after"]["8"]["relative_error"]
+            assert f"{sum(errors) / 2:.3f} +- " in table
     (command,) = re.findall(r"iexact-report (\S+) --format html", table)
     code = f"import sys; sys.argv = ['', {command!r}, '--format', 'csv']; import iexact_runner.report as r; r.main()"
     again = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -132,5 +132,6 @@ def test_unreadable_config_of_an_unfinished_run_is_named(tmp_path):
 def test_compression_in_words():
     assert compression_label({"scheme": "none", "bits": None}) == "FP32"
     fields = {"scheme": "projected", "bits": None, "kept_frac": 0.125, "col_size": 64, "alpha": 1.0}
-    assert compression_label(fields) == "FP32, kept_frac 0.125, col_size 64"
+    assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
     assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
+    assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
+from iexact_runner import tables
 from iexact_runner.compression import reference
+from iexact_runner.report import read_report
+from recorded import edit_summary, record
 
 
 def script(name, *arguments, cwd):
@@ -84,3 +87,19 @@ def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys
     assert "iexact" in rows["preset"].tolist() and rows["ratio_median"].notna().all()
     gpu_suite.time_epochs(torch.device("cpu"), tmp_path, rounds=2, deadline=0.0)
     assert "left out, the time is up" in capsys.readouterr().out
+
+
+def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import quick_experiments
+
+    for job, scheme in enumerate(({}, {"col_size": 64})):
+        edit_summary(record(tmp_path / str(job), compression=scheme, saved_mib=1.5 + job), fidelity=None)
+    text = tables.markdown(read_report([tmp_path]).grids(title="results")[0])
+    assert list(quick_experiments.differences(text, tmp_path)) == []
+    for right, wrong in (("91.00 +- 1.41", "91.01 +- 1.41"), ("| 2.50 |", "| 2.51 |"), ("4.00 (3.50", "4.01 (3.50")):
+        assert right in text
+        found = list(quick_experiments.differences(text.replace(right, wrong), tmp_path))
+        assert found and all("the runs say" in problem for problem in found)
+    fewer = "\n".join(line for line in text.splitlines() if "col_size" not in line)
+    assert list(quick_experiments.differences(fewer, tmp_path))[0] == "1 rows for 2 configurations"

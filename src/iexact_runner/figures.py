@@ -101,59 +101,53 @@ def to_svg(figure: Figure) -> str:
 
 
 def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
-    """Score, and gradient error where it was taken, against saved MiB; the rows that no other beats are joined."""
+    """Score, and the last gradient error that was taken, against saved MiB; rows that no other beats are joined."""
     saved = METRICS["saved_mib"]
     errors = dict.fromkeys(name for rows in settings.values() for row in rows for name in row.cells if "error" in name)
-    measures = [(METRICS["test"], 1), *((Metric(name, "", name.replace("_", " ")), -1) for name in errors)]
-    measures = [
-        (metric, sign)
+    measures = [(METRICS["test"], 1)]
+    measures += [(Metric(name, "", name.replace("_error_", " error, epoch ")), -1) for name in list(errors)[-1:]]
+    panels = [
+        (title, metric, sign, points)
+        for title, rows in settings.items()
         for metric, sign in measures
-        if sum(len(_points(rows, saved, metric)) for rows in settings.values()) > 1
+        if len(points := _points(rows, saved, metric)) > 1
     ]
-    if not measures:
+    if not panels:
         return None
-    figure, panels = _panels(len(measures), len(settings), height=3.4)
-    for line, (metric, sign) in zip(panels, measures, strict=True):
-        for axes, (title, rows) in zip(line, settings.items(), strict=True):
-            points = _points(rows, saved, metric)
-            for index, (row, x, y) in enumerate(points):
-                std = (row.cells[metric.name].std or 0.0) * metric.scale
-                axes.errorbar(
-                    [x],
-                    [y],
-                    [std],
-                    fmt=MARKERS[index // len(COLOURS) % len(MARKERS)],
-                    color=COLOURS[index % len(COLOURS)],
-                    capsize=3,
-                    markersize=7,
-                    label=_short(row),
-                    zorder=3,
-                )
-            front = _front([(x, sign * y) for _, x, y in points])
-            axes.plot([x for x, _ in front], [sign * y for _, y in front], color="#999999", linewidth=1.2, zorder=2)
-            axes.set(title=title, xscale="log", xlabel=saved.title, ylabel=_named(metric, rows))
-            axes.xaxis.set_major_formatter(_plain_numbers())
-            axes.xaxis.set_minor_formatter(_plain_numbers())
-            _legend(axes, len(points))
+    figure, places = _panels(len(panels), columns=2, height=3.2)
+    looks = _Looks()
+    for axes, (title, metric, sign, points) in zip(places, panels, strict=True):
+        front = _front([(x, sign * y) for _, x, y in points])
+        axes.plot([x for x, _ in front], [sign * y for _, y in front], color="#999999", linewidth=1.2, zorder=2)
+        for row, x, y in points:
+            colour, marker = looks.of(_short(row))
+            spread = (row.cells[metric.name].std or 0.0) * metric.scale
+            axes.errorbar([x], [y], [spread], fmt=marker, color=colour, capsize=3, markersize=7, zorder=3)
+        axes.set(title=title, xscale="log", xlabel=saved.title, ylabel=_named(metric, [row for row, _, _ in points]))
+        if sign < 0:
+            axes.set_yscale("log")  # where FP32, whose error is 0, has no place
+        axes.xaxis.set_major_formatter(_plain_numbers())
+        axes.xaxis.set_minor_formatter(_plain_numbers())
+    looks.legend(figure)
     return figure
 
 
 def draw_memory(settings: dict[str, list[Row]]) -> Figure | None:
     """Kept MiB by operation as stacked bars; where FP32 dwarfs the others, a second panel without it."""
     kept = {title: [(row, kinds) for row in rows if (kinds := _kept_by_kind(row))] for title, rows in settings.items()}
-    kept = {title: bars for title, bars in kept.items() if bars}
-    if not kept:
-        return None
-    figure, panels = _panels(len(kept), 2, height=0.9 + 0.26 * max(map(len, kept.values())))
-    for (left, right), (title, bars) in zip(panels, kept.items(), strict=True):
-        _stack(left, bars, title)
-        widest = max(sum(kinds.values()) for _, kinds in bars)
+    panels = []
+    for title, bars in kept.items():
+        widest = max((sum(kinds.values()) for _, kinds in bars), default=0.0)
         small = [(row, kinds) for row, kinds in bars if sum(kinds.values()) < widest / 3]
-        if small:
-            _stack(right, small, f"{title}, compressed")
-        else:
-            right.set_axis_off()
-        left.legend(loc="best", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+        panels += [(title, bars)] * bool(bars) + [(f"{title}, without the largest", small)] * bool(small)
+    if not panels:
+        return None
+    figure, places = _panels(len(panels), columns=1, height=0.8 + 0.26 * max(len(bars) for _, bars in panels))
+    looks = _Looks()
+    for axes, (title, bars) in zip(places, panels, strict=True):
+        _stack(axes, bars, looks)
+        axes.set(title=title, xlabel="saved [MiB]")
+    looks.legend(figure)
     return figure
 
 
@@ -163,20 +157,18 @@ def draw_curves(settings: dict[str, list[Row]]) -> Figure | None:
     found = {title: rows for title, rows in found.items() if rows}
     if not found:
         return None
-    figure, panels = _panels(len(found), 2, height=3.2)
-    for line, (title, rows) in zip(panels, found.items(), strict=True):
-        shown = rows[:MOST_CURVES]
-        for axes, (name, heading) in zip(line, (("loss", "training loss"), ("test", "test score [%]")), strict=True):
-            for colour, (row, curves) in zip(COLOURS, shown, strict=False):
-                scale = 100 if name == "test" else 1
-                epochs, middle, spread = _band([[scale * point[name] for point in curve] for curve in curves])
-                axes.plot(epochs, middle, color=colour, linewidth=1.2, label=_short(row))
-                low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
-                axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
-            left_out = f" (first {MOST_CURVES} of {len(rows)})" if len(rows) > MOST_CURVES else ""
-            axes.set(title=title + left_out, xlabel="epoch", ylabel=heading)
-        line[0].set_yscale("log")
-        line[1].legend(loc="lower right", fontsize=8)
+    figure, places = _panels(2 * len(found), columns=2, height=3.0)
+    looks = _Looks()
+    for index, (title, rows) in enumerate(found.items()):
+        losses, scores = places[2 * index : 2 * index + 2]
+        for row, curves in rows[:MOST_CURVES]:
+            colour, _ = looks.of(_short(row))
+            _draw_band(losses, [[point["loss"] for point in curve] for curve in curves], colour)
+            _draw_band(scores, [[100 * point["test"] for point in curve] for curve in curves], colour)
+        left_out = f" (first {MOST_CURVES} of {len(rows)})" if len(rows) > MOST_CURVES else ""
+        losses.set(title=title + left_out, xlabel="epoch", ylabel="training loss", yscale="log")
+        scores.set(title=title + left_out, xlabel="epoch", ylabel=_named(METRICS["test"], [row for row, _ in rows]))
+    looks.legend(figure)
     return figure
 
 
@@ -189,31 +181,55 @@ def draw_throughput(settings: dict[str, list[Row]]) -> Figure | None:
     rated = {title: rows for title, rows in rated.items() if rows}
     if not rated:
         return None
-    figure, panels = _panels(len(rated), 1, height=0.9 + 0.26 * max(map(len, rated.values())))
-    for (axes,), (title, rows) in zip(panels, rated.items(), strict=True):
+    figure, places = _panels(len(rated), columns=1, height=0.8 + 0.26 * max(map(len, rated.values())))
+    for axes, (title, rows) in zip(places, rated.items(), strict=True):
         names = [_short(row) for row, _ in rows]
         values = [cell.value for _, cell in rows]
         whiskers = [
             [cell.value - (cell.p20 or cell.value) for _, cell in rows],
             [(cell.p80 or cell.value) - cell.value for _, cell in rows],
         ]
-        places = range(len(rows))
-        axes.barh(places, values, 0.7, xerr=whiskers, color=COLOURS[0], ecolor="#444444", capsize=3)
-        axes.set_yticks(places, names)
+        axes.barh(range(len(rows)), values, 0.7, xerr=whiskers, color=COLOURS[0], ecolor="#444444", capsize=3)
+        axes.set_yticks(range(len(rows)), names)
         axes.invert_yaxis()
         axes.set(title=title, xlabel="epochs/s (20th to 80th percentile)")
         axes.grid(visible=False, axis="y")
     return figure
 
 
-def _panels(rows: int, columns: int, *, height: float) -> tuple[Figure, list[list[Axes]]]:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError("figures need matplotlib; pip install 'iexact-runner[figures]'") from error
-    width = max(7.5, 4.8 * columns)
-    figure = Figure(figsize=(width, max(1.9, height) * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+class _Looks:
+    """Colour and marker of every label, the same in all panels of a figure."""
+
+    def __init__(self) -> None:
+        self._looks: dict[str, tuple[str, str]] = {}
+
+    def of(self, label: str) -> tuple[str, str]:
+        """Colour and marker; a new label gets the next ones."""
+        turn, colour = divmod(len(self._looks), len(COLOURS))
+        return self._looks.setdefault(label, (COLOURS[colour], MARKERS[turn % len(MARKERS)]))
+
+    def legend(self, figure: Figure) -> None:
+        """Names them below the panels."""
+        from matplotlib.lines import Line2D
+
+        handles = [
+            Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
+            for label, (colour, marker) in self._looks.items()
+        ]
+        longest = max(map(len, self._looks))
+        columns = max(1, int(figure.get_figwidth() / (0.5 + 0.065 * longest)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, handletextpad=0.2)
+
+
+def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, read in lines; ``height`` is that of one in inches."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(9.5 if columns > 1 else 7.5, height * lines + 0.5), layout="constrained")
+    places = [figure.add_subplot(lines, columns, place + 1) for place in range(count)]
+    return figure, places
 
 
 @contextmanager
@@ -255,21 +271,19 @@ def _kept_by_kind(row: Row) -> dict[str, float]:
     return kinds
 
 
-def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], title: str) -> None:
-    names = [kind for _, kind in KINDS] + ["other"]
-    totals = [sum(kinds.values()) for _, kinds in bars]
+def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], looks: _Looks) -> None:
+    places = range(len(bars))
     left = [0.0] * len(bars)
-    for colour, name in zip(COLOURS, names, strict=False):
+    for name in (*(kind for _, kind in KINDS), "other"):
         widths = [kinds.get(name, 0.0) for _, kinds in bars]
         if any(widths):
-            axes.barh(range(len(bars)), widths, 0.7, left=left, color=colour, label=name)
+            axes.barh(places, widths, 0.7, left=left, color=looks.of(name)[0])
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for place, total in enumerate(totals):
+    for place, total in zip(places, left, strict=True):
         axes.text(total, place, f" {total:.2f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(bars)), [_short(row) for row, _ in bars])
+    axes.set_yticks(places, [_short(row) for row, _ in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(totals))
-    axes.set(title=title, xlabel="saved [MiB]")
+    axes.set_xlim(0, 1.12 * max(left))
     axes.grid(visible=False, axis="y")
 
 
@@ -283,11 +297,15 @@ def _curves(row: Row) -> list[list[dict[str, Any]]]:
     return list(repeats.values())
 
 
-def _band(curves: Sequence[Sequence[float]]) -> tuple[list[int], list[float], list[float]]:
-    """Epochs, mean and sample standard deviation over the curves, as far as the shortest goes."""
+def _draw_band(axes: Axes, curves: Sequence[Sequence[float]], colour: str) -> None:
+    """Mean over the curves with a band of one sample standard deviation, as far as the shortest goes."""
     columns = list(zip(*curves, strict=False))
+    epochs = range(1, len(columns) + 1)
+    middle = [statistics.fmean(column) for column in columns]
     spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
-    return list(range(1, len(columns) + 1)), [statistics.fmean(column) for column in columns], spread
+    low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
+    axes.plot(epochs, middle, color=colour, linewidth=1.2)
+    axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _short(row: Row) -> str:
@@ -300,11 +318,6 @@ def _short(row: Row) -> str:
 def _named(metric: Metric, rows: Sequence[Row]) -> str:
     names = {run.lookup("accuracy.metric") for row in rows for run in row.runs} - {None}
     return metric.title.replace("score", names.pop().replace("_", "-") if len(names) == 1 else "score")
-
-
-def _legend(axes: Axes, entries: int) -> None:
-    columns = 1 if entries <= 12 else 2
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, ncols=columns, handletextpad=0.3)
 
 
 def _plain_numbers() -> Any:

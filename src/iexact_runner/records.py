@@ -190,11 +190,9 @@ def compression_label(config: Mapping[str, Any]) -> str:
     """A compression's configuration in a few words."""
     if config.get("scheme") == "none":
         return "FP32"
-    stored = "FP32" if config.get("bits") is None else f"INT{config['bits']}"
-    words = [stored, f"kept_frac {config.get('kept_frac', 1.0):g}", f"col_size {config.get('col_size', 0)}"]
-    for name, usual in (("alpha", 1.0), ("levels", "uniform")):
-        if config.get(name, usual) != usual:
-            words.append(f"{name} {config[name]}")
+    words = ["FP32 maps" if config.get("bits") is None else f"INT{config['bits']}"]
+    usual = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
+    words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(words)
 
 
