@@ -151,4 +151,5 @@ def _compression(config: Mapping[str, Any]) -> str:
     if config["scheme"] == "none":
         return "FP32"
     stored = "FP32" if config["bits"] is None else f"INT{config['bits']}"
-    return f"{stored}, kept_frac {config['kept_frac']:g}, col_size {config['col_size']}"
+    levels = ", optimal levels" if config["levels"] == "optimal" or config["alpha"] == "auto" else ""
+    return f"{stored}, kept_frac {config['kept_frac']:g}, col_size {config['col_size']}{levels}"
