@@ -135,6 +135,7 @@ def test_help_names_every_choice():
         ("measure.timed_epochs=0", "measure.timed_epochs=0"),
         ("measure.warmup_epochs=-1", "measure.warmup_epochs=-1"),
         ("measure.max_seconds=0", "measure.max_seconds=0.0"),
+        ("bins.bits=3", "bins.bits=3: must be one of 1, 2, 4, 8"),
         ("runs=0", "runs=0: must be 1 or more"),
         ("seed=-1", "seed=-1: must be 0 or more"),
         ("dataset.root=''", "dataset.root=''"),

@@ -18,7 +18,7 @@ BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
 LEVELS = ("uniform", "optimal")
-TASKS = ("train", "measure")
+TASKS = ("train", "measure", "bins")
 OPTIMIZERS = ("adam", "rmsprop")
 LOSSES = ("cross_entropy", "log_cross_entropy")
 # Models all of whose operations have a compressed twin.
@@ -306,6 +306,24 @@ class MeasureConfig:
 
 
 @dataclass
+class BinsConfig:
+    """The table of ``task=bins``.
+
+    Args:
+        clipped: values beyond the ends lie on them; false restricts the normal distribution to the range.
+        use_d_key: block sizes 4 to 2048; false is the grid of sigma from .01 to 5 by .001 in units of 2-bit codes.
+        bits: bits of a code.
+    """
+
+    clipped: bool = True
+    use_d_key: bool = True
+    bits: int = 2
+
+    def __post_init__(self) -> None:
+        _check_choice("bins.bits", self.bits, BITS)
+
+
+@dataclass
 class Config:
     """One run of ``iexact``."""
 
@@ -320,6 +338,7 @@ class Config:
     compression: CompressionConfig = MISSING
     training: TrainingConfig = field(default_factory=TrainingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    bins: BinsConfig = field(default_factory=BinsConfig)
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
