@@ -111,6 +111,19 @@ def test_every_level_is_where_the_gradient_vanishes(bits, d):
     assert np.abs(np.linalg.solve(hessian, np.array(gradient, dtype=float))).max() < 1e-6
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
+@pytest.mark.parametrize("cells", [1, 6])
+def test_masses_of_cells_are_integrals_of_the_density_and_the_ends(distribution, cells):
+    pdf = density(distribution, 1)
+    edges = np.linspace(0, 1, cells + 1)
+    inside = np.array([quad(pdf, low, high, limit=500)[0] for low, high in itertools.pairwise(edges)])
+    ends = 1 - inside.sum()
+    expected = inside.copy()
+    expected[0] += ends / 2
+    expected[-1] += ends / 2
+    assert bins.cell_masses(distribution, cells=cells) == pytest.approx(expected, abs=2e-6)
+
+
 def test_uniform_values_have_uniform_levels():
     for bits in BITS:
         levels = optimal_levels(bits, distribution=Uniform())

@@ -141,6 +141,20 @@ def optimal_levels(bits: int, *, distribution: Distribution) -> tuple[float, ...
     return tuple(map(float, levels * top))
 
 
+def cell_masses(distribution: Distribution, *, cells: int) -> Array:
+    """Probabilities (cells,) of equal cells over [0, B]; what lies on an end counts in its cell.
+
+    Of the values of an :class:`Empirical` that lie on an end, half count at either.
+    """
+    curve, share = _curve(distribution)
+    _, below, _, _ = curve.integrals(np.linspace(0, 1, cells + 1)[None])
+    masses: Array = share * np.diff(below[0])
+    at_either_end = (1 - masses.sum()) / 2
+    masses[0] += at_either_end
+    masses[-1] += at_either_end
+    return masses
+
+
 def normal_sigma(d: npt.ArrayLike, *, bits: int) -> Array:
     """Sigma (K,) = -(B / 2) / Phi^-1(1 / d) of blocks of d (K,) elements, in units of the code; infinite for d = 2."""
     from scipy.special import ndtri  # slow to import, and plain training needs none of it
