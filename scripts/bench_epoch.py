@@ -25,11 +25,10 @@ from iexact_runner.cli import compose_config
 from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
-from iexact_runner.data.graph import Adjacency
 from iexact_runner.experiment import resolve_device
 from iexact_runner.nn import build_model
-from iexact_runner.nn.baseline import PyGBaseline
-from iexact_runner.training import Problem, clock, loss_of, make_optimizer, prepare, step, training_input, update
+from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
+from iexact_runner.training import Optimization, Problem, clock, loss_of, prepare, step, training_input
 
 PRESETS = {
     "none": ("compression=none",),
@@ -65,11 +64,10 @@ def main() -> None:
 def time_presets(
     dataset: str, model: str, device: torch.device, *, rounds: int, backend: str = "auto"
 ) -> list[dict[str, Any]]:
-    """One row a preset that the model supports: epoch seconds and their ratio to the baseline's."""
+    """One row a preset: epoch seconds and their ratio to the baseline's."""
     configs = {
         name: compose_config(f"dataset={dataset}", f"model={model}", *overrides, f"compression.backend={backend}")
         for name, overrides in PRESETS.items()
-        if model == "sage" or name == "none"
     }
     first = configs["none"]
     problem = prepare(load_dataset(first.dataset), first.model, inductive=False, device=device)
@@ -121,22 +119,21 @@ def _preset_step(config: Config, problem: Problem) -> Step:
         out_channels=problem.num_classes,
         compression=config.compression,
     ).to(problem.whole.x.device)
-    optimizer = make_optimizer(model, config.training)
-    return lambda epoch: step(model, optimizer, problem, config.training, seed=epoch, epoch=epoch)
+    optimization = Optimization(model, config.training)
+    return lambda epoch: step(model, optimization, problem, seed=epoch, epoch=epoch)
 
 
 def _baseline_step(config: Config, problem: Problem) -> Step:
     torch.manual_seed(0)
     model = PyGBaseline(config.model, in_channels=problem.in_channels, out_channels=problem.num_classes)
     model.to(problem.whole.x.device).train()
-    optimizer = make_optimizer(model, config.training)
-    graph = problem.training.graph
-    operator = graph.matrix.tensor() if isinstance(graph, Adjacency) else torch.stack([graph.source, graph.target])
+    optimization = Optimization(model, config.training)
+    operator = baseline_graph(problem.training.graph)
 
     def run(epoch: int) -> float:
         features, nodes = training_input(problem, seed=epoch)
         loss = loss_of(model(features, operator)[nodes], problem.training.y[nodes], kind=config.training.loss)
-        update(model, optimizer, loss, config.training, epoch=epoch)
+        optimization.update(model, loss, epoch=epoch)
         return loss.item()
 
     return run

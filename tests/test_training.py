@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from conftest import FP32, assert_close, projected, tiny_dataset
-from iexact_runner.config import GATConfig, SAGEConfig, TrainingConfig
+from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, SAGEConfig, TrainingConfig
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import build_model
 from iexact_runner.training import (
+    Optimization,
     evaluate,
     loss_of,
-    make_optimizer,
     prepare,
     score,
     step,
     train_epochs,
     training_input,
-    update,
+    training_loss,
     with_labels,
 )
 
@@ -38,11 +38,15 @@ def make_model(problem, model=SAGE, compression=FP32):
     )
 
 
+def train(model, problem, config, *, seed):
+    return train_epochs(model, problem, Optimization(model, config), seed=seed)
+
+
 @pytest.mark.parametrize("compression", [FP32, projected(bits=2, kept_frac=0.5)], ids=["fp32", "int2"])
 def test_training_learns_the_tiny_graph(dataset, compression):
     problem = make_problem(dataset)
     model = make_model(problem, compression=compression)
-    epochs = list(train_epochs(model, problem, TrainingConfig(epochs=40), seed=0))
+    epochs = list(train(model, problem, TrainingConfig(epochs=40), seed=0))
     assert [epoch.number for epoch in epochs] == list(range(1, 41))
     assert epochs[-1].loss < 0.5 * epochs[0].loss
     assert epochs[-1].scores.test > 0.8
@@ -53,7 +57,7 @@ def test_same_seed_same_course(dataset):
     for seed in (1, 1, 2):
         problem = make_problem(dataset)
         model = make_model(problem, compression=projected(bits=2, kept_frac=0.5))
-        courses.append([epoch.loss for epoch in train_epochs(model, problem, TrainingConfig(epochs=5), seed=seed)])
+        courses.append([epoch.loss for epoch in train(model, problem, TrainingConfig(epochs=5), seed=seed)])
     assert courses[0] == courses[1] != courses[2]
 
 
@@ -79,7 +83,7 @@ def test_multilabel_loss_and_micro_f1():
 def test_multilabel_training_reports_micro_f1():
     problem = make_problem(tiny_dataset(multilabel=True))
     assert problem.metric == "micro_f1"
-    epochs = list(train_epochs(make_model(problem), problem, TrainingConfig(epochs=40), seed=0))
+    epochs = list(train(make_model(problem), problem, TrainingConfig(epochs=40), seed=0))
     assert epochs[-1].scores.train > 0.9
 
 
@@ -90,7 +94,7 @@ def test_inductive_training_sees_only_training_nodes(dataset):
     assert torch.equal(view.train, torch.arange(nodes.numel()))
     assert view.graph.matrix.offsets.numel() == nodes.numel() + 1
     assert problem.whole.graph.matrix.offsets.numel() == dataset.num_nodes + 1
-    epochs = list(train_epochs(make_model(problem), problem, TrainingConfig(epochs=30), seed=0))
+    epochs = list(train(make_model(problem), problem, TrainingConfig(epochs=30), seed=0))
     assert epochs[-1].scores.test > 0.7
 
 
@@ -109,7 +113,7 @@ def test_labels_as_input_feed_some_and_score_the_others(dataset):
     assert not torch.equal(training_input(problem, seed=2)[1], nodes)
     everything = with_labels(problem.whole, dataset.train, 3)
     assert everything[:, 13:].sum() == dataset.train.numel()
-    epochs = list(train_epochs(make_model(problem, config), problem, TrainingConfig(epochs=60), seed=0))
+    epochs = list(train(make_model(problem, config), problem, TrainingConfig(epochs=60), seed=0))
     assert epochs[-1].loss < 0.7 * epochs[0].loss
 
 
@@ -125,22 +129,23 @@ def test_learning_rate_warms_up_linearly(dataset):
     problem = make_problem(dataset)
     model = make_model(problem)
     config = TrainingConfig(lr=0.1, warmup_epochs=4, optimizer="rmsprop")
-    optimizer = make_optimizer(model, config)
-    assert isinstance(optimizer, torch.optim.RMSprop)
+    optimization = Optimization(model, config)
+    assert isinstance(optimization.optimizer, torch.optim.RMSprop)
     rates = []
     for epoch in range(1, 7):
-        step(model, optimizer, problem, config, seed=epoch, epoch=epoch)
-        rates.append(optimizer.param_groups[0]["lr"])
+        step(model, optimization, problem, seed=epoch, epoch=epoch)
+        rates.append(optimization.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("grad_norm", [None, 1e-3])
-def test_gradients_are_clipped(dataset, grad_norm):
+def test_gradients_are_clipped(dataset, grad_norm, precision):
     problem = make_problem(dataset)
     model = make_model(problem)
     config = TrainingConfig(grad_norm=grad_norm)
     loss = model(problem.whole.x, problem.whole.graph).square().sum()
-    update(model, make_optimizer(model, config), loss, config, epoch=1)
+    Optimization(model, config, precision=precision).update(model, loss, epoch=1)
     norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
     assert norm == pytest.approx(1e-3, rel=0.01) if grad_norm else norm > 1
 
@@ -149,7 +154,7 @@ def test_loss_that_is_not_finite_stops_with_the_epoch(dataset):
     dataset.x[3] = math.inf
     problem = make_problem(dataset)
     with pytest.raises(TrainingError, match=r"the training loss is nan at epoch 1"):
-        list(train_epochs(make_model(problem), problem, TrainingConfig(epochs=3), seed=0))
+        list(train(make_model(problem), problem, TrainingConfig(epochs=3), seed=0))
 
 
 def test_evaluation_is_the_same_twice_and_leaves_no_gradient(dataset):
@@ -157,3 +162,57 @@ def test_evaluation_is_the_same_twice_and_leaves_no_gradient(dataset):
     model = make_model(problem, compression=projected(bits=2, kept_frac=0.5))
     assert evaluate(model, problem) == evaluate(model, problem)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+MODELS = [
+    SAGE,
+    GCNConfig(name="gcn", num_layers=2, hidden_channels=16, dropout=0.2),
+    GCN2Config(name="gcn2", num_layers=2, hidden_channels=16, dropout=0.2),
+    GATConfig(name="gat", num_layers=2, hidden_channels=8, dropout=0.2, residual=True, edge_dropout=0.2),
+]
+SCHEMES = {
+    "none": FP32,
+    "exact": projected(bits=2, kept_frac=0.5, store_dropout_mask=True),
+    "shared": projected(bits=2, kept_frac=0.5, col_size=8, share_maps=True),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_model_trains_under_every_scheme_and_precision(dataset, model, scheme, precision):
+    problem = make_problem(dataset, model)
+    net = make_model(problem, model, SCHEMES[scheme])
+    optimization = Optimization(net, TrainingConfig(epochs=15), precision=precision)
+    epochs = list(train_epochs(net, problem, optimization, seed=0))
+    assert epochs[-1].loss < 0.9 * epochs[0].loss
+    assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+    assert optimization.scaler.is_enabled() == (precision == "float16")
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_gradients_in_half_precision_are_those_of_the_exact_twin(dataset, model, precision):
+    """8 bits against FP32 maps in the same precision, and both against float32, as close as the type allows."""
+    problem = make_problem(dataset, model)
+
+    def gradient(compression, kind):
+        net = make_model(problem, model, compression).train()
+        training_loss(net, problem, kind="cross_entropy", precision=kind, seed=3).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+
+    half, full = gradient(projected(), precision), gradient(projected(), "float32")
+    assert_close(gradient(projected(bits=8), precision), half, tolerance=0.03)
+    assert_close(half, full, tolerance=0.15)
+    assert not torch.equal(half, full)
+
+
+def test_an_overflowing_scale_skips_the_step_and_is_lowered(dataset):
+    problem = make_problem(dataset)
+    model = make_model(problem, compression=projected(bits=2, kept_frac=0.5))
+    optimization = Optimization(model, TrainingConfig(), precision="float16")
+    optimization.scaler = torch.amp.GradScaler("cpu", init_scale=1e30)
+    before = [parameter.clone() for parameter in model.parameters()]
+    step(model, optimization, problem, seed=0, epoch=1)
+    assert optimization.scaler.get_scale() < 1e30
+    assert all(map(torch.equal, before, model.parameters()))

@@ -19,10 +19,9 @@ BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
 LEVELS = ("uniform", "optimal")
 TASKS = ("train", "measure", "bins")
+PRECISIONS = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adam", "rmsprop")
 LOSSES = ("cross_entropy", "log_cross_entropy")
-# Models all of whose operations have a compressed twin.
-COMPRESSED_MODELS = ("sage",)
 
 
 def _check(condition: bool, name: str, value: object, valid: str) -> None:
@@ -325,12 +324,13 @@ class BinsConfig:
 
 @dataclass
 class Config:
-    """One run of ``iexact``."""
+    """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32."""
 
     task: str = MISSING
     runs: int = 1
     seed: int = 0
     device: str = "auto"
+    precision: str = "float32"
     debug: bool = False
     output_dir: str = "outputs"
     model: ModelConfig = MISSING
@@ -342,6 +342,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
+        _check_choice("precision", self.precision, PRECISIONS)
         _check(bool(self.output_dir), "output_dir", repr(self.output_dir), "must be a folder")
         model, dataset = self.model, self.dataset
         fitting = MODEL_CONFIGS.get(model.name)
@@ -353,10 +354,3 @@ class Config:
         _check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
         _check_at_least("runs", self.runs, 1)
         _check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")
-        if self.compression.scheme != "none":
-            _check(
-                self.model.name in COMPRESSED_MODELS,
-                "model",
-                self.model.name,
-                f"compressed training covers {', '.join(COMPRESSED_MODELS)} so far; use compression=none",
-            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from iexact_runner import environment, measure
 from iexact_runner.compression import backends
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import CompressionConfig, Config, ModelConfig
+from iexact_runner.config import CompressionConfig, Config, GATConfig, ModelConfig
 from iexact_runner.data import load_dataset
+from iexact_runner.data.sparse import CSR
 from iexact_runner.display import Display, show_summary, show_tensors
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.nn import Model, build_model
+from iexact_runner.peak import PeakMemory
 from iexact_runner.records import SCHEMA_VERSION, RunFolder, mean_std
+from iexact_runner.schemes import Plain
 from iexact_runner.training import (
     Epoch,
+    Optimization,
     Problem,
     Scores,
+    autocast,
     clock,
     loss_of,
-    make_optimizer,
     prepare,
     step,
     train_epochs,
     training_input,
+    training_loss,
 )
 
 
@@ -57,11 +62,15 @@ def resolve_device(name: str) -> torch.device:
 
 def fp32_bytes(config: ModelConfig, problem: Problem) -> int:
     """What FP32 training of a model keeps, measured on its forward pass with tensors that have no memory."""
+    features, graph = training_input(problem, seed=0)[0], problem.training.graph
+    if isinstance(config, GATConfig) and isinstance(graph, CSR):
+        # How many edges are left is a number, which tensors without memory do not have.
+        graph = Plain(training=True, seed=0).drop_edges(graph, config.edge_dropout)
+        config = replace(config, edge_dropout=0.0)
     with FakeTensorMode() as fake:
-        features = fake.from_tensor(training_input(problem, seed=0)[0])
-        graph = problem.training.graph.map(fake.from_tensor)
+        features, graph = fake.from_tensor(features), graph.map(fake.from_tensor)
         plain = CompressionConfig(scheme="none")
-        with torch.device(problem.training.x.device):
+        with torch.device(features.device):
             model = build_model(
                 config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=plain
             )
@@ -177,20 +186,25 @@ class Experiment:
         features, nodes = training_input(problem, seed=seed)
         before = measure.allocated(self._device)
         with measure.SavedTensors(model, excluded=[features, *problem.tensors()]) as saved:
-            scores = model(features, problem.training.graph, seed=seed)
+            with autocast(self._config.precision, self._device):
+                scores = model(features, problem.training.graph, seed=seed)
             kept = saved.kept(scores)
-            loss = loss_of(scores[nodes], problem.training.y[nodes], kind=self._config.training.loss)
+            loss = loss_of(scores[nodes].float(), problem.training.y[nodes], kind=self._config.training.loss)
             kept_with_loss = saved.kept(loss)
         after = measure.allocated(self._device)
         reference = None
         if before is not None and after is not None:
             reference = (after - before - scores.nbytes - loss.nbytes) / measure.MIB
         saved_bytes = sum(record.bytes for record in kept)
-        loss.backward()
+        del scores, loss
+        kind, precision = self._config.training.loss, self._config.precision
+        with PeakMemory(self._device) as peak:
+            training_loss(model, problem, kind=kind, precision=precision, seed=seed).backward()
         return {
             "saved_mib": saved_bytes / measure.MIB,
             "saved_mib_fp32": fp32_bytes(self._config.model, problem) / measure.MIB,
             "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / measure.MIB,
+            "step_peak_mib": peak.bytes / measure.MIB,
             "data_mib": measure.total_bytes(problem.tensors()) / measure.MIB,
             "model_mib": measure.total_bytes([*model.parameters(), *model.buffers()]) / measure.MIB,
             "reference_activation_mib": reference,
@@ -208,7 +222,8 @@ class Experiment:
                 model, seed = self._new_model(problem, run)
                 display.start_run(run)
                 best: Scores | None = None
-                for epoch in train_epochs(model, problem, config.training, seed=seed):
+                optimization = Optimization(model, config.training, precision=config.precision)
+                for epoch in train_epochs(model, problem, optimization, seed=seed):
                     self._record(run, epoch)
                     if best is None or epoch.scores.val > best.val:
                         best = epoch.scores
@@ -229,13 +244,13 @@ class Experiment:
         assert self._memory is not None
         show_tensors(self._console, self._memory["tensors"])
         model, seed = self._new_model(problem, run=0)
-        optimizer = make_optimizer(model, config.training)
+        optimization = Optimization(model, config.training, precision=config.precision)
         numbers = itertools.count(1)
 
         def one_epoch() -> float:
             number = next(numbers)
             start = clock(self._device)
-            step(model, optimizer, problem, config.training, seed=mix(seed, number), epoch=number)
+            step(model, optimization, problem, seed=mix(seed, number), epoch=number)
             return clock(self._device) - start
 
         with self._console.status("timing epochs"):

@@ -143,76 +143,93 @@ def loss_of(scores: Tensor, labels: Tensor, *, kind: str) -> Tensor:
     return (torch.log(LOG_LOSS_OFFSET + losses) - math.log(LOG_LOSS_OFFSET)).mean()
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Adam or RMSprop."""
-    if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.RMSprop(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+class Optimization:
+    """What updates a model's weights over a run: optimizer, gradient scaler, precision of the forward pass.
+
+    Args:
+        model: the model, on its device.
+        config: optimizer, learning rate and clipping.
+        precision: ``float32``, or the type of autocast; ``float16`` scales the loss so that small gradients survive.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, *, precision: str = "float32") -> None:
+        kinds = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+        parameters = list(model.parameters())
+        self.config = config
+        self.optimizer = kinds[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=precision == "float16")
+
+    def update(self, model: nn.Module, loss: Tensor, *, epoch: int) -> None:
+        """Backward pass, clipping and optimizer step of epoch ``epoch``, counted from 1."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, epoch / max(1, config.warmup_epochs))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if config.grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
-def update(model: Model, optimizer: torch.optim.Optimizer, loss: Tensor, config: TrainingConfig, *, epoch: int) -> None:
-    """Backward pass, clipping and optimizer step of epoch ``epoch``, counted from 1."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * min(1.0, epoch / max(1, config.warmup_epochs))
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if config.grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
-    optimizer.step()
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Context of a forward pass in a precision; the loss and all scores are computed in float32 outside of it."""
+    dtype = getattr(torch, precision)
+    return torch.autocast(device.type, dtype if precision != "float32" else None, enabled=precision != "float32")
 
 
-def train_epochs(model: Model, problem: Problem, config: TrainingConfig, *, seed: int) -> Iterator[Epoch]:
-    """Trains for ``config.epochs`` epochs, yielding each as it ends.
+def train_epochs(model: Model, problem: Problem, optimization: Optimization, *, seed: int) -> Iterator[Epoch]:
+    """Trains for as many epochs as the configuration says, yielding each as it ends.
 
     Raises:
         TrainingError: if the loss or the model's output stops being finite.
     """
-    optimizer = make_optimizer(model, config)
     device = problem.whole.x.device
-    for epoch in range(1, config.epochs + 1):
+    for epoch in range(1, optimization.config.epochs + 1):
         start = clock(device)
-        loss = step(model, optimizer, problem, config, seed=mix(seed, epoch), epoch=epoch)
+        loss = step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
         seconds = clock(device) - start
-        scores = evaluate(model, problem)
+        scores = evaluate(model, problem, precision=optimization.precision)
         if not all(map(math.isfinite, scores)):
             raise TrainingError(f"the model's output is not finite after epoch {epoch}: lower training.lr")
         yield Epoch(epoch, loss, seconds, scores)
 
 
-def step(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    problem: Problem,
-    config: TrainingConfig,
-    *,
-    seed: int,
-    epoch: int,
-) -> float:
+def step(model: Model, optimization: Optimization, problem: Problem, *, seed: int, epoch: int) -> float:
     """One full-batch training step; returns the loss.
 
     Raises:
         TrainingError: if the loss is not finite; the weights are then left as they were.
     """
     model.train()
-    features, nodes = training_input(problem, seed=seed)
-    scores = model(features, problem.training.graph, seed=seed)
-    loss = loss_of(scores[nodes], problem.training.y[nodes], kind=config.loss)
+    loss = training_loss(model, problem, kind=optimization.config.loss, precision=optimization.precision, seed=seed)
     value = loss.item()
     if not math.isfinite(value):
         raise TrainingError(f"the training loss is {value} at epoch {epoch}: lower training.lr or use more bits")
-    update(model, optimizer, loss, config, epoch=epoch)
+    optimization.update(model, loss, epoch=epoch)
     return value
 
 
+def training_loss(model: Model, problem: Problem, *, kind: str, precision: str, seed: int) -> Tensor:
+    """Loss of one forward pass over the training view."""
+    features, nodes = training_input(problem, seed=seed)
+    with autocast(precision, features.device):
+        scores = model(features, problem.training.graph, seed=seed)
+    return loss_of(scores[nodes].float(), problem.training.y[nodes], kind=kind)
+
+
 @torch.no_grad()
-def evaluate(model: Model, problem: Problem) -> Scores:
+def evaluate(model: Model, problem: Problem, *, precision: str = "float32") -> Scores:
     """Scores of the exact forward pass; with labels as input, all training labels are fed."""
     model.eval()
     view = problem.whole
     features = view.x
     if problem.label_mask_rate is not None:
         features = with_labels(view, view.train, problem.num_classes)
-    scores = model(features, view.graph)
+    with autocast(precision, features.device):
+        scores = model(features, view.graph)
     return Scores(*(score(scores[nodes], view.y[nodes]) for nodes in (view.train, problem.val, problem.test)))
 
 

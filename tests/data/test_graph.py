@@ -7,7 +7,8 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from conftest import assert_close, tiny_dataset
 from iexact_runner.data.graph import (
     Adjacency,
-    edge_list,
+    attention_edges,
+    edges_of,
     gcn_adjacency,
     mean_adjacency,
     training_subgraph,
@@ -59,14 +60,55 @@ def test_every_node_gets_exactly_one_self_loop(dataset):
     assert torch.equal(marked.sort().values, torch.arange(dataset.num_nodes, dtype=torch.int32))
 
 
-def test_dropped_edges_leave_the_self_loops(dataset):
-    edges = edge_list(dataset.edge_index, dataset.num_nodes)
-    mask = torch.zeros(edges.target.numel(), dtype=torch.bool)
-    mask[3] = True
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "directed"])
+def test_weighted_products_equal_the_dense_matrix(symmetric):
+    data = tiny_dataset(symmetric=symmetric)
+    edges = edges_of(data.edge_index, data.num_nodes)
+    weight = torch.randn(edges.columns.numel())
+    dense = torch.zeros(data.num_nodes, data.num_nodes)
+    dense[edges.rows(), edges.columns.long()] = weight
+    assert_close(edges.with_values(weight).matmul(data.x), dense @ data.x)
+    transpose, order = edges.with_values(weight).transposed()
+    assert torch.equal(transpose.values, weight[order])
+    assert_close(transpose.matmul(data.x), dense.T @ data.x)
+    assert_close(transpose.reduce_rows(weight[order, None], "sum"), dense.sum(0)[:, None])
+    assert_close(edges.reduce_rows(weight[:, None], "sum"), dense.sum(1)[:, None])
+    products = (data.x @ data.x.flip(1).T)[edges.rows(), edges.columns.long()]
+    assert_close(edges.sampled_matmul(data.x, data.x.flip(1)), products)
+    assert edges.columns.dtype == transpose.columns.dtype == transpose.offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_types_are_computed_in_float32_on_a_cpu(dataset, dtype):
+    adjacency, x = gcn_adjacency(dataset.edge_index, dataset.num_nodes), dataset.x.to(dtype)
+    product = adjacency.matrix.matmul(x, column_scale=adjacency.column_scale)
+    expected = adjacency.matrix.matmul(x.float(), column_scale=adjacency.column_scale)
+    assert product.dtype == dtype and torch.equal(product, expected.to(dtype))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "directed"])
+def test_dropped_edges_leave_the_self_loops(symmetric):
+    data = tiny_dataset(symmetric=symmetric)
+    edges = attention_edges(data.edge_index, data.num_nodes)
+    mask = torch.rand(edges.columns.numel()) < 0.4
+    before = mask.clone()
     kept = edges.keep(mask)
-    assert kept.target.numel() == dataset.num_nodes + 1
-    assert torch.equal(kept.target[1:], torch.arange(dataset.num_nodes))
-    assert not mask[-1]  # the caller's mask is left alone
+    rows, columns = edges.rows(), edges.columns.long()
+    stays = mask | (rows == columns)
+    assert torch.equal(kept.rows(), rows[stays]) and torch.equal(kept.columns.long(), columns[stays])
+    assert torch.equal(mask, before)  # the caller's mask is left alone
+
+
+@pytest.mark.parametrize("entries", [1, 7, 10**6])
+def test_chunks_of_rows_cover_the_matrix(dataset, entries):
+    matrix = edges_of(dataset.edge_index, dataset.num_nodes)
+    rows, columns = [], []
+    for nodes, part, local in matrix.row_chunks(entries):
+        assert torch.equal(local.columns, matrix.columns[part])
+        assert part.stop - part.start <= entries or nodes.stop - nodes.start == 1
+        rows.append(local.rows() + nodes.start)
+        columns.append(local.columns)
+    assert torch.equal(torch.cat(rows), matrix.rows()) and torch.equal(torch.cat(columns), matrix.columns)
 
 
 def test_training_subgraph_is_the_induced_one(dataset):

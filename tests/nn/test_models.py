@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from conftest import FP32, assert_close, tiny_dataset
 from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
-from iexact_runner.data.graph import Adjacency, edge_list
+from iexact_runner.data.graph import attention_edges
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import MODELS, build_model
-from iexact_runner.nn.baseline import PyGBaseline
+from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
 
 SMALL = dict(num_layers=3, hidden_channels=8, dropout=0.0)
 CONFIGS = [
@@ -48,9 +48,7 @@ def pair(config, dataset):
         for key, value in baseline.named_parameters():
             value.copy_(model.get_parameter(translated(key, config)))
     graph = MODELS[config.name].build_graph(dataset.edge_index, dataset.num_nodes)
-    if isinstance(graph, Adjacency):  # PyG divides by the degree itself
-        return model, baseline, graph, graph.matrix.tensor()
-    return model, baseline, graph, torch.stack([graph.source, graph.target])
+    return model, baseline, graph, baseline_graph(graph)
 
 
 def translated(key: str, config: ModelConfig) -> str:
@@ -108,14 +106,14 @@ def test_shared_attention_scores_both_ends_with_one_vector(dataset):
     state = first.state_dict()
     state |= {key.replace("att_src", "att_dst"): value for key, value in state.items() if "att_src" in key}
     second.load_state_dict(state)
-    graph = edge_list(dataset.edge_index, dataset.num_nodes)
+    graph = attention_edges(dataset.edge_index, dataset.num_nodes)
     assert_close(first(dataset.x, graph), second(dataset.x, graph))
 
 
 def test_edge_dropout_depends_on_the_seed_and_only_in_training(dataset):
     config = GATConfig(name="gat", edge_dropout=0.7, **SMALL)
     model = build_model(config, in_channels=13, out_channels=3, compression=FP32)
-    graph = edge_list(dataset.edge_index, dataset.num_nodes)
+    graph = attention_edges(dataset.edge_index, dataset.num_nodes)
     first, again, other = (model(dataset.x, graph, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.allclose(first, other)
     model.eval()

@@ -12,7 +12,6 @@ from conftest import assert_close, relative_error
 from iexact_runner.compression import reference
 from iexact_runner.compression.maps import MapFormat
 from iexact_runner.compression.seeds import mix
-from iexact_runner.data.graph import mean_adjacency
 from iexact_runner.schemes import functions
 
 SIZES = [(1, 1), (37, 63), (101, 100), (64, 128)]
@@ -97,24 +96,40 @@ def test_dropout(function, seed):
     assert_close(gradients(actual, (x,), grad)[0], grad * kept * factor)
 
 
-@pytest.mark.parametrize("seed", [5, torch.tensor(5)], ids=["int", "tensor"])
-def test_fused_relu_dropout_is_the_two_in_turn(seed):
+def test_relu_in_place_changes_its_input_and_nothing_else():
     x = torch.randn(37, 63, requires_grad=True)
     grad = torch.randn(37, 63)
-    fused = functions.LeakyReLUDropout.apply(x, 0.1, 0.3, seed, "torch")
+    fresh = 2 * x
+    actual = functions.LeakyReLU.apply(fresh, 0.0, "torch", True)
+    assert actual is fresh and torch.equal(actual, F.relu(2 * x))
+    assert torch.equal(gradients(actual, (x,), grad)[0], gradients(F.relu(2 * x), (x,), grad)[0])
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_elu(shape):
+    """The slope alpha exp(x) below zero is off by at most alpha times the error of x, which is at most one bin."""
+    x = torch.randn(shape, requires_grad=True)
+    grad = torch.randn(shape)
+    exact = gradients(F.elu(x, 0.7), (x,), grad)[0]
+    unquantized = functions.ELU.apply(x, 0.7, keep(x, None), 0)
+    assert torch.equal(unquantized, F.elu(x, 0.7))
+    assert torch.equal(gradients(unquantized, (x,), grad)[0], exact)
+    compressed = gradients(functions.ELU.apply(x, 0.7, keep(x, 8), 0), (x,), grad)[0]
+    bin_width = (x.amax(1) - x.amin(1)).detach() * 1.01 / 255 + 2.0**-7 * x.detach().abs().amax(1) / 255
+    # Across zero the slope jumps from alpha to 1.
+    across = (x.detach().abs() <= bin_width[:, None]) * (1 - 0.7)
+    assert ((compressed - exact).abs() <= grad.abs() * (0.71 * bin_width[:, None] + across) + 1e-6).all()
+
+
+@pytest.mark.parametrize("store_mask", [False, True], ids=["regenerated", "stored"])
+@pytest.mark.parametrize("seed", [5, torch.tensor(5)], ids=["int", "tensor"])
+def test_fused_relu_dropout_is_the_two_in_turn(seed, store_mask):
+    x = torch.randn(37, 63, requires_grad=True)
+    grad = torch.randn(37, 63)
+    fused = functions.LeakyReLUDropout.apply(x, 0.1, 0.3, seed, store_mask, "torch")
     separate = functions.Dropout.apply(functions.LeakyReLU.apply(x, 0.1, "torch"), 0.3, seed, "torch")
     assert torch.equal(fused, separate)
     assert torch.equal(gradients(fused, (x,), grad)[0], gradients(separate, (x,), grad)[0])
-
-
-def test_spmm(dataset):
-    adjacency = mean_adjacency(dataset.edge_index, dataset.num_nodes)
-    x = dataset.x.clone().requires_grad_()
-    dense = adjacency.matrix.tensor().to_dense() * adjacency.row_scale
-    grad = torch.randn_like(dataset.x)
-    actual = functions.SpMM.apply(x, adjacency)
-    assert_close(actual, dense @ x)
-    assert_close(gradients(actual, (x,), grad)[0], dense.T @ grad)
 
 
 @pytest.mark.parametrize(("bits", "kept_frac"), [(1, 1.0), (2, 1.0), (4, 1.0), (None, 0.25), (2, 0.25)], ids=str)
@@ -155,8 +170,8 @@ def test_batch_norm_gamma_and_beta_gradients_are_unbiased_and_dx_is_not():
         projected = torch.stack(errors) @ functionals.T
         standard_error = projected.std(0) / math.sqrt(len(projected))
         ratios.append((projected.mean(0).abs() / standard_error.clamp_min(1e-6)).max().item())
-    assert ratios[1] < 4 and ratios[2] < 4
-    assert ratios[0] > 4
+    assert ratios[0] > 4 > ratios[1]
+    assert torch.stack(sums[2]).abs().max() < 1e-4  # beta's needs nothing of the map
 
 
 def test_gradients_cannot_be_differentiated_twice():

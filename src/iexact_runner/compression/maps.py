@@ -106,9 +106,14 @@ class MapLayout:
 
     def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """grad^T x for grad (N, D_out): (D_out, D). Multiplies by P^T last, so no (N, D) map is ever rebuilt."""
-        stored = self.stored(tensors)
+        stored = self.stored(tensors).to(grad.dtype)
         product = grad.T @ stored
         return product @ self._projection(tensors, stored).T if self.projected else product
+
+    def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Two maps (N, R) whose rows' inner products are those of ``grad`` (N, D) with the map, unbiased."""
+        stored = self.stored(tensors).to(grad.dtype)
+        return (grad @ self._projection(tensors, stored) if self.projected else grad), stored
 
     def _projection(self, tensors: tuple[Tensor, ...], stored: Tensor) -> Tensor:
         expected = 1 if self.bits is None else 3

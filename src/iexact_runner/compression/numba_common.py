@@ -53,13 +53,15 @@ parallel: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy", par
 
 @contextmanager
 def torch_threads() -> Iterator[None]:
-    """Lets Numba use as many threads as PyTorch, and puts its own setting back."""
-    previous = numba.get_num_threads()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    """Lets Numba use as many threads as PyTorch, and puts the settings of both back."""
+    threads, previous = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     try:
         yield
     finally:
         numba.set_num_threads(previous)
+        if torch.get_num_threads() != threads:  # Numba's OpenMP layer, once started, changes it for the process
+            torch.set_num_threads(threads)
 
 
 def flat32(x: Tensor) -> Array:

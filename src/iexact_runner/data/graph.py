@@ -1,144 +1,91 @@
-"""The graph as the operators that models apply: a sparse matrix with its adjoint, or a list of edges.
+"""The graph as what models apply: a sparse matrix with its adjoint, or the pattern of one.
 
 Shapes: N nodes, E directed edges. Row i of a matrix gathers from the sources of the edges that end in node i.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class CSR:
-    """A sparse (N, N) matrix: row offsets (N + 1,), column indices (E,), both int32 where they fit, and values (E,)."""
-
-    offsets: Tensor
-    columns: Tensor
-    values: Tensor
-
-    def tensor(self) -> Tensor:
-        """The matrix as a torch CSR tensor that shares this one's memory."""
-        nodes = self.offsets.numel() - 1
-        return torch.sparse_csr_tensor(
-            self.offsets, self.columns, self.values, size=(nodes, nodes), check_invariants=False
-        )
-
-    def matmul(self, x: Tensor) -> Tensor:
-        """The product with (N, D) features."""
-        product: Tensor = _spmm(self.offsets, self.columns, self.values, x)
-        return product
-
-    def tensors(self) -> list[Tensor]:
-        """The parts."""
-        return [self.offsets, self.columns, self.values]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> CSR:
-        """The matrix with a function applied to its parts, for example to move them to a device."""
-        return CSR(*map(function, self.tensors()))
-
-
-# An operator of its own, because torch.compile does not trace through sparse layouts.
-@torch.library.custom_op("iexact::spmm", mutates_args=(), schema="(Tensor o, Tensor c, Tensor v, Tensor x) -> Tensor")
-def _spmm(offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    return CSR(offsets, columns, values).tensor() @ x
-
-
-@_spmm.register_fake
-def _(offsets: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(offsets.numel() - 1, x.size(1))
+from iexact_runner.data.sparse import CSR
 
 
 @dataclass(frozen=True)
 class Adjacency:
-    """diag(row_scale) @ matrix, an (N, N) sparse operator on node features, with its adjoint.
+    """diag(row_scale) @ matrix @ diag(column_scale), an (N, N) operator on node features, with its adjoint.
 
     Args:
         matrix: the matrix.
         adjoint: its transpose; the same object for a symmetric graph, so held once.
         row_scale: (N, 1) or None for all ones.
+        column_scale: like ``row_scale``.
     """
 
     matrix: CSR
     adjoint: CSR
     row_scale: Tensor | None = None
+    column_scale: Tensor | None = None
 
     def matmul(self, x: Tensor) -> Tensor:
         """The operator applied to (N, D) features."""
-        product = self.matrix.matmul(x)
-        return product if self.row_scale is None else product.mul_(self.row_scale)
+        return _scaled(self.matrix.matmul(x, column_scale=self.column_scale), self.row_scale)
 
     def adjoint_matmul(self, grad: Tensor) -> Tensor:
-        """The transposed operator applied to (N, D) gradients: no transpose is formed, A_mean^T g = A^T (D^-1 g)."""
-        return self.adjoint.matmul(grad if self.row_scale is None else grad * self.row_scale)
+        """The transposed operator applied to (N, D) gradients; no transpose is formed."""
+        return _scaled(self.adjoint.matmul(grad, column_scale=self.row_scale), self.column_scale)
 
     def tensors(self) -> list[Tensor]:
         """Dense tensors that make up the operator, each once."""
         matrices = [self.matrix] if self.adjoint is self.matrix else [self.matrix, self.adjoint]
-        parts = [part for matrix in matrices for part in matrix.tensors()]
-        return parts if self.row_scale is None else [*parts, self.row_scale]
+        scales = {id(scale): scale for scale in (self.row_scale, self.column_scale) if scale is not None}
+        return [*(part for matrix in matrices for part in matrix.tensors()), *scales.values()]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Adjacency:
-        """The operator with a function applied to its parts; a symmetric one stays held once."""
+        """The operator with a function applied to its parts; what is held once stays held once."""
         matrix = self.matrix.map(function)
         adjoint = matrix if self.adjoint is self.matrix else self.adjoint.map(function)
-        return Adjacency(matrix, adjoint, None if self.row_scale is None else function(self.row_scale))
+        row_scale = None if self.row_scale is None else function(self.row_scale)
+        column_scale = None if self.column_scale is None else function(self.column_scale)
+        if self.column_scale is self.row_scale:
+            column_scale = row_scale
+        return Adjacency(matrix, adjoint, row_scale, column_scale)
 
 
-@dataclass(frozen=True)
-class EdgeList:
-    """Source and target (E,), int64, of edges sorted by target; the last N are the self-loops 0..N-1 if ``loops``."""
-
-    source: Tensor
-    target: Tensor
-    num_nodes: int
-    loops: bool
-
-    def tensors(self) -> list[Tensor]:
-        """Dense tensors that make up the list."""
-        return [self.source, self.target]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> EdgeList:
-        """The list with a function applied to its parts."""
-        return EdgeList(function(self.source), function(self.target), self.num_nodes, self.loops)
-
-    def keep(self, mask: Tensor) -> EdgeList:
-        """The edges where ``mask`` (E,) is set; self-loops always stay, so that every node keeps a neighbour."""
-        if self.loops:
-            mask = mask.clone()
-            mask[-self.num_nodes :] = True
-        return EdgeList(self.source[mask], self.target[mask], self.num_nodes, self.loops)
-
-
-Graph = Adjacency | EdgeList
+# A matrix without values is the pattern of a graph, for numbers that belong to its edges, such as attention.
+Graph = Adjacency | CSR
 
 
 def mean_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     """Mean over the in-neighbours, without self-loops added (GraphSAGE); isolated nodes gather zero."""
     matrix, adjoint = _pattern(edge_index, num_nodes)
-    degree = matrix.offsets.diff().clamp(min=1)
-    return Adjacency(matrix, adjoint, degree.float().reciprocal().unsqueeze(1))
+    return Adjacency(matrix, adjoint, mean_scale(matrix))
 
 
 def gcn_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     """D^-1/2 (A + I) D^-1/2 with D the in-degree of A + I (Kipf and Welling, 2017)."""
     matrix, adjoint = _pattern(with_self_loops(edge_index, num_nodes), num_nodes)
-    scale = matrix.offsets.diff().float().rsqrt()
-    normalised = _weighted(matrix, scale)
-    return Adjacency(normalised, normalised if adjoint is matrix else _weighted(adjoint, scale))
+    scale = matrix.offsets.diff().float().rsqrt().unsqueeze(1)
+    return Adjacency(matrix, adjoint, scale, scale)
 
 
-def edge_list(edge_index: Tensor, num_nodes: int) -> EdgeList:
+def attention_edges(edge_index: Tensor, num_nodes: int) -> CSR:
     """Edges with one self-loop a node, as attention wants them (Velickovic et al., 2018)."""
-    source, target = with_self_loops(edge_index, num_nodes).long()
-    real = source.numel() - num_nodes
-    order = torch.argsort(target[:real], stable=True)
-    loops = torch.arange(num_nodes, device=edge_index.device)
-    return EdgeList(torch.cat([source[order], loops]), torch.cat([target[order], loops]), num_nodes, loops=True)
+    return edges_of(with_self_loops(edge_index, num_nodes), num_nodes)
+
+
+def edges_of(edge_index: Tensor, num_nodes: int) -> CSR:
+    """The pattern of a list of edges (2, E), sorted by target and then by source."""
+    source, target = edge_index
+    return _csr(torch.sort(target.long() * num_nodes + source).values, num_nodes)
+
+
+def mean_scale(matrix: CSR) -> Tensor:
+    """One over the number of entries of each row (N, 1), and 1 for an empty one."""
+    return matrix.offsets.diff().clamp(min=1).float().reciprocal().unsqueeze(1)
 
 
 def with_self_loops(edge_index: Tensor, num_nodes: int) -> Tensor:
@@ -173,15 +120,8 @@ def _csr(keys: Tensor, num_nodes: int) -> CSR:
     rows = keys // num_nodes
     counts = torch.bincount(rows, minlength=num_nodes)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index)
-    columns = (keys - rows * num_nodes).to(index)
-    matrix = CSR(offsets, columns, torch.ones(keys.numel(), device=keys.device))
-    with warnings.catch_warnings():  # torch calls CSR "in beta state" at its first use, which is no news to a user
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        matrix.tensor()
-    return matrix
+    return CSR(offsets, (keys - rows * num_nodes).to(index))
 
 
-def _weighted(matrix: CSR, scale: Tensor) -> CSR:
-    """diag(scale) @ matrix @ diag(scale)."""
-    row_scale = torch.repeat_interleave(scale, matrix.offsets.diff().long())
-    return CSR(matrix.offsets, matrix.columns, row_scale.mul_(scale[matrix.columns.long()]))
+def _scaled(product: Tensor, scale: Tensor | None) -> Tensor:
+    return product if scale is None else product.mul_(scale)

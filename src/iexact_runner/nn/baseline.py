@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric import nn as pyg
 
 from iexact_runner.config import GATConfig, GCN2Config, ModelConfig
+from iexact_runner.data.graph import Graph
+from iexact_runner.data.sparse import CSR
 
 
 class PyGBaseline(nn.Module):
@@ -58,6 +61,15 @@ class PyGBaseline(nn.Module):
         assert self.lin_out is not None  # only GCN2 has blocks after which a linear layer follows
         scores: Tensor = self.lin_out(x)
         return scores
+
+
+def baseline_graph(graph: Graph) -> Tensor:
+    """What :class:`PyGBaseline` takes for a graph: an edge_index for attention, else a torch CSR adjacency."""
+    if isinstance(graph, CSR):
+        return torch.stack([graph.columns.long(), graph.rows()])
+    if graph.column_scale is None:  # a mean: PyG divides by the degree itself
+        return graph.matrix.tensor()
+    return graph.matrix.tensor(row_scale=graph.row_scale, column_scale=graph.column_scale)
 
 
 def _pyg_conv(config: ModelConfig, in_channels: int, out_channels: int, layer: int) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Block(nn.Module):
     def __init__(self, conv: nn.Module, *, channels: int, batch_norm: bool, residual: bool, dropout: float) -> None:
         super().__init__()
         self.conv = conv
+        self.channels = channels
         self.norm = nn.BatchNorm1d(channels) if batch_norm else None
         self.residual = residual
         self.dropout = dropout
@@ -39,9 +41,9 @@ class Block(nn.Module):
 
     def forward(self, x: Activation, graph: Graph, ops: Plain, initial: Activation | None = None) -> Activation:
         """Maps (N, D) to (N, channels)."""
-        h: Tensor = self.conv(x, graph, ops) if initial is None else self.conv(x, graph, ops, initial)
-        residual = x.value if self.residual and x.value.shape == h.shape else None
-        return ops.finish(h, norm=self.norm, residual=residual, dropout=self.dropout)
+        convolve = partial(self.conv, x, graph, ops, *([] if initial is None else [initial]))
+        residual = x.value if self.residual and x.value.size(1) == self.channels else None
+        return ops.finish(convolve, norm=self.norm, residual=residual, dropout=self.dropout)
 
 
 class GNN(nn.Module, ABC):
@@ -98,9 +100,11 @@ class GNN(nn.Module, ABC):
         prepared: Graph = graph
         return prepared
 
-    def forward(self, features: Tensor, graph: Graph, *, seed: int | Tensor = 0) -> Tensor:
+    def forward(
+        self, features: Tensor, graph: Graph, *, seed: int | Tensor = 0, map_seed: int | Tensor | None = None
+    ) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
-        ops = start_pass(self.compression, training=self.training, seed=seed)
+        ops = start_pass(self.compression, training=self.training, seed=seed, map_seed=map_seed)
         graph = self.prepare_graph(graph, ops)
         x = ops.input(features, dropout=self.input_dropout)
         for block in self.blocks:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch_geometric.nn.inits import glorot
 
 from iexact_runner.config import CompressionConfig, GATConfig
-from iexact_runner.data.graph import EdgeList, edge_list
+from iexact_runner.data.graph import attention_edges
+from iexact_runner.data.sparse import CSR
 from iexact_runner.nn.block import GNN
 from iexact_runner.schemes import Activation, Plain
 
@@ -45,24 +46,20 @@ class GATConv(nn.Module):
             glorot(weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Activation, graph: EdgeList, ops: Plain) -> Tensor:
+    def forward(self, x: Activation, graph: CSR, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, H * C)."""
         h = ops.linear(x, self.lin.weight).unflatten(1, (self.heads, -1))  # [N, H, C]
-        score_source = (h * self.att_src).sum(-1)
-        score_target = score_source if self.att_dst is None else (h * self.att_dst).sum(-1)
-        out = ops.attention(h, score_source, score_target, graph, negative_slope=NEGATIVE_SLOPE).flatten(1)
-        if self.res is not None:
-            out = out + ops.linear(x, self.res.weight)
-        return out + self.bias
+        out = ops.attention(h, self.att_src, self.att_dst, graph, negative_slope=NEGATIVE_SLOPE).flatten(1)
+        return out + self.bias if self.res is None else ops.linear(x, self.res.weight, self.bias).add_(out)
 
 
 class GAT(GNN):
     """Chain of :class:`GATConv` blocks; the last has one head. Residuals are inside the convolutions.
 
-    Edges are dropped once a forward pass, the same for all layers; self-loops stay.
+    CSR are dropped once a forward pass, the same for all layers; self-loops stay.
     """
 
-    build_graph = staticmethod(edge_list)
+    build_graph = staticmethod(attention_edges)
     residual_in_conv = True
 
     def __init__(
@@ -86,6 +83,6 @@ class GAT(GNN):
             residual=config.residual,
         )
 
-    def prepare_graph(self, graph: EdgeList, ops: Plain) -> EdgeList:
+    def prepare_graph(self, graph: CSR, ops: Plain) -> CSR:
         """Edge dropout, once for all layers."""
         return ops.drop_edges(graph, self.edge_dropout)

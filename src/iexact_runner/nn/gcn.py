@@ -32,7 +32,7 @@ class GCNConv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        return ops.aggregate(ops.linear(x, self.lin.weight), graph) + self.bias
+        return ops.aggregate(ops.linear(x, self.lin.weight), graph).add_(self.bias)
 
 
 class GCN(GNN):

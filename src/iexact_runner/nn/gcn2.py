@@ -43,16 +43,17 @@ class GCN2Conv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain, initial: Activation) -> Tensor:
         """Maps (N, D) to (N, D)."""
-        propagated = ops.aggregate(x.value, graph) * (1 - self.alpha)
+        propagated = ops.aggregate(x.value, graph).mul_(1 - self.alpha)
         if self.weight2 is None:
-            return self._mix(Activation(propagated + self.alpha * initial.value, Kept()), self.weight1, ops)
+            return self._mix(Activation(propagated.add(initial.value, alpha=self.alpha), Kept()), self.weight1, ops)
+        out = self._mix(Activation(propagated, Kept()), self.weight1, ops)
+        del propagated  # one map less beside the next product
         # alpha (x_0 W), not (alpha x_0) W: all layers then share the one kept map of x_0.
-        first = self._mix(initial, self.weight2, ops)
-        return self._mix(Activation(propagated, Kept()), self.weight1, ops) + self.alpha * first
+        return out.add_(self._mix(initial, self.weight2, ops), alpha=self.alpha)
 
     def _mix(self, h: Activation, weight: Tensor, ops: Plain) -> Tensor:
         product = ops.linear(h, weight.t())
-        return product if self.beta == 1.0 else (1 - self.beta) * h.value + self.beta * product
+        return product if self.beta == 1.0 else product.mul_(self.beta).add_(h.value, alpha=1 - self.beta)
 
 
 class GCN2(nn.Module):
@@ -99,9 +100,11 @@ class GCN2(nn.Module):
         for part in (self.lin_in, *self.blocks, self.lin_out):
             part.reset_parameters()
 
-    def forward(self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0) -> Tensor:
+    def forward(
+        self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0, map_seed: int | Tensor | None = None
+    ) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
-        ops = start_pass(self.compression, training=self.training, seed=seed)
+        ops = start_pass(self.compression, training=self.training, seed=seed, map_seed=map_seed)
         x = ops.input(features, dropout=self.input_dropout)
         initial = Activation(ops.relu(ops.linear(x, self.lin_in.weight, self.lin_in.bias)), Kept())
         x = Activation(ops.dropout(initial.value, self.dropout), Kept())

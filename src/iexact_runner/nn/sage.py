@@ -33,11 +33,12 @@ class SAGEConv(nn.Module):
         """Maps (N, D) to (N, C)."""
         if ops.transform_first:
             # mean(x) W = mean(x W): both products then share the one kept map of x.
-            neighbours = ops.aggregate(ops.linear(x, self.lin_l.weight), graph) + self.lin_l.bias
+            out = ops.aggregate(ops.linear(x, self.lin_l.weight), graph).add_(self.lin_l.bias)
         else:
             mean = Activation(ops.aggregate(x.value, graph), Kept())
-            neighbours = ops.linear(mean, self.lin_l.weight, self.lin_l.bias)
-        return neighbours + ops.linear(x, self.lin_r.weight)
+            out = ops.linear(mean, self.lin_l.weight, self.lin_l.bias)
+            del mean  # one map less beside the next product
+        return out.add_(ops.linear(x, self.lin_r.weight))
 
 
 class SAGE(GNN):

@@ -12,8 +12,13 @@ from iexact_runner.schemes.projected import Projected
 __all__ = ["Activation", "Plain", "Projected", "start_pass"]
 
 
-def start_pass(config: CompressionConfig, *, training: bool, seed: int | Tensor) -> Plain:
-    """The operations of one forward pass; evaluation is exact under every scheme."""
+def start_pass(
+    config: CompressionConfig, *, training: bool, seed: int | Tensor, map_seed: int | Tensor | None = None
+) -> Plain:
+    """The operations of one forward pass; evaluation is exact under every scheme.
+
+    ``map_seed`` lets projections and rounding vary while ``seed`` holds the dropout masks fixed.
+    """
     if training and config.scheme == "projected":
-        return Projected(config, seed=seed)
+        return Projected(config, seed=seed, map_seed=map_seed)
     return Plain(training=training, seed=seed, transform_first=config.share_maps)

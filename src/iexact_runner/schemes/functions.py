@@ -7,7 +7,6 @@ Shapes: N nodes, D features, C output features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from iexact_runner.compression import ops
 from iexact_runner.compression.maps import KeptMap
-from iexact_runner.data.graph import Adjacency
+from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
-
-@dataclass(frozen=True)
-class SavedMap:
-    """What a function tells :mod:`iexact_runner.measure` of a map it keeps.
-
-    Args:
-        shape: logical shape of the map.
-        stored_type: what an element is kept as, for example ``int2``.
-        fp32_bytes: bytes that plain PyG modules keep in its place on the same device.
-        parts: how many of the saved tensors, from the first on, make up the map.
-    """
-
-    shape: tuple[int, ...]
-    stored_type: str
-    fp32_bytes: int
-    parts: int
+# Elements of a map that one step of a chunked pass works on: 512 KiB of float32, which fit a core's cache.
+CHUNK_ELEMENTS = 1 << 17
 
 
 class Linear(Function):
@@ -54,24 +39,11 @@ class Linear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_x = grad @ weight if needs_x else None
+        # The decoded map is gone again before the next one as large is made.
         grad_weight = ctx.layout.weight_gradient(grad, tuple(tensors)) if needs_weight else None
+        grad_x = grad @ weight if needs_x else None
         grad_bias = grad.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None
-
-
-class SpMM(Function):
-    """A x with fixed edge weights: the backward pass A^T g needs nothing of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, adjacency: Adjacency) -> Tensor:
-        ctx.adjacency = adjacency
-        return adjacency.matmul(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.adjacency.adjoint_matmul(grad), None
 
 
 class BatchNorm(Function):
@@ -84,8 +56,8 @@ class BatchNorm(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         momentum: float,
@@ -107,28 +79,74 @@ class BatchNorm(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weight, mean, inverse_std = ctx.saved_tensors
         x = ctx.layout.decode(tuple(tensors))
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
-        )
-        return (*grads, None, None, None, None, None, None)
+        if grad.is_cuda or ctx.layout.bits is None:  # what is kept in FP32 must not be written over
+            grads = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
+            )
+        else:
+            grads = _batch_norm_backward(grad, x, weight, mean, inverse_std)
+        return *grads, None, None, None, None, None, None
+
+
+def _batch_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, which takes the place of ``x``, of gamma and of beta.
+
+    In chunks of rows that fit a cache, for the CPU kernel of torch needs a third map beside ``grad`` and ``x``.
+    """
+    rows = max(1, CHUNK_ELEMENTS // max(1, x.size(1)))
+    chunks = [slice(start, start + rows) for start in range(0, x.size(0), rows)]
+    grad_weight, grad_bias = torch.zeros_like(mean), torch.zeros_like(mean)
+    for part in chunks:
+        piece = grad[part].float()
+        grad_bias += piece.sum(0)
+        grad_weight += (x[part] - mean).mul_(inverse_std).mul_(piece).sum(0)
+    factor = inverse_std if weight is None else inverse_std * weight
+    for part in chunks:
+        normalised = (x[part] - mean).mul_(inverse_std)
+        centred = grad[part] - (normalised.mul_(grad_weight).add_(grad_bias)).div_(x.size(0))
+        x[part] = centred.mul_(factor)
+    return x, None if weight is None else grad_weight, None if weight is None else grad_bias
 
 
 class LeakyReLU(Function):
     """LeakyReLU (ReLU at slope 0) that keeps the sign of its input in 1 bit an element: exact."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, negative_slope: float, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, negative_slope: float, backend: str, inplace: bool = False) -> Tensor:
         output, mask = ops.leaky_relu(x, negative_slope=negative_slope, backend=backend)
         ctx.negative_slope, ctx.backend = negative_slope, backend
         ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel(), 1)
         ctx.save_for_backward(mask)
+        if inplace:
+            ctx.mark_dirty(x)
+            return x.copy_(output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), None, None
+        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), *[None] * 3
+
+
+class ELU(Function):
+    """x above zero, alpha (exp(x) - 1) below; the slope is not linear in the kept input, so the gradient is biased."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: float, kept: KeptMap, fp32_bytes: int) -> Tensor:
+        layout, tensors = kept
+        ctx.layout, ctx.alpha, ctx.shape = layout, alpha, x.shape
+        ctx.saved_map = SavedMap(tuple(x.shape), layout.stored_type, fp32_bytes, len(tensors))
+        ctx.save_for_backward(*tensors)
+        return F.elu(x, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.layout.decode(tuple(ctx.saved_tensors)).view(ctx.shape)
+        return torch.ops.aten.elu_backward(grad, ctx.alpha, 1.0, 1.0, False, x), None, None, None
 
 
 class Dropout(Function):
@@ -137,36 +155,44 @@ class Dropout(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int | Tensor, backend: str) -> Tensor:
         ctx.p, ctx.backend = p, backend
-        _save_with_seed(ctx, seed)
+        save_with_seed(ctx, seed)
         return ops.dropout(x, p=p, seed=seed, backend=backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, seed = _saved_with_seed(ctx)
+        _, seed = restore_seed(ctx)
         return ops.dropout(grad, p=ctx.p, seed=seed, backend=ctx.backend), None, None, None
 
 
 class LeakyReLUDropout(Function):
-    """:class:`LeakyReLU` and :class:`Dropout` in one pass over the map, with the same numbers."""
+    """:class:`LeakyReLU` and :class:`Dropout` (or :class:`MaskedDropout`) in one pass, with the same numbers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, negative_slope: float, p: float, seed: int | Tensor, backend: str) -> Tensor:
-        output, mask = ops.leaky_relu_dropout(x, negative_slope=negative_slope, p=p, seed=seed, backend=backend)
-        ctx.negative_slope, ctx.p, ctx.backend = negative_slope, p, backend
+    def forward(
+        ctx: Any, x: Tensor, negative_slope: float, p: float, seed: int | Tensor, store_mask: bool, backend: str
+    ) -> Tensor:
+        output, sign = ops.leaky_relu_dropout(x, negative_slope=negative_slope, p=p, seed=seed, backend=backend)
+        masks = [sign, ops.dropout_mask(x, p=p, seed=seed, backend=backend)] if store_mask else [sign]
+        ctx.negative_slope, ctx.p, ctx.backend, ctx.masks = negative_slope, p, backend, len(masks)
         # Plain modules keep the output of ReLU and the dropout mask.
-        ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel() + _dropout_mask_bytes(x), 1)
-        _save_with_seed(ctx, seed, mask)
+        ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel() + _dropout_mask_bytes(x), len(masks))
+        save_with_seed(ctx, seed, *masks)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (mask,), seed = _saved_with_seed(ctx)
-        grad_x = ops.leaky_relu_dropout_backward(
-            grad, mask, negative_slope=ctx.negative_slope, p=ctx.p, seed=seed, backend=ctx.backend
-        )
-        return grad_x, None, None, None, None
+        masks, seed = restore_seed(ctx)
+        slope, backend = ctx.negative_slope, ctx.backend
+        if ctx.masks == 2:
+            dropped = ops.apply_dropout_mask(grad, masks[1], p=ctx.p, backend=backend)
+            grad_x = ops.leaky_relu_backward(dropped, masks[0], negative_slope=slope, backend=backend)
+        else:
+            grad_x = ops.leaky_relu_dropout_backward(
+                grad, masks[0], negative_slope=slope, p=ctx.p, seed=seed, backend=backend
+            )
+        return grad_x, *[None] * 5
 
 
 class MaskedDropout(Function):
@@ -190,16 +216,3 @@ class MaskedDropout(Function):
 def _dropout_mask_bytes(x: Tensor) -> int:
     """Bytes of plain dropout's mask: floats on the CPU, one byte an element on a GPU."""
     return x.numel() * (1 if x.is_cuda else 4)
-
-
-def _save_with_seed(ctx: Any, seed: int | Tensor, *tensors: Tensor) -> None:
-    """Saves tensors and a seed, which is one of them if it is a tensor."""
-    ctx.seed = None if isinstance(seed, Tensor) else seed
-    ctx.save_for_backward(*tensors, *([seed] if isinstance(seed, Tensor) else []))
-
-
-def _saved_with_seed(ctx: Any) -> tuple[tuple[Tensor, ...], int | Tensor]:
-    if ctx.seed is not None:
-        return ctx.saved_tensors, ctx.seed
-    *tensors, seed = ctx.saved_tensors
-    return tuple(tensors), seed

@@ -5,15 +5,18 @@ Shapes: N nodes, E edges, H heads, C features a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.utils import scatter, softmax
 
 from iexact_runner.compression import reference
 from iexact_runner.compression.seeds import tensor_seed
-from iexact_runner.data.graph import Adjacency, EdgeList
+from iexact_runner.data.graph import Adjacency
+from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.activation import Activation, Kept, Resident
-from iexact_runner.schemes.functions import SpMM
+from iexact_runner.schemes.aggregation import SpMM
 
 
 class Plain:
@@ -51,26 +54,45 @@ class Plain:
         return aggregated
 
     def attention(
-        self, h: Tensor, score_source: Tensor, score_target: Tensor, edges: EdgeList, *, negative_slope: float
+        self,
+        h: Tensor,
+        att_source: Tensor,
+        att_target: Tensor | None,
+        edges: CSR,
+        *,
+        negative_slope: float,
+        dropout: float = 0.0,
     ) -> Tensor:
-        """Sum of neighbours' h (N, H, C) weighted by softmax(LeakyReLU(score_source_j + score_target_i)), (N, H)."""
+        """Sum of neighbours' h (N, H, C) weighted by softmax(LeakyReLU(a_source . h_j + a_target . h_i)).
+
+        The vectors are (1, H, C); without ``att_target`` the other scores both ends. Dropout is on the weights.
+        """
+        source, target = edges.columns, edges.rows()
+        score_source = (h * att_source).sum(-1)
+        score_target = score_source if att_target is None else (h * att_target).sum(-1)
         score = F.leaky_relu(
-            score_source.index_select(0, edges.source) + score_target.index_select(0, edges.target), negative_slope
+            score_source.index_select(0, source) + score_target.index_select(0, target), negative_slope
         )  # [E, H]
-        alpha = softmax(score, edges.target, num_nodes=edges.num_nodes)
-        weighted = alpha.unsqueeze(-1) * h.index_select(0, edges.source)  # [E, H, C]
-        gathered: Tensor = scatter(weighted, edges.target, dim_size=edges.num_nodes)
+        alpha = F.dropout(softmax(score, target, num_nodes=h.size(0)), dropout, training=self.training)
+        weighted = alpha.unsqueeze(-1) * h.index_select(0, source)  # [E, H, C]
+        gathered: Tensor = scatter(weighted, target, dim_size=h.size(0))
         return gathered
 
-    def drop_edges(self, edges: EdgeList, p: float) -> EdgeList:
-        """Edges left by dropout on the graph itself, from the seed of this pass."""
+    def drop_edges(self, edges: CSR, p: float) -> CSR:
+        """CSR left by dropout on the graph itself, from the seed of this pass."""
         if not self.training or p == 0:
             return edges
-        device = edges.target.device
-        return edges.keep(reference.keep_mask(edges.target.numel(), p=p, seed=self.next_mask_seed(), device=device))
+        columns = edges.columns
+        return edges.keep(reference.keep_mask(columns.numel(), p=p, seed=self.next_mask_seed(), device=columns.device))
 
-    def finish(self, h: Tensor, *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float) -> Activation:
-        """What follows a convolution in a block: BatchNorm, + residual, ReLU, dropout."""
+    def finish(
+        self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float
+    ) -> Activation:
+        """A convolution and what follows it in a block: BatchNorm, + residual, ReLU, dropout.
+
+        The convolution is called here, so that no caller holds on to its output once it is normalised.
+        """
+        h = convolve()
         if norm is not None:
             h = self.batch_norm(h, norm)
         if residual is not None:

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from iexact_runner.compression.maps import KeptMap, MapFormat, levels_for
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config import CompressionConfig
+from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Resident
+from iexact_runner.schemes.aggregation import Extremum, SoftmaxAggregation, WeightedSpMM
+from iexact_runner.schemes.attention import Attention
 from iexact_runner.schemes.plain import Plain
 
 
@@ -17,10 +20,15 @@ class Projected(Plain):
     """One training pass of the projected scheme; the forward pass stays exact.
 
     EXACT (Liu et al., ICLR 2022) is one block a row, i-EXACT (Eliassen and Selvan, ICASSP 2024) blocks of ``col_size``
-    rows. An operation without a compressed twin stays as in plain FP32.
+    rows. What no gradient needs is not kept.
+
+    Args:
+        config: how maps are kept.
+        seed: seed of this pass, an int or a 0-d int64 tensor.
+        map_seed: seed of projections and rounding, if it is to differ from that of the masks.
     """
 
-    def __init__(self, config: CompressionConfig, *, seed: int | Tensor) -> None:
+    def __init__(self, config: CompressionConfig, *, seed: int | Tensor, map_seed: int | Tensor | None = None) -> None:
         super().__init__(training=True, seed=seed, transform_first=config.share_maps)
         self._format = MapFormat(
             bits=config.bits,
@@ -32,46 +40,123 @@ class Projected(Plain):
             optimal=config.optimal_levels(),
         )
         self._store_dropout_mask = config.store_dropout_mask
+        self._map_seed = seed if map_seed is None else map_seed
         self._maps_kept = 0
 
     def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Product x W^T + b, from the one kept map that all consumers of ``x`` share."""
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and weight.requires_grad):
             return super().linear(x, weight, bias)
-        if x.source.kept is None:
-            x.source.kept = self._keep(x.value, project=True)
         # Plain modules keep nothing of the resident features but a reference.
         fp32_bytes = 0 if isinstance(x.source, Resident) else 4 * x.value.numel()
-        product: Tensor = functions.Linear.apply(x.value, weight, bias, x.source.kept, fp32_bytes)
+        value, dtype = x.value, _autocast_dtype(x.value)
+        if dtype is not None:
+            value, weight, bias = value.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        product: Tensor = functions.Linear.apply(value, weight, bias, self._shared(x), fp32_bytes)
         return product
+
+    def aggregate_weighted(self, x: Activation, weight: Tensor, matrix: CSR) -> Tensor:
+        """Sum of neighbours' x (N, D) with weights (E,) that may need a gradient."""
+        needed = torch.is_grad_enabled() and weight.requires_grad
+        kept = self._shared(x) if needed else None
+        # Plain modules keep what each edge gathers.
+        fp32_bytes = 4 * weight.numel() * x.value.size(1) if needed else 0
+        aggregated: Tensor = WeightedSpMM.apply(x.value, weight, matrix, kept, fp32_bytes)
+        return aggregated
+
+    def aggregate_extremum(self, x: Tensor, weight: Tensor | None, matrix: CSR, *, maximum: bool) -> Tensor:
+        """Maximum or minimum of neighbours' x (N, D), with weights (E,) that may need a gradient, or none."""
+        needed = torch.is_grad_enabled() and weight is not None and weight.requires_grad
+        kept = self._keep(x, project=False) if needed else None
+        # Plain modules keep what each edge gathers and what comes out.
+        fp32_bytes = 4 * (matrix.columns.numel() + x.size(0)) * x.size(1)
+        aggregated: Tensor = Extremum.apply(x, weight, matrix, maximum, kept, fp32_bytes)
+        return aggregated
+
+    def aggregate_softmax(self, x: Tensor, t: Tensor, matrix: CSR, *, semi_grad: bool) -> Tensor:
+        """Sum of neighbours' x (N, D) weighted by the softmax of t x, feature by feature."""
+        # Plain modules keep what each edge gathers, its softmax, and the steps between.
+        fp32_bytes = 4 * 3 * matrix.columns.numel() * x.size(1)
+        kept = self._keep(x, project=False)
+        aggregated: Tensor = SoftmaxAggregation.apply(x, t, matrix, semi_grad, kept, fp32_bytes)
+        return aggregated
+
+    def attention(
+        self,
+        h: Tensor,
+        att_source: Tensor,
+        att_target: Tensor | None,
+        edges: CSR,
+        *,
+        negative_slope: float,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Graph attention that keeps h quantized, without projection, and the scores; nothing as long as the edges."""
+        if not torch.is_grad_enabled():
+            return super().attention(h, att_source, att_target, edges, negative_slope=negative_slope, dropout=dropout)
+        nodes, heads, features = h.shape
+        # Plain modules keep h, what each edge gathers of it, and the steps of the softmax.
+        fp32_bytes = 4 * heads * (nodes * features + edges.columns.numel() * (features + 3))
+        gathered: Tensor = Attention.apply(
+            h,
+            att_source,
+            att_target,
+            edges,
+            negative_slope,
+            dropout,
+            self.next_mask_seed() if dropout else 0,
+            self._format.backend,
+            self._keep(h.flatten(1), project=False),
+            fp32_bytes,
+        )
+        return gathered
 
     def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         """BatchNorm1d over the nodes, its input quantized without projection, for dx is not linear in it."""
         if not torch.is_grad_enabled():
             return super().batch_norm(h, norm)
+        parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        return self.normalize(h, *parameters, momentum=_momentum(norm), eps=norm.eps)
+
+    def normalize(
+        self,
+        h: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """BatchNorm1d from its parameters and statistics."""
+        kept = self._keep(h, project=False)
         normalised: Tensor = functions.BatchNorm.apply(
-            h,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            _momentum(norm),
-            norm.eps,
-            self._keep(h, project=False),
-            4 * h.numel(),
+            h, weight, bias, running_mean, running_var, momentum, eps, kept, 4 * h.numel()
         )
         return normalised
 
     def relu(self, h: Tensor) -> Tensor:
         """ReLU, its mask in 1 bit an element."""
-        activated: Tensor = functions.LeakyReLU.apply(h, 0.0, self._format.backend)
+        return self.leaky_relu(h, 0.0)
+
+    def leaky_relu(self, h: Tensor, negative_slope: float, *, inplace: bool = False) -> Tensor:
+        """LeakyReLU, its mask in 1 bit an element."""
+        activated: Tensor = functions.LeakyReLU.apply(h, negative_slope, self._format.backend, inplace)
+        return activated
+
+    def elu(self, h: Tensor, alpha: float) -> Tensor:
+        """ELU, its input quantized without projection."""
+        kept = self._keep(h.reshape(-1, h.size(-1)), project=False)
+        activated: Tensor = functions.ELU.apply(h, alpha, kept, 4 * h.numel())
         return activated
 
     def relu_dropout(self, h: Tensor, p: float) -> Tensor:
-        """ReLU then dropout, in one pass where no dropout mask is kept."""
-        if p == 0 or self._store_dropout_mask:
-            return super().relu_dropout(h, p)
-        dropped: Tensor = functions.LeakyReLUDropout.apply(h, 0.0, p, self.next_mask_seed(), self._format.backend)
+        """ReLU then dropout, in one pass."""
+        if p == 0:
+            return self.relu(h)
+        seed, store_mask, backend = self.next_mask_seed(), self._store_dropout_mask, self._format.backend
+        dropped: Tensor = functions.LeakyReLUDropout.apply(h, 0.0, p, seed, store_mask, backend)
         return dropped
 
     def dropout(self, h: Tensor, p: float) -> Tensor:
@@ -85,10 +170,22 @@ class Projected(Plain):
             dropped = functions.Dropout.apply(h, p, self.next_mask_seed(), self._format.backend)
         return dropped
 
+    def _shared(self, x: Activation) -> KeptMap:
+        """The one kept map of an activation, made by its first consumer."""
+        if x.source.kept is None:
+            x.source.kept = self._keep(x.value, project=True)
+        return x.source.kept
+
     def _keep(self, value: Tensor, *, project: bool) -> KeptMap:
         self._maps_kept += 1
-        seed = tensor_seed(self.seed, self._maps_kept - 1)
+        seed = tensor_seed(self._map_seed, self._maps_kept - 1)
         return self._format.keep(value.detach(), seed=seed, project=project)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast, if it is on, computes products in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _momentum(norm: nn.BatchNorm1d) -> float:

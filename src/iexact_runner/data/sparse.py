@@ -1,0 +1,158 @@
+"""Sparse matrices as row offsets and column indices, and their products with dense maps.
+
+Shapes: N nodes, E entries, D columns of a map. Values that are all ones, or that scales of the nodes determine, are
+made when a product needs them: E floats for the time of one product instead of for the whole run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CSR:
+    """A sparse (N, N) matrix: offsets (N + 1,), column indices (E,), both int32 where they fit, and values (E,).
+
+    Without values, all entries are ones.
+    """
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor | None = None
+
+    def rows(self) -> Tensor:
+        """Row of each entry (E,), int64."""
+        counts = self.offsets.diff()
+        nodes = torch.arange(counts.numel(), device=counts.device)
+        return torch.repeat_interleave(nodes, counts, output_size=self.columns.numel())
+
+    def tensor(self, *, row_scale: Tensor | None = None, column_scale: Tensor | None = None) -> Tensor:
+        """The matrix, its rows and columns scaled by (N, 1) each, as a torch CSR tensor."""
+        values = self.values
+        if column_scale is not None:
+            gathered = column_scale.flatten()[self.columns]
+            values = gathered if values is None else gathered * values
+        if row_scale is not None:
+            gathered = row_scale.flatten()[self.rows()]
+            values = gathered if values is None else gathered * values
+        if values is None:
+            values = torch.ones(self.columns.numel(), device=self.columns.device)
+        nodes = self.offsets.numel() - 1
+        with warnings.catch_warnings():  # torch calls CSR "in beta state" at its first use, which is no news to a user
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                self.offsets, self.columns, values, size=(nodes, nodes), check_invariants=False
+            )
+
+    def matmul(self, x: Tensor, *, column_scale: Tensor | None = None) -> Tensor:
+        """The product with (N, D) features, the matrix's columns scaled by (N, 1).
+
+        On a CPU it is computed in float32, for torch's CSR product knows no half types there.
+        """
+        product: Tensor = _spmm(self.offsets, self.columns, self.values, column_scale, x)
+        return product
+
+    def sampled_matmul(self, left: Tensor, right: Tensor) -> Tensor:
+        """Dot products (E,) of row i of ``left`` with row j of ``right``, (N, D) each, for each entry (i, j)."""
+        products: Tensor = _sampled(self.offsets, self.columns, left, right)
+        return products
+
+    def reduce_rows(self, entries: Tensor, reduction: str) -> Tensor:
+        """Sum, max or min (N, K) over each row of numbers (E, K) that belong to the entries; 0 for an empty row."""
+        reduced: Tensor = torch.segment_reduce(entries, reduction, offsets=self.offsets, axis=0, unsafe=True)
+        if reduction != "sum":
+            reduced.masked_fill_((self.offsets.diff() == 0).unsqueeze(1), 0)
+        return reduced
+
+    def softmax_rows_(self, entries: Tensor) -> Tensor:
+        """Softmax over each row of numbers (E, K) that belong to the entries, in place."""
+        rows = self.rows()
+        exponentials = entries.sub_(self.reduce_rows(entries, "max").index_select(0, rows)).exp_()
+        return exponentials.div_(self.reduce_rows(exponentials, "sum").index_select(0, rows))
+
+    def row_chunks(self, entries: int) -> Iterator[tuple[slice, slice, CSR]]:
+        """Runs of whole rows with about so many entries: the rows, their entries, and the pattern of these rows."""
+        offsets = self.offsets.cpu()
+        rows, start = offsets.numel() - 1, 0
+        while start < rows:
+            first = int(offsets[start])
+            stop = int(torch.searchsorted(offsets, first + entries, right=True)) - 1
+            stop = min(rows, max(stop, start + 1))
+            part = slice(first, int(offsets[stop]))
+            yield slice(start, stop), part, CSR(self.offsets[start : stop + 1] - first, self.columns[part])
+            start = stop
+
+    def transposed(self) -> tuple[CSR, Tensor]:
+        """The transpose, and the position (E,) in this matrix of each of its entries.
+
+        Found by sorting where a gradient needs it, rather than held: an index an edge is as much as a second matrix.
+        """
+        order = torch.argsort(self.columns, stable=True)
+        counts = torch.bincount(self.columns, minlength=self.offsets.numel() - 1)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(self.offsets.dtype)
+        values = None if self.values is None else self.values[order]
+        return CSR(offsets, self.rows()[order].to(self.columns.dtype), values), order
+
+    def keep(self, mask: Tensor) -> CSR:
+        """The entries where ``mask`` (E,) is set, and the diagonal, so that no node loses its last neighbour."""
+        mask = mask | (self.rows() == self.columns)
+        before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        values = None if self.values is None else self.values[mask]
+        return CSR(before[self.offsets].to(self.offsets.dtype), self.columns[mask], values)
+
+    def with_values(self, values: Tensor) -> CSR:
+        """The same pattern with other values (E,)."""
+        return replace(self, values=values)
+
+    def tensors(self) -> list[Tensor]:
+        """The parts."""
+        return [part for part in (self.offsets, self.columns, self.values) if part is not None]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> CSR:
+        """The matrix with a function applied to its parts, for example to move them to a device."""
+        values = None if self.values is None else function(self.values)
+        return CSR(function(self.offsets), function(self.columns), values)
+
+
+# Operators of their own, because torch.compile does not trace through sparse layouts.
+@torch.library.custom_op(
+    "iexact::spmm",
+    mutates_args=(),
+    schema="(Tensor offsets, Tensor columns, Tensor? values, Tensor? scale, Tensor x) -> Tensor",
+)
+def _spmm(offsets: Tensor, columns: Tensor, values: Tensor | None, scale: Tensor | None, x: Tensor) -> Tensor:
+    matrix = CSR(offsets, columns, values).tensor(column_scale=scale)
+    if x.is_cuda:
+        matrix = matrix.to(x.dtype)
+    dense = x.to(matrix.dtype)
+    product = dense.new_empty(matrix.size(0), dense.size(1))
+    # Written into place, for ``matrix @ dense`` makes a second map of zeros to add the product to.
+    return torch.addmm(product, matrix, dense, beta=0.0, out=product).to(x.dtype)
+
+
+@_spmm.register_fake
+def _(offsets: Tensor, columns: Tensor, values: Tensor | None, scale: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(offsets.numel() - 1, x.size(1))
+
+
+@torch.library.custom_op(
+    "iexact::sampled_matmul",
+    mutates_args=(),
+    schema="(Tensor offsets, Tensor columns, Tensor left, Tensor right) -> Tensor",
+)
+def _sampled(offsets: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    zeros = left.new_zeros(columns.numel(), dtype=torch.float32)
+    pattern = CSR(offsets, columns, zeros).tensor()
+    # The half types have no such product everywhere; the entries are few beside the maps.
+    products: Tensor = torch.sparse.sampled_addmm(pattern, left.float(), right.float().T, beta=0.0).values()
+    return products.to(left.dtype)
+
+
+@_sampled.register_fake
+def _(offsets: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(columns.numel())

@@ -1,0 +1,111 @@
+"""Graph attention as an autograd function: exact forward pass, and no (E, heads, C) tensor kept or formed.
+
+Shapes: N nodes, E edges, H heads, C features a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from iexact_runner.compression import ops
+from iexact_runner.compression.maps import KeptMap
+from iexact_runner.data.sparse import CSR
+from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
+
+
+class Attention(Function):
+    """sum_j alpha_ij h_j, alpha = softmax_j(LeakyReLU(a_src . h_j + a_dst . h_i)) (GAT), with dropout on alpha.
+
+    Kept are h as a map and the scores (N, H) exactly; the softmax and LeakyReLU's slopes are recomputed from them
+    and so exact. The gradient of h is linear in the kept map, unbiased; those of a_src and a_dst hold products of
+    two decoded entries and are biased by their variance. Without ``att_target``, ``att_source`` scores both ends.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        att_source: Tensor,
+        att_target: Tensor | None,
+        edges: CSR,
+        negative_slope: float,
+        dropout: float,
+        seed: int | Tensor,
+        backend: str,
+        kept: KeptMap,
+        fp32_bytes: int,
+    ) -> Tensor:
+        layout, tensors = kept
+        source = _scores(h, att_source)
+        target = source if att_target is None else _scores(h, att_target)
+        ctx.layout, ctx.negative_slope, ctx.dropout, ctx.backend = layout, negative_slope, dropout, backend
+        ctx.parts = len(tensors)
+        ctx.saved_map = SavedMap(tuple(h.shape), layout.stored_type, fp32_bytes, len(tensors))
+        vectors = [att_source] if att_target is None else [att_source, att_target]
+        save_with_seed(ctx, seed, *tensors, edges.offsets, edges.columns, source, target, *vectors)
+        alpha = _attention(source, target, edges, negative_slope)
+        alpha = ops.dropout(alpha, p=dropout, seed=seed, backend=backend) if dropout else alpha
+        output = torch.empty_like(h)
+        for head in range(h.size(1)):
+            output[:, head] = edges.with_values(alpha[:, head].contiguous()).matmul(h[:, head])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, seed = restore_seed(ctx)
+        tensors, (offsets, columns, source, target, att_source, *others) = saved[: ctx.parts], saved[ctx.parts :]
+        edges = CSR(offsets, columns)
+        adjoint, order = edges.transposed()
+        h = ctx.layout.decode(tensors).view(grad.shape)
+        alpha = _attention(source, target, edges, ctx.negative_slope)
+
+        def drop(x: Tensor) -> Tensor:
+            return ops.dropout(x, p=ctx.dropout, seed=seed, backend=ctx.backend) if ctx.dropout else x
+
+        dropped, grad_alpha = drop(alpha), torch.empty_like(alpha)
+        grad_h = torch.empty_like(h)
+        for head in range(grad.size(1)):
+            grad_h[:, head] = adjoint.with_values(dropped[order, head]).matmul(grad[:, head])
+            grad_alpha[:, head] = edges.sampled_matmul(grad[:, head], h[:, head])
+        grad_alpha = drop(grad_alpha)
+        rows = edges.rows()
+        mean = edges.reduce_rows(alpha * grad_alpha, "sum")
+        grad_score = grad_alpha.sub_(mean.index_select(0, rows)).mul_(alpha)  # [E, H]
+        grad_score = torch.where(_raw_scores(source, target, edges) > 0, grad_score, ctx.negative_slope * grad_score)
+        grad_source = adjoint.reduce_rows(grad_score[order], "sum")  # [N, H]
+        grad_target = edges.reduce_rows(grad_score, "sum")
+        if not others:
+            grad_source = grad_source.add_(grad_target)
+        grad_h.addcmul_(grad_source.unsqueeze(-1).to(h.dtype), att_source.to(h.dtype))
+        grads = [_vector_gradient(grad_source, h)]
+        for att_target in others:
+            grad_h.addcmul_(grad_target.unsqueeze(-1).to(h.dtype), att_target.to(h.dtype))
+            grads.append(_vector_gradient(grad_target, h))
+        grad_vectors = [gradient.to(att_source.dtype) for gradient in grads]
+        return grad_h, grad_vectors[0], grad_vectors[1] if others else None, *[None] * 7
+
+
+def _scores(h: Tensor, vector: Tensor) -> Tensor:
+    """Product a . h_i of every node and head (N, H), in float32 also under autocast."""
+    with torch.autocast(h.device.type, enabled=False):
+        return torch.einsum("nhc,hc->nh", h.float(), vector[0].float())
+
+
+def _vector_gradient(grad_score: Tensor, h: Tensor) -> Tensor:
+    return torch.einsum("nh,nhc->hc", grad_score.to(h.dtype), h).unsqueeze(0)
+
+
+def _raw_scores(source: Tensor, target: Tensor, edges: CSR) -> Tensor:
+    return source.index_select(0, edges.columns) + target.index_select(0, edges.rows())
+
+
+def _attention(source: Tensor, target: Tensor, edges: CSR, negative_slope: float) -> Tensor:
+    """Attention coefficients (E, H) from the scores of both ends (N, H)."""
+    return edges.softmax_rows_(F.leaky_relu(_raw_scores(source, target, edges), negative_slope))
