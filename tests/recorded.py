@@ -32,6 +32,7 @@ CONFIG: dict[str, Any] = {
         "kept_frac": 0.125,
         "col_size": 0,
         "alpha": 1.0,
+        "levels": "uniform",
         "max_block_size": 1024,
         "share_maps": False,
         "store_dropout_mask": True,

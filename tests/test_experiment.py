@@ -77,6 +77,7 @@ def test_records_of_a_training_run(tmp_path):
         "saved_mib",
         "saved_mib_fp32",
         "loss_mib",
+        "step_peak_mib",
         "data_mib",
         "model_mib",
         "peak_allocated_mib",

@@ -53,6 +53,23 @@ def test_kernel_benchmark_prints_the_promised_ratio(tmp_path):
     assert rows.loc["copy to existing", "ratio_to_copy_existing"] == 1.0 and "relu_dropout" in rows.index
 
 
+def test_distribution_of_activations_is_compared_map_by_map(tmp_path):
+    options = ("--epochs", 3, "--bits", 2, "--csv", "maps.csv")
+    result = script("activation_distribution.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "maps.csv")
+    assert rows["setting"].value_counts().to_dict() == {
+        "exact": 8,
+        "iexact": 8,
+        "not projected": 6,
+        "adaptive directions": 2,
+    }
+    assert set(rows["map"]) == {"layer input", "aggregated map", "BatchNorm input", "coefficients"}
+    hidden = rows[(rows["setting"] == "iexact") & ~rows["layer"].str.startswith("blocks.0")]
+    assert (hidden["js_clipped_normal"] < hidden["js_uniform"]).all() and (hidden["optimal_reduction"] > 0).all()
+    assert rows["scipy"].notna().all()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU is told")
 def test_gpu_suite_says_at_once_what_is_missing(tmp_path):
     pytest.importorskip("triton")

@@ -101,13 +101,19 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
     """Runs a checked configuration with its records in ``folder``."""
     # torch and rich are slow to import, and --help needs neither.
     from iexact_runner.display import Screen, show_messages
-    from iexact_runner.experiment import Experiment
     from iexact_runner.records import RunFolder
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
     screen = Screen(file=sys.stdout)
     show_messages(screen)
-    Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
+    if config.task == "bins":
+        from iexact_runner import bins_table
+
+        bins_table.run(config, RunFolder(folder), screen, resolved_yaml)
+    else:
+        from iexact_runner.experiment import Experiment
+
+        Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
 
 
 def show_sweep(folder: Path, title: str) -> None:

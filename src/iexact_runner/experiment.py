@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from iexact_runner import energy, environment, fidelity, loggers, measure
 from iexact_runner.compression import backends
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import CompressionConfig, Config, ModelConfig
+from iexact_runner.config import CompressionConfig, Config, GATConfig, ModelConfig
 from iexact_runner.data import load_dataset
+from iexact_runner.data.sparse import CSR
 from iexact_runner.display import Display, show_fidelity, show_summary, show_tensors
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.nn import Model, build_model
 from iexact_runner.peak import PeakMemory
 from iexact_runner.records import SCHEMA_VERSION, RunFolder, mean_std
+from iexact_runner.schemes import Plain
 from iexact_runner.training import (
     Epoch,
     Optimization,
@@ -60,11 +62,15 @@ def resolve_device(name: str) -> torch.device:
 
 def fp32_bytes(config: ModelConfig, problem: Problem) -> int:
     """What FP32 training of a model keeps, measured on its forward pass with tensors that have no memory."""
+    features, graph = training_input(problem, seed=0)[0], problem.training.graph
+    if isinstance(config, GATConfig) and isinstance(graph, CSR):
+        # How many edges are left is a number, which tensors without memory do not have.
+        graph = Plain(training=True, seed=0).drop_edges(graph, config.edge_dropout)
+        config = replace(config, edge_dropout=0.0)
     with FakeTensorMode() as fake:
-        features = fake.from_tensor(training_input(problem, seed=0)[0])
-        graph = problem.training.graph.map(fake.from_tensor)
+        features, graph = fake.from_tensor(features), graph.map(fake.from_tensor)
         plain = CompressionConfig(scheme="none")
-        with torch.device(problem.training.x.device):
+        with torch.device(features.device):
             model = build_model(
                 config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=plain
             )

@@ -91,7 +91,7 @@ class SavedTensors:
         """What the graph behind ``output`` keeps at this moment, in the order of the forward pass."""
         # What no node admits to (an operation in C++ without attributes) still counts, as "unknown".
         items = {id(packed): ("unknown", [packed], None) for packed in self._alive()}
-        for node in _nodes(output):
+        for node in graph_nodes(output):
             for parts, described in self._items(node):
                 for part in parts:
                     items.pop(id(part), None)
@@ -169,7 +169,7 @@ def _describe(op: str, packed: _Packed, kept: int, described: Any) -> TensorReco
     return TensorRecord(packed.layer, op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), kept, kept)
 
 
-def _nodes(output: Tensor) -> list[Any]:
+def graph_nodes(output: Tensor) -> list[Any]:
     """All nodes of the autograd graph behind a tensor."""
     pending, seen, order = [output.grad_fn], set(), []
     while pending:

@@ -32,6 +32,7 @@ CONFIG_COLUMNS = (
     "compression.kept_frac",
     "compression.col_size",
     "compression.alpha",
+    "compression.levels",
     "compression.max_block_size",
     "compression.share_maps",
     "compression.store_dropout_mask",

@@ -32,19 +32,19 @@ def problem(*, symmetric=True, nodes=61):
     data = tiny_dataset(symmetric=symmetric, nodes=nodes)
     edges = edges_of(data.edge_index, data.num_nodes)
     x = data.x.clone().requires_grad_()
-    weight = (0.5 + torch.rand(edges.order.numel())).requires_grad_()
+    weight = (0.5 + torch.rand(edges.columns.numel())).requires_grad_()
     return edges, x, weight
 
 
 def dense(edges, values):
-    nodes = edges.matrix.offsets.numel() - 1
+    nodes = edges.offsets.numel() - 1
     matrix = torch.zeros(nodes, nodes)
-    return matrix.index_put((edges.matrix.rows(), edges.matrix.columns.long()), values)
+    return matrix.index_put((edges.rows(), edges.columns.long()), values)
 
 
 def dense_messages(edges, x, weight):
     """Weighted messages (N, N, D) and which of them exist (N, N, 1)."""
-    exists = dense(edges, torch.ones(edges.order.numel())).bool()
+    exists = dense(edges, torch.ones(edges.columns.numel())).bool()
     values = exists.float() if weight is None else dense(edges, weight)
     return values.unsqueeze(-1) * x.unsqueeze(0), exists.unsqueeze(-1)
 
@@ -65,7 +65,7 @@ def dense_softmax(edges, x, t, semi_grad):
 def dense_attention(edges, h, att_source, att_target, dropped):
     target = att_source if att_target is None else att_target
     scores = (h * target).sum(-1).unsqueeze(1) + (h * att_source).sum(-1).unsqueeze(0)  # [N, N, H]
-    exists = dense(edges, torch.ones(edges.order.numel())).bool().unsqueeze(-1)
+    exists = dense(edges, torch.ones(edges.columns.numel())).bool().unsqueeze(-1)
     alpha = F.leaky_relu(scores, 0.2).masked_fill(~exists, -math.inf).softmax(1)
     mask = torch.stack([dense(edges, dropped[:, head]) for head in range(h.size(1))], dim=-1)
     return torch.einsum("ijh,jhc->ihc", alpha * mask, h)
@@ -116,7 +116,7 @@ def test_extremum(symmetric, weighted, maximum, chunked):
     inputs = (x, weight) if weighted else (x,)
     for config, gradient in ((EXACT, 1e-5), (projected(bits=8), 0.02)):
         ops = Projected(config, seed=1)
-        actual = ops.aggregate_extremum(x, weight if weighted else None, edges.matrix, maximum=maximum)
+        actual = ops.aggregate_extremum(x, weight if weighted else None, edges, maximum=maximum)
         expected = dense_extremum(edges, x, weight if weighted else None, maximum)
         check(actual, expected, inputs, gradient=gradient)
 
@@ -124,7 +124,7 @@ def test_extremum(symmetric, weighted, maximum, chunked):
 @pytest.mark.parametrize("config", [EXACT, projected(bits=1)], ids=["fp32", "int1"])
 def test_extremum_is_exact_without_weights_that_need_a_gradient(config):
     edges, x, weight = problem()
-    actual = Projected(config, seed=1).aggregate_extremum(x, weight.detach(), edges.matrix, maximum=True)
+    actual = Projected(config, seed=1).aggregate_extremum(x, weight.detach(), edges, maximum=True)
     check(actual, dense_extremum(edges, x, weight.detach(), True), (x,))
 
 
@@ -156,7 +156,7 @@ def test_softmax(symmetric, semi_grad, chunked):
     for t in (torch.tensor([0.7], requires_grad=True), torch.rand(13, requires_grad=True)):
         inputs = (x,) if semi_grad else (x, t)
         for config, gradient in ((EXACT, 1e-5), (projected(bits=8), 0.02)):
-            actual = Projected(config, seed=1).aggregate_softmax(x, t, edges.matrix, semi_grad=semi_grad)
+            actual = Projected(config, seed=1).aggregate_softmax(x, t, edges, semi_grad=semi_grad)
             check(actual, dense_softmax(edges, x, t, semi_grad), inputs, gradient=gradient)
 
 
@@ -174,7 +174,7 @@ def test_attention(symmetric, shared, dropout):
             h, vectors[0], None if shared else vectors[1], edges, negative_slope=0.2, dropout=dropout
         )
         # Dropout draws from the pass's own seed: the same mask on ones.
-        ones = torch.ones(edges.order.numel(), 3)
+        ones = torch.ones(edges.columns.numel(), 3)
         dropped = Projected(config, seed=5).dropout(ones, dropout)
         expected = dense_attention(edges, h, vectors[0], None if shared else vectors[1], dropped)
         check(actual, expected, (h, *vectors), gradient=gradient)
@@ -186,7 +186,7 @@ def test_attention_equals_plain_and_pyg(dataset):
     h = conv.lin(dataset.x).view(-1, 2, 5).detach().requires_grad_()
     plain = Plain(training=True, seed=0).attention(h, conv.att_src, conv.att_dst, edges, negative_slope=0.2)
     ours = Projected(EXACT, seed=0).attention(h, conv.att_src, conv.att_dst, edges, negative_slope=0.2)
-    edge_index = torch.stack([edges.matrix.columns.long(), edges.matrix.rows()])
+    edge_index = torch.stack([edges.columns.long(), edges.rows()])
     assert_close(plain.flatten(1), conv(dataset.x, edge_index))
     check(ours, plain, (h, conv.att_src, conv.att_dst))
 
@@ -231,7 +231,7 @@ def test_gradient_of_extremum_weights_is_unbiased(bits):
     grad = torch.randn(31, 13)
 
     def gradient(config, seed):
-        out = Projected(config, seed=seed).aggregate_extremum(x, weight, edges.matrix, maximum=True)
+        out = Projected(config, seed=seed).aggregate_extremum(x, weight, edges, maximum=True)
         return torch.autograd.grad(out, weight, grad)[0]
 
     off, size = functional_errors(lambda seed: gradient(projected(bits=bits), seed), gradient(EXACT, 0), 400)
@@ -266,7 +266,7 @@ def test_recomputed_softmax_is_biased_and_less_so_with_more_bits():
     grad = torch.randn(31, 13)
 
     def gradient(config, seed):
-        out = Projected(config, seed=seed).aggregate_softmax(x, t, edges.matrix, semi_grad=False)
+        out = Projected(config, seed=seed).aggregate_softmax(x, t, edges, semi_grad=False)
         return torch.autograd.grad(out, x, grad)[0]
 
     exact = gradient(EXACT, 0)

@@ -1,4 +1,4 @@
-"""The graph as the operators that models apply: a sparse matrix with its adjoint, or a pattern with numbers by edge.
+"""The graph as what models apply: a sparse matrix with its adjoint, or the pattern of one.
 
 Shapes: N nodes, E directed edges. Row i of a matrix gathers from the sources of the edges that end in node i.
 """
@@ -55,56 +55,8 @@ class Adjacency:
         return Adjacency(matrix, adjoint, row_scale, column_scale)
 
 
-@dataclass(frozen=True)
-class Edges:
-    """The pattern of a graph for numbers that belong to its edges, such as attention: (E, ...) in the matrix's order.
-
-    Args:
-        matrix: row i holds the sources of the edges that end in node i; no values.
-        adjoint: the same by source; the same object for a symmetric graph.
-        order: (E,) position in ``matrix`` of each entry of ``adjoint``.
-    """
-
-    matrix: CSR
-    adjoint: CSR
-    order: Tensor
-
-    def matmul(self, weight: Tensor, x: Tensor) -> Tensor:
-        """Sums of (N, D) features over the in-neighbours, weighted by (E,)."""
-        return self.matrix.with_values(weight).matmul(x)
-
-    def adjoint_matmul(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """The same over the out-neighbours: the gradient of :meth:`matmul` with respect to x."""
-        return self.adjoint.with_values(weight[self.order]).matmul(grad)
-
-    def sum_by_source(self, entries: Tensor) -> Tensor:
-        """Sums (N, K) of (E, K) over the edges that leave each node."""
-        return self.adjoint.reduce_rows(entries[self.order], "sum")
-
-    def keep(self, mask: Tensor) -> Edges:
-        """The edges where ``mask`` (E,) is set; self-loops always stay, so that no node loses its last neighbour."""
-        mask = mask | (self.matrix.rows() == self.matrix.columns)
-        left = mask[self.order]
-        position = mask.cumsum(0).sub_(1).to(self.order.dtype)
-        return Edges(_subset(self.matrix, mask), _subset(self.adjoint, left), position[self.order[left]])
-
-    def tensors(self) -> list[Tensor]:
-        """Dense tensors that make up the pattern, each once."""
-        matrices = [self.matrix] if self.adjoint is self.matrix else [self.matrix, self.adjoint]
-        return [*(part for matrix in matrices for part in matrix.tensors()), self.order]
-
-    @staticmethod
-    def of(tensors: list[Tensor]) -> Edges:
-        """The inverse of :meth:`tensors`."""
-        matrix, order = CSR(*tensors[:2]), tensors[-1]
-        return Edges(matrix, CSR(*tensors[2:4]) if len(tensors) > 3 else matrix, order)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Edges:
-        """The pattern with a function applied to its parts; a symmetric one stays held once."""
-        return Edges.of([function(part) for part in self.tensors()])
-
-
-Graph = Adjacency | Edges
+# A matrix without values is the pattern of a graph, for numbers that belong to its edges, such as attention.
+Graph = Adjacency | CSR
 
 
 def mean_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
@@ -120,15 +72,15 @@ def gcn_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     return Adjacency(matrix, adjoint, scale, scale)
 
 
-def attention_edges(edge_index: Tensor, num_nodes: int) -> Edges:
+def attention_edges(edge_index: Tensor, num_nodes: int) -> CSR:
     """Edges with one self-loop a node, as attention wants them (Velickovic et al., 2018)."""
     return edges_of(with_self_loops(edge_index, num_nodes), num_nodes)
 
 
-def edges_of(edge_index: Tensor, num_nodes: int) -> Edges:
+def edges_of(edge_index: Tensor, num_nodes: int) -> CSR:
     """The pattern of a list of edges (2, E), sorted by target and then by source."""
-    matrix, adjoint = _pattern(edge_index, num_nodes)
-    return Edges(matrix, adjoint, torch.argsort(matrix.columns, stable=True).to(matrix.columns.dtype))
+    source, target = edge_index
+    return _csr(torch.sort(target.long() * num_nodes + source).values, num_nodes)
 
 
 def mean_scale(matrix: CSR) -> Tensor:
@@ -169,12 +121,6 @@ def _csr(keys: Tensor, num_nodes: int) -> CSR:
     counts = torch.bincount(rows, minlength=num_nodes)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index)
     return CSR(offsets, (keys - rows * num_nodes).to(index))
-
-
-def _subset(matrix: CSR, mask: Tensor) -> CSR:
-    """The entries where ``mask`` (E,) is set."""
-    before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
-    return CSR(before[matrix.offsets].to(matrix.offsets.dtype), matrix.columns[mask])
 
 
 def _scaled(product: Tensor, scale: Tensor | None) -> Tensor:

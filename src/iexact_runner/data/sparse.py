@@ -87,6 +87,24 @@ class CSR:
             yield slice(start, stop), part, CSR(self.offsets[start : stop + 1] - first, self.columns[part])
             start = stop
 
+    def transposed(self) -> tuple[CSR, Tensor]:
+        """The transpose, and the position (E,) in this matrix of each of its entries.
+
+        Found by sorting where a gradient needs it, rather than held: an index an edge is as much as a second matrix.
+        """
+        order = torch.argsort(self.columns, stable=True)
+        counts = torch.bincount(self.columns, minlength=self.offsets.numel() - 1)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(self.offsets.dtype)
+        values = None if self.values is None else self.values[order]
+        return CSR(offsets, self.rows()[order].to(self.columns.dtype), values), order
+
+    def keep(self, mask: Tensor) -> CSR:
+        """The entries where ``mask`` (E,) is set, and the diagonal, so that no node loses its last neighbour."""
+        mask = mask | (self.rows() == self.columns)
+        before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        values = None if self.values is None else self.values[mask]
+        return CSR(before[self.offsets].to(self.offsets.dtype), self.columns[mask], values)
+
     def with_values(self, values: Tensor) -> CSR:
         """The same pattern with other values (E,)."""
         return replace(self, values=values)

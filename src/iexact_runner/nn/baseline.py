@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch_geometric import nn as pyg
 
 from iexact_runner.config import GATConfig, GCN2Config, ModelConfig
-from iexact_runner.data.graph import Edges, Graph
+from iexact_runner.data.graph import Graph
+from iexact_runner.data.sparse import CSR
 
 
 class PyGBaseline(nn.Module):
@@ -64,8 +65,8 @@ class PyGBaseline(nn.Module):
 
 def baseline_graph(graph: Graph) -> Tensor:
     """What :class:`PyGBaseline` takes for a graph: an edge_index for attention, else a torch CSR adjacency."""
-    if isinstance(graph, Edges):
-        return torch.stack([graph.matrix.columns.long(), graph.matrix.rows()])
+    if isinstance(graph, CSR):
+        return torch.stack([graph.columns.long(), graph.rows()])
     if graph.column_scale is None:  # a mean: PyG divides by the degree itself
         return graph.matrix.tensor()
     return graph.matrix.tensor(row_scale=graph.row_scale, column_scale=graph.column_scale)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch_geometric.nn.inits import glorot
 
 from iexact_runner.config import CompressionConfig, GATConfig
-from iexact_runner.data.graph import Edges, attention_edges
+from iexact_runner.data.graph import attention_edges
+from iexact_runner.data.sparse import CSR
 from iexact_runner.nn.block import GNN
 from iexact_runner.schemes import Activation, Plain
 
@@ -45,7 +46,7 @@ class GATConv(nn.Module):
             glorot(weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Activation, graph: Edges, ops: Plain) -> Tensor:
+    def forward(self, x: Activation, graph: CSR, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, H * C)."""
         h = ops.linear(x, self.lin.weight).unflatten(1, (self.heads, -1))  # [N, H, C]
         out = ops.attention(h, self.att_src, self.att_dst, graph, negative_slope=NEGATIVE_SLOPE).flatten(1)
@@ -55,7 +56,7 @@ class GATConv(nn.Module):
 class GAT(GNN):
     """Chain of :class:`GATConv` blocks; the last has one head. Residuals are inside the convolutions.
 
-    Edges are dropped once a forward pass, the same for all layers; self-loops stay.
+    CSR are dropped once a forward pass, the same for all layers; self-loops stay.
     """
 
     build_graph = staticmethod(attention_edges)
@@ -82,6 +83,6 @@ class GAT(GNN):
             residual=config.residual,
         )
 
-    def prepare_graph(self, graph: Edges, ops: Plain) -> Edges:
+    def prepare_graph(self, graph: CSR, ops: Plain) -> CSR:
         """Edge dropout, once for all layers."""
         return ops.drop_edges(graph, self.edge_dropout)

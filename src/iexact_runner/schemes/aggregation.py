@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from iexact_runner.compression.maps import KeptMap
-from iexact_runner.data.graph import Adjacency, Edges
+from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.saved import SavedMap
 
@@ -39,14 +39,14 @@ class WeightedSpMM(Function):
     """Sum over j of w_ij x_j; the weights' gradient <g_i, x_j> is linear in the kept map, so unbiased as the map is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, edges: Edges, kept: KeptMap | None, fp32_bytes: int) -> Tensor:
-        ctx.edges = edges
+    def forward(ctx: Any, x: Tensor, weight: Tensor, matrix: CSR, kept: KeptMap | None, fp32_bytes: int) -> Tensor:
+        ctx.matrix = matrix
         tensors: tuple[Tensor, ...] = ()
         if kept is not None:
             ctx.layout, tensors = kept
             ctx.saved_map = SavedMap(ctx.layout.shape, ctx.layout.stored_type, fp32_bytes, len(tensors))
         ctx.save_for_backward(*tensors, weight)
-        return edges.matmul(weight, x)
+        return matrix.with_values(weight).matmul(x)
 
     @staticmethod
     @once_differentiable
@@ -56,8 +56,8 @@ class WeightedSpMM(Function):
         grad_weight = None
         if needs_weight:
             left, right = ctx.layout.inner_product_factors(grad, tuple(tensors))
-            grad_weight = ctx.edges.matrix.sampled_matmul(left, right).to(weight.dtype)
-        grad_x = ctx.edges.adjoint_matmul(weight, grad) if needs_x else None
+            grad_weight = ctx.matrix.sampled_matmul(left, right).to(weight.dtype)
+        grad_x = ctx.matrix.with_values(weight).transposed()[0].matmul(grad) if needs_x else None
         return grad_x, grad_weight, None, None, None
 
 

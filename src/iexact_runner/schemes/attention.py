@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from iexact_runner.compression import ops
 from iexact_runner.compression.maps import KeptMap
-from iexact_runner.data.graph import Edges
+from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
 
@@ -33,7 +33,7 @@ class Attention(Function):
         h: Tensor,
         att_source: Tensor,
         att_target: Tensor | None,
-        edges: Edges,
+        edges: CSR,
         negative_slope: float,
         dropout: float,
         seed: int | Tensor,
@@ -45,25 +45,25 @@ class Attention(Function):
         source = _scores(h, att_source)
         target = source if att_target is None else _scores(h, att_target)
         ctx.layout, ctx.negative_slope, ctx.dropout, ctx.backend = layout, negative_slope, dropout, backend
-        ctx.counts = (len(tensors), len(edges.tensors()))
+        ctx.parts = len(tensors)
         ctx.saved_map = SavedMap(tuple(h.shape), layout.stored_type, fp32_bytes, len(tensors))
         vectors = [att_source] if att_target is None else [att_source, att_target]
-        save_with_seed(ctx, seed, *tensors, *edges.tensors(), source, target, *vectors)
+        save_with_seed(ctx, seed, *tensors, edges.offsets, edges.columns, source, target, *vectors)
         alpha = _attention(source, target, edges, negative_slope)
         alpha = ops.dropout(alpha, p=dropout, seed=seed, backend=backend) if dropout else alpha
         output = torch.empty_like(h)
         for head in range(h.size(1)):
-            output[:, head] = edges.matmul(alpha[:, head].contiguous(), h[:, head])
+            output[:, head] = edges.with_values(alpha[:, head].contiguous()).matmul(h[:, head])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, seed = restore_seed(ctx)
-        kept, graph = ctx.counts
-        edges = Edges.of(list(saved[kept : kept + graph]))
-        source, target, att_source, *others = saved[kept + graph :]
-        h = ctx.layout.decode(saved[:kept]).view(grad.shape)
+        tensors, (offsets, columns, source, target, att_source, *others) = saved[: ctx.parts], saved[ctx.parts :]
+        edges = CSR(offsets, columns)
+        adjoint, order = edges.transposed()
+        h = ctx.layout.decode(tensors).view(grad.shape)
         alpha = _attention(source, target, edges, ctx.negative_slope)
 
         def drop(x: Tensor) -> Tensor:
@@ -72,15 +72,15 @@ class Attention(Function):
         dropped, grad_alpha = drop(alpha), torch.empty_like(alpha)
         grad_h = torch.empty_like(h)
         for head in range(grad.size(1)):
-            grad_h[:, head] = edges.adjoint_matmul(dropped[:, head].contiguous(), grad[:, head])
-            grad_alpha[:, head] = edges.matrix.sampled_matmul(grad[:, head], h[:, head])
+            grad_h[:, head] = adjoint.with_values(dropped[order, head]).matmul(grad[:, head])
+            grad_alpha[:, head] = edges.sampled_matmul(grad[:, head], h[:, head])
         grad_alpha = drop(grad_alpha)
-        rows = edges.matrix.rows()
-        mean = edges.matrix.reduce_rows(alpha * grad_alpha, "sum")
+        rows = edges.rows()
+        mean = edges.reduce_rows(alpha * grad_alpha, "sum")
         grad_score = grad_alpha.sub_(mean.index_select(0, rows)).mul_(alpha)  # [E, H]
         grad_score = torch.where(_raw_scores(source, target, edges) > 0, grad_score, ctx.negative_slope * grad_score)
-        grad_source = edges.sum_by_source(grad_score)  # [N, H]
-        grad_target = edges.matrix.reduce_rows(grad_score, "sum")
+        grad_source = adjoint.reduce_rows(grad_score[order], "sum")  # [N, H]
+        grad_target = edges.reduce_rows(grad_score, "sum")
         if not others:
             grad_source = grad_source.add_(grad_target)
         grad_h.addcmul_(grad_source.unsqueeze(-1).to(h.dtype), att_source.to(h.dtype))
@@ -102,10 +102,10 @@ def _vector_gradient(grad_score: Tensor, h: Tensor) -> Tensor:
     return torch.einsum("nh,nhc->hc", grad_score.to(h.dtype), h).unsqueeze(0)
 
 
-def _raw_scores(source: Tensor, target: Tensor, edges: Edges) -> Tensor:
-    return source.index_select(0, edges.matrix.columns) + target.index_select(0, edges.matrix.rows())
+def _raw_scores(source: Tensor, target: Tensor, edges: CSR) -> Tensor:
+    return source.index_select(0, edges.columns) + target.index_select(0, edges.rows())
 
 
-def _attention(source: Tensor, target: Tensor, edges: Edges, negative_slope: float) -> Tensor:
+def _attention(source: Tensor, target: Tensor, edges: CSR, negative_slope: float) -> Tensor:
     """Attention coefficients (E, H) from the scores of both ends (N, H)."""
-    return edges.matrix.softmax_rows_(F.leaky_relu(_raw_scores(source, target, edges), negative_slope))
+    return edges.softmax_rows_(F.leaky_relu(_raw_scores(source, target, edges), negative_slope))

@@ -13,7 +13,8 @@ from torch_geometric.utils import scatter, softmax
 
 from iexact_runner.compression import reference
 from iexact_runner.compression.seeds import tensor_seed
-from iexact_runner.data.graph import Adjacency, Edges
+from iexact_runner.data.graph import Adjacency
+from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import SpMM
 
@@ -57,7 +58,7 @@ class Plain:
         h: Tensor,
         att_source: Tensor,
         att_target: Tensor | None,
-        edges: Edges,
+        edges: CSR,
         *,
         negative_slope: float,
         dropout: float = 0.0,
@@ -66,7 +67,7 @@ class Plain:
 
         The vectors are (1, H, C); without ``att_target`` the other scores both ends. Dropout is on the weights.
         """
-        source, target = edges.matrix.columns, edges.matrix.rows()
+        source, target = edges.columns, edges.rows()
         score_source = (h * att_source).sum(-1)
         score_target = score_source if att_target is None else (h * att_target).sum(-1)
         score = F.leaky_relu(
@@ -77,12 +78,12 @@ class Plain:
         gathered: Tensor = scatter(weighted, target, dim_size=h.size(0))
         return gathered
 
-    def drop_edges(self, edges: Edges, p: float) -> Edges:
-        """Edges left by dropout on the graph itself, from the seed of this pass."""
+    def drop_edges(self, edges: CSR, p: float) -> CSR:
+        """CSR left by dropout on the graph itself, from the seed of this pass."""
         if not self.training or p == 0:
             return edges
-        order = edges.order
-        return edges.keep(reference.keep_mask(order.numel(), p=p, seed=self.next_mask_seed(), device=order.device))
+        columns = edges.columns
+        return edges.keep(reference.keep_mask(columns.numel(), p=p, seed=self.next_mask_seed(), device=columns.device))
 
     def finish(
         self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from iexact_runner.compression.maps import KeptMap, MapFormat, levels_for
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config import CompressionConfig
-from iexact_runner.data.graph import Edges
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Resident
@@ -38,6 +37,7 @@ class Projected(Plain):
             levels=levels_for(config.bits, config.alpha),
             max_block_size=config.max_block_size,
             backend=config.backend,
+            optimal=config.optimal_levels(),
         )
         self._store_dropout_mask = config.store_dropout_mask
         self._map_seed = seed if map_seed is None else map_seed
@@ -55,13 +55,13 @@ class Projected(Plain):
         product: Tensor = functions.Linear.apply(value, weight, bias, self._shared(x), fp32_bytes)
         return product
 
-    def aggregate_weighted(self, x: Activation, weight: Tensor, edges: Edges) -> Tensor:
+    def aggregate_weighted(self, x: Activation, weight: Tensor, matrix: CSR) -> Tensor:
         """Sum of neighbours' x (N, D) with weights (E,) that may need a gradient."""
         needed = torch.is_grad_enabled() and weight.requires_grad
         kept = self._shared(x) if needed else None
         # Plain modules keep what each edge gathers.
         fp32_bytes = 4 * weight.numel() * x.value.size(1) if needed else 0
-        aggregated: Tensor = WeightedSpMM.apply(x.value, weight, edges, kept, fp32_bytes)
+        aggregated: Tensor = WeightedSpMM.apply(x.value, weight, matrix, kept, fp32_bytes)
         return aggregated
 
     def aggregate_extremum(self, x: Tensor, weight: Tensor | None, matrix: CSR, *, maximum: bool) -> Tensor:
@@ -86,7 +86,7 @@ class Projected(Plain):
         h: Tensor,
         att_source: Tensor,
         att_target: Tensor | None,
-        edges: Edges,
+        edges: CSR,
         *,
         negative_slope: float,
         dropout: float = 0.0,
@@ -96,7 +96,7 @@ class Projected(Plain):
             return super().attention(h, att_source, att_target, edges, negative_slope=negative_slope, dropout=dropout)
         nodes, heads, features = h.shape
         # Plain modules keep h, what each edge gathers of it, and the steps of the softmax.
-        fp32_bytes = 4 * heads * (nodes * features + edges.order.numel() * (features + 3))
+        fp32_bytes = 4 * heads * (nodes * features + edges.columns.numel() * (features + 3))
         gathered: Tensor = Attention.apply(
             h,
             att_source,
