@@ -89,7 +89,7 @@ def record(
         full[name] = full[name] | value if isinstance(value, dict) else value
     run = RunFolder(folder)
     run.write_config(yaml.safe_dump(full))
-    train = full["task"] == "train"
+    train = full["task"] in ("train", "distribution")
     for repeat in range(full["runs"] if train else 0):
         for epoch in range(1, full["training"]["epochs"] + 1):
             score = 0.5 + 0.1 * epoch + 0.01 * repeat
@@ -111,6 +111,25 @@ def record(
         }
     )
     return folder
+
+
+def observed_map(layer: str, *, js: float, reduction: float) -> dict[str, Any]:
+    """A map as ``task=distribution`` records it, with chosen figures."""
+    levels = {"predicted": 0.15, "measured": 0.16, "reduction": reduction, "error_reduction": reduction}
+    return {
+        "layer": layer,
+        "op": "Linear",
+        "projected": True,
+        "shape": [8, 4],
+        "d": 16,
+        "js_uniform": 2 * js,
+        "js_clipped_normal": js,
+        "uniform": levels,
+        "optimal": levels,
+        "empirical": levels,
+        "observed": [0.1, 0.4, 0.4, 0.1],
+        "clipped_normal": [0.1, 0.4, 0.4, 0.1],
+    }
 
 
 def edit_summary(folder: Path, **fields: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import REPOSITORY
 from iexact_runner import report
-from recorded import FP32, record
+from recorded import FP32, edit_summary, observed_map, record
 
 GOLDEN = REPOSITORY / "tests" / "golden"
 
@@ -85,6 +85,21 @@ def test_figures_are_written_twice(runs, monkeypatch, capsys):
     assert names == sorted(
         f"{name}.{kind}" for name in ("curves", "memory", "pareto", "throughput") for kind in ("png", "svg")
     )
+
+
+def test_distributions_of_activations_have_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    run = record(tmp_path / "run", task="distribution")
+    repeats = [[observed_map("head", js=js, reduction=js)] for js in (0.02, 0.04)]
+    edit_summary(run, distribution=repeats)
+    status, shown, _ = iexact_report(
+        monkeypatch, capsys, run, "--format", "markdown", "--figures", tmp_path / "figures"
+    )
+    heading, line = (row for row in shown.splitlines() if "head" in row or "JS" in row)
+    cells = dict(zip(heading.split(" | "), line.split(" | "), strict=True))
+    assert status == 0 and (cells["JS uniform"], cells["JS clipped normal"]) == ("0.060", "0.030")
+    assert (cells["d"], cells["reduction [%]"]) == ("16", "3.0")
+    assert "JS 0.020" in (tmp_path / "figures" / "activations.svg").read_text()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])

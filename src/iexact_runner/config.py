@@ -18,7 +18,7 @@ BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
 LEVELS = ("uniform", "optimal")
-TASKS = ("train", "measure", "fidelity", "bins")
+TASKS = ("train", "measure", "fidelity", "distribution", "bins")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOGGERS = ("none", "tensorboard", "mlflow")
 OPTIMIZERS = ("adam", "rmsprop")
@@ -379,6 +379,11 @@ class Config:
             valid = "choose one with dataset=NAME"
             _check(dataset.name.startswith(prefix), "dataset.name", dataset.name, valid)
         _check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
+        if self.task == "distribution":
+            quantized = self.compression.scheme != "none" and self.compression.bits is not None
+            _check(
+                quantized, "compression.bits", self.compression.bits, "task=distribution needs maps that are quantized"
+            )
         energy = self.measure.energy
         _check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
         _check_at_least("runs", self.runs, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class Experiment:
             energy.check_installed()
         self._logger = loggers.Logger()
         self._energy: dict[str, Any] | None = None
+        self._distribution: list[list[dict[str, Any]]] | None = None
         self._memory: dict[str, Any] | None = None
         self._metric: str | None = None
         self._completed: list[Scores] = []
@@ -133,7 +135,7 @@ class Experiment:
         return summary
 
     def _execute(self) -> None:
-        """Trains, measures, or compares gradients.
+        """Trains, measures, compares gradients, or observes maps.
 
         Dropout of the FP32 scheme and the initial weights use torch's generators, hence the fork: the caller's
         random state is the same afterwards.
@@ -154,13 +156,15 @@ class Experiment:
                 self._train(problem)
             elif config.task == "measure":
                 self._measure(problem)
-            else:
+            elif config.task == "fidelity":
                 self._compare_gradients(problem)
+            else:
+                self._observe_maps(problem)
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""
         accuracy: dict[str, Any] | None = None
-        if self._config.task == "train" and self._metric is not None:
+        if self._config.task in ("train", "distribution") and self._metric is not None:
             accuracy = {"metric": self._metric}
             for split in Scores._fields:
                 accuracy[split] = mean_std([getattr(scores, split) for scores in self._completed])
@@ -177,6 +181,7 @@ class Experiment:
             "throughput": self._throughput and self._throughput.to_dict(),
             "fidelity": compared or None,
             "energy": self._energy,
+            "distribution": self._distribution,
         }
 
     def _new_model(self, problem: Problem, run: int) -> tuple[Model, int]:
@@ -224,7 +229,8 @@ class Experiment:
             "tensors": [record.to_dict() for record in kept],
         }
 
-    def _train(self, problem: Problem) -> None:
+    def _train(self, problem: Problem, *, finish: Callable[[Model, int], None] | None = None) -> None:
+        """Trains all runs; ``finish`` is called with the model of each and its seed."""
         config = self._config
         assert self._memory is not None
         warmup = min(config.measure.warmup_epochs, config.training.epochs // 2)
@@ -247,6 +253,8 @@ class Experiment:
                     display.show(run, epoch, saved_mib=self._memory["saved_mib"])
                 assert best is not None
                 self._completed.append(best)
+                if finish is not None:
+                    finish(model, seed)
 
     def _record(self, run: int, epoch: Epoch) -> None:
         scores = epoch.scores._asdict()
@@ -286,6 +294,19 @@ class Experiment:
                 for epoch, figures in fidelity.checkpoints(model, problem, self._config, seed=seed):
                     self._fidelities[-1][epoch] = figures
         show_fidelity(self._console, fidelity.pooled(self._fidelities, draws=self._config.fidelity.draws))
+
+    def _observe_maps(self, problem: Problem) -> None:
+        # SciPy, which this needs, is slow to import.
+        from iexact_runner.observed import observe
+
+        bits = self._config.compression.bits
+        assert bits is not None
+        self._distribution = observed = []
+
+        def finish(model: Model, seed: int) -> None:
+            observed.append(observe(model, problem, bits=bits, seed=mix(seed, self._config.training.epochs + 1)))
+
+        self._train(problem, finish=finish)
 
 
 def _shown(path: Path) -> str:

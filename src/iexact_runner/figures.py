@@ -25,6 +25,7 @@ TITLES = {
     "memory": "What is kept for the backward pass",
     "curves": "Loss and score over the epochs",
     "throughput": "Epochs per second",
+    "activations": "Observed activations",
 }
 # Colours that people with a colour vision deficiency tell apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
@@ -83,6 +84,7 @@ def draw(report: Report) -> dict[str, Figure]:
         "memory": draw_memory,
         "curves": draw_curves,
         "throughput": draw_throughput,
+        "activations": draw_activations,
     }
     drawn = {}
     with _style():
@@ -197,6 +199,44 @@ def draw_throughput(settings: dict[str, list[Row]]) -> Figure | None:
     return figure
 
 
+def draw_activations(settings: dict[str, list[Row]]) -> Figure | None:
+    """Histogram of every map's values normalised by their block, with the uniform and the clipped normal laid over."""
+    panels = [
+        (f"{title}, {_short(row)}", one)
+        for title, rows in settings.items()
+        for row in rows
+        for one in _first_observed(row)
+    ]
+    if not panels:
+        return None
+    figure, places = _panels(len(panels), columns=3, height=2.2)
+    for axes, (title, one) in zip(places, panels, strict=True):
+        cells = len(one["observed"])
+        edges = [cell / cells for cell in range(cells + 1)]
+        axes.stairs([cells * mass for mass in one["observed"]], edges, fill=True, color="#b9c9d8", label="observed")
+        normal = [cells * mass for mass in one["clipped_normal"]]
+        axes.stairs(normal, edges, color=COLOURS[1], linewidth=1.3, label=f"clipped normal, JS {_js(one, 'normal')}")
+        axes.axhline(1.0, color=COLOURS[0], linewidth=1.3, label=f"uniform, JS {_js(one, 'uniform')}")
+        axes.set_title(f"{title}\n{one['layer']}, {one['op']}, d = {one['d']}", fontsize=8)
+        # A mass at either end, where a block's extremes lie, would hide the rest.
+        inner = [cells * mass for mass in one["observed"][1:-1]] + normal[1:-1]
+        axes.set_ylim(0, 1.6 * max(inner))
+        axes.legend(fontsize=7, loc="upper right", frameon=True, framealpha=0.8, edgecolor="none")
+    for axes in places[-3:]:
+        axes.set_xlabel("h / B")
+    return figure
+
+
+def _first_observed(row: Row) -> list[dict[str, Any]]:
+    """The maps of the first repeat that looked at them."""
+    repeats: list[list[dict[str, Any]]] = next((found for run in row.runs if (found := run.lookup("distribution"))), [])
+    return repeats[0] if repeats else []
+
+
+def _js(one: dict[str, Any], name: str) -> str:
+    return f"{one['js_clipped_normal' if name == 'normal' else 'js_uniform']:.3f}"
+
+
 class _Looks:
     """Colour and marker of every label, the same in all panels of a figure."""
 
@@ -227,7 +267,7 @@ def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Ax
 
     columns = min(columns, count)
     lines = -(-count // columns)
-    figure = Figure(figsize=(9.5 if columns > 1 else 7.5, height * lines + 0.5), layout="constrained")
+    figure = Figure(figsize=({1: 7.5, 2: 9.5}.get(columns, 12.0), height * lines + 0.5), layout="constrained")
     places = [figure.add_subplot(lines, columns, place + 1) for place in range(count)]
     return figure, places
 

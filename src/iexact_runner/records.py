@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
     summary = _read_summary(folder / SUMMARY)
     run = Run(folder, summary["status"], summary)
     lines = _count_lines(folder / METRICS)
-    if run.status == "completed" and run.lookup("config.task") == "train":
+    if run.status == "completed" and run.lookup("config.task") in ("train", "distribution"):
         expected = summary["config"]["runs"] * summary["config"]["training"]["epochs"]
         if lines != expected:
             raise DamagedRecord(f"{folder / METRICS}: has {lines} lines, a completed run {expected}")

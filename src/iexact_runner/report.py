@@ -43,6 +43,8 @@ class Report:
     def grids(self, *, title: str) -> list[tables.Grid]:
         """The tables that people are shown."""
         grids = [tables.grid_of(self.results, title=title)] if self.results.rows else []
+        observed = tables.distribution_of(self.results)
+        grids += [] if observed is None else [observed]
         return grids + ([tables.listing_of(self.incomplete)] if self.incomplete else [])
 
 

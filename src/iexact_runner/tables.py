@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from rich.table import Table
 from iexact_runner import published
 from iexact_runner.errors import UserError
 from iexact_runner.grouping import ENVIRONMENT, Cell, Metric, Results, Row
-from iexact_runner.records import Run
+from iexact_runner.records import Run, flatten
 
 # Columns that every row of a CSV or Parquet file has, whatever the table shows.
 CONFIG_COLUMNS = (
@@ -97,6 +98,42 @@ def listing_of(runs: Sequence[Run]) -> Grid:
     """Runs that did not complete, and why."""
     rows = [[str(run.folder), run.status, str(len(run.metrics())), str(run.lookup("error") or "")] for run in runs]
     return Grid("not completed", ["folder", "status", "epochs", "error"], rows, [False, False, True, False])
+
+
+DISTRIBUTION = {
+    "d": ("d", 1, 0),
+    "JS uniform": ("js_uniform", 1, 3),
+    "JS clipped normal": ("js_clipped_normal", 1, 3),
+    "variance, uniform bins": ("uniform.measured", 1, 4),
+    "variance, best bins": ("optimal.measured", 1, 4),
+    "reduction [%]": ("optimal.reduction", 100, 1),
+    "by its histogram [%]": ("empirical.reduction", 100, 1),
+}
+
+
+def distribution_of(results: Results) -> Grid | None:
+    """How the maps of ``task=distribution`` are distributed, means over the repeats; None where there are none.
+
+    Jensen-Shannon divergences in bits from uniform values and from the clipped normal of d elements; variance of
+    rounding in units of the code squared, and by how much the bins that are best for the clipped normal reduce it.
+    """
+    lines = []
+    for row in results.rows:
+        maps: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for run in row.runs:
+            for observed in run.lookup("distribution") or []:
+                for one in observed:
+                    maps.setdefault((one["layer"], one["op"]), []).append(dict(flatten(one)))
+        for (layer, op), repeats in maps.items():
+            figures = [
+                f"{scale * statistics.fmean(one[name] for one in repeats):.{digits}f}"
+                for name, scale, digits in DISTRIBUTION.values()
+            ]
+            lines.append([*map(str, row.labels.values()), layer, op, *figures])
+    if not lines:
+        return None
+    header = [*results.rows[0].labels, "layer", "map of", *DISTRIBUTION]
+    return Grid("distribution of activations", header, lines, [name in DISTRIBUTION for name in header])
 
 
 def _label(name: str) -> Callable[[Row], str]:
