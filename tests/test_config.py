@@ -98,7 +98,7 @@ def test_a_command_line_value_beats_the_recipe():
 def test_help_names_every_choice():
     template = (CONF / "config.yaml").read_text()
     described = template.partition("template:")[2]
-    for group in ("task", "model", "dataset", "compression"):
+    for group in ("task", "model", "dataset", "compression", "experiment", "logger"):
         for path in sorted((CONF / group).glob("*.yaml")):
             assert f" {path.stem} " in described.replace("\n", " "), f"{group}={path.stem} is not in --help"
 
@@ -137,6 +137,12 @@ def test_help_names_every_choice():
         ("measure.max_seconds=0", "measure.max_seconds=0.0"),
         ("bins.bits=3", "bins.bits=3: must be one of 1, 2, 4, 8"),
         ("precision=float64", "precision=float64: must be one of float32, bfloat16, float16"),
+        ("fidelity.epochs=[]", "fidelity.epochs=[]: must be increasing and 0 or more"),
+        ("fidelity.epochs=[5,5]", "fidelity.epochs=[5, 5]"),
+        ("fidelity.epochs=[-1,5]", "fidelity.epochs=[-1, 5]"),
+        ("fidelity.draws=1", "fidelity.draws=1: must be 2 or more"),
+        ("measure.country=denmark", "measure.country=denmark: must be an ISO 3166 code of three letters"),
+        ("measure.energy=true", "measure.energy=true: timed epochs are those of task=measure"),
         ("runs=0", "runs=0: must be 1 or more"),
         ("seed=-1", "seed=-1: must be 0 or more"),
         ("dataset.root=''", "dataset.root=''"),

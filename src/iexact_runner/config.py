@@ -18,8 +18,9 @@ BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
 LEVELS = ("uniform", "optimal")
-TASKS = ("train", "measure", "bins")
+TASKS = ("train", "measure", "fidelity", "distribution", "bins")
 PRECISIONS = ("float32", "bfloat16", "float16")
+LOGGERS = ("none", "tensorboard", "mlflow")
 OPTIMIZERS = ("adam", "rmsprop")
 LOSSES = ("cross_entropy", "log_cross_entropy")
 
@@ -292,16 +293,39 @@ class TrainingConfig:
 
 @dataclass
 class MeasureConfig:
-    """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs."""
+    """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs.
+
+    ``energy`` also records kWh and gCO2e of the timed epochs, on the grid of ``country`` (ISO 3166 code of three
+    letters; null is the world's average).
+    """
 
     warmup_epochs: int = 10
     timed_epochs: int = 100
     max_seconds: float = 60.0
+    energy: bool = False
+    country: str | None = None
 
     def __post_init__(self) -> None:
         _check_at_least("measure.warmup_epochs", self.warmup_epochs, 0)
         _check_at_least("measure.timed_epochs", self.timed_epochs, 1)
         _check(self.max_seconds > 0, "measure.max_seconds", self.max_seconds, "must be above 0")
+        country = self.country
+        letters = country is None or (len(country) == 3 and country.isascii() and country.isupper())
+        _check(letters, "measure.country", country, "must be an ISO 3166 code of three letters such as DNK, or null")
+
+
+@dataclass
+class FidelityConfig:
+    """``task=fidelity``: ``draws`` gradients of the scheme at the weights after each number of training ``epochs``."""
+
+    epochs: list[int] = field(default_factory=lambda: [5, 30, 100])
+    draws: int = 20
+
+    def __post_init__(self) -> None:
+        epochs = list(self.epochs)
+        increasing = bool(epochs) and all(first < second for first, second in zip(epochs, epochs[1:], strict=False))
+        _check(increasing and epochs[0] >= 0, "fidelity.epochs", epochs, "must be increasing and 0 or more")
+        _check_at_least("fidelity.draws", self.draws, 2)
 
 
 @dataclass
@@ -333,16 +357,19 @@ class Config:
     precision: str = "float32"
     debug: bool = False
     output_dir: str = "outputs"
+    logger: str = "none"
     model: ModelConfig = MISSING
     dataset: DatasetConfig = MISSING
     compression: CompressionConfig = MISSING
     training: TrainingConfig = field(default_factory=TrainingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     bins: BinsConfig = field(default_factory=BinsConfig)
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
         _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("logger", self.logger, LOGGERS)
         _check(bool(self.output_dir), "output_dir", repr(self.output_dir), "must be a folder")
         model, dataset = self.model, self.dataset
         fitting = MODEL_CONFIGS.get(model.name)
@@ -352,5 +379,12 @@ class Config:
             valid = "choose one with dataset=NAME"
             _check(dataset.name.startswith(prefix), "dataset.name", dataset.name, valid)
         _check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
+        if self.task == "distribution":
+            quantized = self.compression.scheme != "none" and self.compression.bits is not None
+            _check(
+                quantized, "compression.bits", self.compression.bits, "task=distribution needs maps that are quantized"
+            )
+        energy = self.measure.energy
+        _check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
         _check_at_least("runs", self.runs, 1)
         _check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch_geometric import nn as pyg
 
-from conftest import assert_close, projected, relative_error, tiny_dataset
+from conftest import assert_close, bin_widths, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
 from iexact_runner.data.graph import attention_edges, edges_of, mean_adjacency
 from iexact_runner.data.sparse import CSR
@@ -98,6 +98,15 @@ def test_weighted_sum(symmetric, config, gradient):
     check(actual, dense(edges, weight) @ x, (x, weight), gradient=gradient)
 
 
+def test_eight_bits_move_the_gradient_of_a_weight_by_at_most_a_bin_of_its_source():
+    edges, x, weight = problem()
+    grad = torch.randn(61, 13)
+    exact = (grad[edges.rows()] * x[edges.columns]).sum(1)
+    out = Projected(projected(bits=8), seed=1).aggregate_weighted(Activation(x, Kept()), weight, edges)
+    bound = grad.abs().sum(1)[edges.rows()] * bin_widths(x)[edges.columns, 0]
+    assert ((torch.autograd.grad(out, weight, grad)[0] - exact).abs() <= bound + 1e-5).all()
+
+
 def test_weights_without_gradient_keep_no_map():
     edges, x, weight = problem()
     ops = Projected(projected(bits=2), seed=1)
@@ -178,6 +187,30 @@ def test_attention(symmetric, shared, dropout):
         dropped = Projected(config, seed=5).dropout(ones, dropout)
         expected = dense_attention(edges, h, vectors[0], None if shared else vectors[1], dropped)
         check(actual, expected, (h, *vectors), gradient=gradient)
+
+
+def test_eight_bits_move_the_gradient_of_attention_within_its_bound():
+    """Off by at most: a score's gradient, alpha (e_j + sum alpha e), with e_j = |g_i| times the bin of node j."""
+    data = tiny_dataset(nodes=41)
+    edges = attention_edges(data.edge_index, data.num_nodes)
+    h = torch.randn(41, 1, 7, requires_grad=True)
+    source, target = (torch.randn(1, 1, 7) for _ in range(2))
+    grad = torch.randn(41, 1, 7)
+
+    def gradient(config):
+        out = Projected(config, seed=5).attention(h, source, target, edges, negative_slope=0.2)
+        return torch.autograd.grad(out, h, grad)[0]
+
+    with torch.no_grad():
+        scores = (h * target).sum(-1)[edges.rows()] + (h * source).sum(-1)[edges.columns]
+        alpha = edges.softmax_rows_(F.leaky_relu(scores, 0.2))
+        off = grad.abs().sum((1, 2))[edges.rows()] * bin_widths(h.flatten(1))[edges.columns, 0]
+        mean = edges.reduce_rows(alpha * off[:, None], "sum")[edges.rows()]
+        score_off = alpha * (off[:, None] + mean)
+        to_source, order = edges.transposed()
+        bound = to_source.reduce_rows(score_off[order], "sum").unsqueeze(-1) * source.abs()
+        bound += edges.reduce_rows(score_off, "sum").unsqueeze(-1) * target.abs()
+    assert ((gradient(projected(bits=8)) - gradient(EXACT)).abs() <= bound + 1e-5).all()
 
 
 def test_attention_equals_plain_and_pyg(dataset):
