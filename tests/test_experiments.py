@@ -114,3 +114,9 @@ def test_sweep_ends_with_the_table_of_its_runs(tmp_path):
     code = f"import sys; sys.argv = ['', {command!r}, '--format', 'csv']; import iexact_runner.report as r; r.main()"
     again = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [row["task"] for row in csv.DictReader(io.StringIO(again.stdout))] == ["train | fidelity"] * 2
+
+
+def test_sweep_without_rows_ends_without_a_table(tmp_path):
+    command = [sys.executable, "-m", "iexact_runner", "-m", "task=bins", "bins.bits=1,2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stderr == "" and "iexact-report" not in result.stdout

@@ -151,6 +151,13 @@ def test_nothing_found_is_one_line(runs, monkeypatch, capsys):
         assert status == 1 and error == f"iexact-report: {words}\n"
 
 
+def test_table_of_bins_is_no_row(runs, monkeypatch, capsys):
+    record(runs / "5", task="bins", dataset={"name": "bins"})
+    assert "bins" not in iexact_report(monkeypatch, capsys, "runs")[1]
+    status, _, error = iexact_report(monkeypatch, capsys, "runs/5")
+    assert status == 1 and error.startswith("iexact-report: no run with a dataset at or below runs/5")
+
+
 def test_conditions_select_runs(runs, monkeypatch, capsys):
     def tests(*arguments):
         _, shown, _ = iexact_report(monkeypatch, capsys, "runs", "--format", "csv", *arguments)

@@ -117,13 +117,15 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
 
 
 def show_sweep(folder: Path, title: str) -> None:
-    """Prints the table of a sweep; where no job began, there is none."""
+    """Prints the table of a sweep; where no job began, and for jobs with tables of their own, there is none."""
     from iexact_runner.records import run_folders
     from iexact_runner.report import read_report, show, wide_console
 
     if not run_folders([folder]):
         return
     report, console = read_report([folder]), wide_console()
+    if not report.grids(title=title) and not report.damaged:
+        return
     show(report, console, title=title)
     console.print(f"again, or as a page: iexact-report {folder} --format html", highlight=False, soft_wrap=True)
     for line in report.damaged:

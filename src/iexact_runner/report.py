@@ -77,9 +77,10 @@ def read_report(
     runs = [run for run in runs if all(matches(run, name, value) for name, value in conditions)]
     if where and not runs:
         raise UserError(f"no run with {' and '.join(where)} at or below {', '.join(map(str, folders))}")
-    completed = [run for run in runs if run.status == "completed"]
-    results = group(completed, metrics_named(metrics, completed), by=by)
-    return Report(results, [run for run in runs if run.status != "completed"], damaged)
+    # task=bins has neither a dataset nor a model: its table is its own.
+    completed = [run for run in runs if run.status == "completed" and run.lookup("config.task") != "bins"]
+    incomplete = [run for run in runs if run.status != "completed"]
+    return Report(group(completed, metrics_named(metrics, completed), by=by), incomplete, damaged)
 
 
 def wide_console() -> Console:
@@ -100,6 +101,8 @@ def main() -> None:
         report = read_report(
             options.folders, where=options.where, by=_split(options.group_by), metrics=_split(options.metric)
         )
+        if not report.completed and not report.incomplete and not report.damaged:
+            raise UserError(f"no run with a dataset at or below {', '.join(map(str, options.folders))}")
         _write(report, options)
     except ConfigError as error:
         _fail(str(error), EXIT_USAGE)
