@@ -79,7 +79,7 @@ class BatchNorm(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weight, mean, inverse_std = ctx.saved_tensors
         x = ctx.layout.decode(tuple(tensors))
-        if grad.is_cuda or ctx.layout.bits is None:  # what is kept in FP32 must not be written over
+        if grad.is_cuda or getattr(ctx.layout, "bits", 0) is None:  # what is kept in FP32 must not be written over
             grads = torch.ops.aten.native_batch_norm_backward(
                 grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
             )
@@ -114,8 +114,17 @@ class LeakyReLU(Function):
     """LeakyReLU (ReLU at slope 0) that keeps the sign of its input in 1 bit an element: exact."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, negative_slope: float, backend: str, inplace: bool = False) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        negative_slope: float,
+        backend: str,
+        inplace: bool = False,
+        signs: list[Tensor] | None = None,
+    ) -> Tensor:
         output, mask = ops.leaky_relu(x, negative_slope=negative_slope, backend=backend)
+        if signs is not None:
+            signs.append(mask)
         ctx.negative_slope, ctx.backend = negative_slope, backend
         ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel(), 1)
         ctx.save_for_backward(mask)
@@ -128,7 +137,7 @@ class LeakyReLU(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), *[None] * 3
+        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), *[None] * 4
 
 
 class ELU(Function):
@@ -170,9 +179,18 @@ class LeakyReLUDropout(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, negative_slope: float, p: float, seed: int | Tensor, store_mask: bool, backend: str
+        ctx: Any,
+        x: Tensor,
+        negative_slope: float,
+        p: float,
+        seed: int | Tensor,
+        store_mask: bool,
+        backend: str,
+        signs: list[Tensor] | None = None,
     ) -> Tensor:
         output, sign = ops.leaky_relu_dropout(x, negative_slope=negative_slope, p=p, seed=seed, backend=backend)
+        if signs is not None:
+            signs.append(sign)
         masks = [sign, ops.dropout_mask(x, p=p, seed=seed, backend=backend)] if store_mask else [sign]
         ctx.negative_slope, ctx.p, ctx.backend, ctx.masks = negative_slope, p, backend, len(masks)
         # Plain modules keep the output of ReLU and the dropout mask.
@@ -192,7 +210,7 @@ class LeakyReLUDropout(Function):
             grad_x = ops.leaky_relu_dropout_backward(
                 grad, masks[0], negative_slope=slope, p=ctx.p, seed=seed, backend=backend
             )
-        return grad_x, *[None] * 5
+        return grad_x, *[None] * 6
 
 
 class MaskedDropout(Function):

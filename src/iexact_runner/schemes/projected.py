@@ -114,8 +114,12 @@ class Projected(Plain):
         """BatchNorm1d over the nodes, its input quantized without projection, for dx is not linear in it."""
         if not torch.is_grad_enabled():
             return super().batch_norm(h, norm)
+        return self.normalize_from(h, norm, self._keep(h, project=False))
+
+    def normalize_from(self, h: Tensor, norm: nn.BatchNorm1d, kept: KeptMap) -> Tensor:
         parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return self.normalize(h, *parameters, momentum=_momentum(norm), eps=norm.eps)
+        normalised: Tensor = functions.BatchNorm.apply(h, *parameters, _momentum(norm), norm.eps, kept, 4 * h.numel())
+        return normalised
 
     def normalize(
         self,
@@ -176,9 +180,11 @@ class Projected(Plain):
         return x.source.kept
 
     def _keep(self, value: Tensor, *, project: bool) -> KeptMap:
+        return self._format.keep(value.detach(), seed=self._next_map_seed(), project=project)
+
+    def _next_map_seed(self) -> int | Tensor:
         self._maps_kept += 1
-        seed = tensor_seed(self._map_seed, self._maps_kept - 1)
-        return self._format.keep(value.detach(), seed=seed, project=project)
+        return tensor_seed(self._map_seed, self._maps_kept - 1)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
