@@ -87,6 +87,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, override, words):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_table_of_bins_needs_no_dataset(tmp_path):
+    result = iexact("task=bins", "dataset=arxiv", "dataset.root=nowhere", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    run = only_run(tmp_path)
+    files = ["bins.csv", "bins.png", "bins.svg", "config.yaml", "summary.json"]
+    assert sorted(path.name for path in run.iterdir()) == files
+    assert "1.04996" in result.stdout and run.name in result.stdout
+
+
 def test_debug_shows_the_traceback(tmp_path):
     result = iexact("compression.bits=3", "debug=true", cwd=tmp_path)
     assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith("iexact: compression.bits=3")

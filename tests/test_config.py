@@ -98,7 +98,7 @@ def test_a_command_line_value_beats_the_recipe():
 def test_help_names_every_choice():
     template = (CONF / "config.yaml").read_text()
     described = template.partition("template:")[2]
-    for group in ("task", "model", "dataset", "compression"):
+    for group in ("task", "model", "dataset", "compression", "experiment", "logger"):
         for path in sorted((CONF / group).glob("*.yaml")):
             assert f" {path.stem} " in described.replace("\n", " "), f"{group}={path.stem} is not in --help"
 
@@ -111,8 +111,11 @@ def test_help_names_every_choice():
         ("compression.kept_frac=0", "compression.kept_frac=0.0: must be above 0 and at most 1"),
         ("compression.kept_frac=1.01", "compression.kept_frac=1.01"),
         ("compression.kept_frac=nan", "compression.kept_frac=nan"),
-        ("compression.alpha=0", "compression.alpha=0.0: must be above 0 and below 1.5"),
+        ("compression.alpha=0", "compression.alpha=0: must be above 0 and below 1.5"),
         ("compression.alpha=1.5", "compression.alpha=1.5"),
+        ("compression.alpha=best", "compression.alpha=best: must be above 0 and below 1.5, or auto"),
+        ("compression.alpha=true", "compression.alpha=True: must be above 0 and below 1.5, or auto"),
+        ("compression.levels=best", "compression.levels=best: must be one of uniform, optimal"),
         ("compression.col_size=-1", "compression.col_size=-1: must be 0 or more"),
         ("compression.max_block_size=0", "compression.max_block_size=0: must be 1 or more, or null"),
         ("compression.backend=jax", "compression.backend=jax: must be one of auto, torch"),
@@ -132,7 +135,14 @@ def test_help_names_every_choice():
         ("measure.timed_epochs=0", "measure.timed_epochs=0"),
         ("measure.warmup_epochs=-1", "measure.warmup_epochs=-1"),
         ("measure.max_seconds=0", "measure.max_seconds=0.0"),
+        ("bins.bits=3", "bins.bits=3: must be one of 1, 2, 4, 8"),
         ("precision=float64", "precision=float64: must be one of float32, bfloat16, float16"),
+        ("fidelity.epochs=[]", "fidelity.epochs=[]: must be increasing and 0 or more"),
+        ("fidelity.epochs=[5,5]", "fidelity.epochs=[5, 5]"),
+        ("fidelity.epochs=[-1,5]", "fidelity.epochs=[-1, 5]"),
+        ("fidelity.draws=1", "fidelity.draws=1: must be 2 or more"),
+        ("measure.country=denmark", "measure.country=denmark: must be an ISO 3166 code of three letters"),
+        ("measure.energy=true", "measure.energy=true: timed epochs are those of task=measure"),
         ("runs=0", "runs=0: must be 1 or more"),
         ("seed=-1", "seed=-1: must be 0 or more"),
         ("dataset.root=''", "dataset.root=''"),
@@ -152,8 +162,12 @@ def test_bad_values_name_the_field(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["compression.bits=4", "compression.alpha=.9"], "compression.alpha=0.9: non-uniform bins need"),
+        (["compression.bits=4", "compression.alpha=.9"], "compression.alpha=0.9: the width of the first bin is for"),
         (["compression.bits=null", "compression.alpha=.9"], "compression.bits=2, which is null here"),
+        (["compression.bits=4", "compression.alpha=auto"], "compression.alpha=auto: the width of the first bin is for"),
+        (["compression.bits=null", "compression.levels=optimal"], "compression.levels=optimal: needs compression.bits"),
+        (["compression.levels=optimal", "compression.alpha=.9"], "compression.alpha=0.9: compression.levels=optimal"),
+        (["compression=none", "compression.levels=optimal"], "compression.levels=optimal: needs compression.bits"),
         (["compression=none", "compression.bits=2"], "compression.bits=2: compression=none keeps FP32"),
         (["compression=none", "compression.kept_frac=.5"], "compression.kept_frac=0.5: compression=none"),
         (["model=gat", "compression=none", "model.label_mask_rate=1"], "model.label_mask_rate=1.0"),
@@ -181,6 +195,21 @@ def test_fields_that_do_not_fit_together(overrides, message):
 def test_projection_only_and_every_bit_width_are_valid(bits):
     assert compose_config(f"compression.bits={'null' if bits is None else bits}").compression.bits == bits
     assert CompressionConfig(scheme="projected", bits=bits).kept_frac == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen"),
+    [
+        (["compression.alpha=1"], False),
+        (["compression.alpha=.9"], False),
+        (["compression.alpha=auto"], True),
+        (["compression.bits=8", "compression.levels=optimal"], True),
+        (["compression.levels=optimal", "compression.alpha=auto"], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_levels_that_are_chosen_by_block_size(overrides, chosen):
+    assert compose_config(*overrides).compression.optimal_levels() == chosen
 
 
 def test_configuration_files_lie_where_the_package_looks():

@@ -53,6 +53,9 @@ def test_records_of_a_training_run(tmp_path):
         "accuracy",
         "memory",
         "throughput",
+        "fidelity",
+        "energy",
+        "distribution",
     }
     assert (summary["schema_version"], summary["status"], summary["error"]) == (1, "completed", None)
     assert summary["config"]["compression"]["bits"] == 2 and summary["config"]["seed"] == 5

@@ -8,7 +8,17 @@ import stat
 import pytest
 
 from iexact_runner.errors import UserError
-from iexact_runner.records import RunFolder, mean_std, to_json, write_atomically
+from iexact_runner.records import (
+    DamagedRecord,
+    RunFolder,
+    compression_label,
+    mean_std,
+    read_run,
+    run_folders,
+    to_json,
+    write_atomically,
+)
+from recorded import record
 
 
 def test_metrics_are_on_disk_line_by_line(tmp_path):
@@ -67,3 +77,61 @@ def test_mean_and_sample_deviation():
     assert mean_std([1.0, 2.0, 3.0]) == {"mean": 2.0, "std": 1.0, "values": [1.0, 2.0, 3.0]}
     assert mean_std([0.5]) == {"mean": 0.5, "std": 0.0, "values": [0.5]}
     assert mean_std([]) == {"mean": None, "std": None, "values": []}
+
+
+def test_runs_are_found_in_the_order_of_their_jobs(tmp_path):
+    for job in (10, 2, 1):
+        record(tmp_path / "sweep" / str(job))
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("defaults: [a, b]\n")  # somebody else's
+    assert [folder.name for folder in run_folders([tmp_path, tmp_path / "sweep"])] == ["1", "2", "10"]
+
+
+def test_run_is_read_back(tmp_path):
+    run = read_run(record(tmp_path / "run", saved_mib=2.5))
+    assert (run.status, run.lookup("memory.saved_mib"), run.lookup("memory.no.such")) == ("completed", 2.5, None)
+    assert [(line["run"], line["epoch"]) for line in run.metrics()] == [(r, e) for r in (0, 1) for e in (1, 2, 3)]
+
+
+def test_run_without_a_summary_is_unfinished(tmp_path):
+    run = read_run(record(tmp_path / "run", status="unfinished"))
+    assert run.status == "unfinished" and run.lookup("config.compression.bits") == 2 and len(run.metrics()) == 6
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.yaml").write_text((tmp_path / "run" / "config.yaml").read_text())
+    assert begun in run_folders([tmp_path]) and read_run(begun).metrics() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("summary.json", lambda text: text[: len(text) // 2], "is not JSON"),
+        ("summary.json", lambda text: "[1, 2]", "is not the summary of a run"),
+        ("summary.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema_version=9"),
+        ("summary.json", lambda text: text.replace('"completed"', '"fine"'), "status=fine: must be one of completed"),
+        ("metrics.jsonl", lambda text: text[:-20], "its last line is cut off"),
+        ("metrics.jsonl", lambda text: text[: text.rfind("{")], "has 5 lines, a completed run 6"),
+        ("metrics.jsonl", lambda text: text[:-2] + "\n", "is not JSON"),
+    ],
+)
+def test_damage_is_noticed_and_the_file_named(tmp_path, name, damage, reason):
+    path = record(tmp_path / "run") / name
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DamagedRecord) as error:
+        read_run(tmp_path / "run")
+    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unreadable_config_of_an_unfinished_run_is_named(tmp_path):
+    path = record(tmp_path / "run", status="unfinished") / "config.yaml"
+    path.write_text("model: [")
+    with pytest.raises(DamagedRecord, match=r"config.yaml: cannot be read"):
+        read_run(tmp_path / "run")
+
+
+def test_compression_in_words():
+    assert compression_label({"scheme": "none", "bits": None}) == "FP32"
+    fields = {"scheme": "projected", "bits": None, "kept_frac": 0.125, "col_size": 64, "alpha": 1.0}
+    assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
+    assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
+    assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
+from iexact_runner import tables
 from iexact_runner.compression import reference
+from iexact_runner.report import read_report
+from recorded import edit_summary, record
 
 
 def script(name, *arguments, cwd):
@@ -48,6 +51,23 @@ def test_kernel_benchmark_prints_the_promised_ratio(tmp_path):
     assert "INT2 quantize + decode" in result.stdout
     rows = pd.read_csv(tmp_path / "kernels.csv").set_index("kernel")
     assert rows.loc["copy to existing", "ratio_to_copy_existing"] == 1.0 and "relu_dropout" in rows.index
+
+
+def test_distribution_of_activations_is_compared_map_by_map(tmp_path):
+    options = ("--epochs", 3, "--bits", 2, "--csv", "maps.csv")
+    result = script("activation_distribution.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "maps.csv")
+    assert rows["setting"].value_counts().to_dict() == {
+        "exact": 8,
+        "iexact": 8,
+        "not projected": 6,
+        "adaptive directions": 2,
+    }
+    assert set(rows["map"]) == {"layer input", "aggregated map", "BatchNorm input", "coefficients"}
+    hidden = rows[(rows["setting"] == "iexact") & ~rows["layer"].str.startswith("blocks.0")]
+    assert (hidden["js_clipped_normal"] < hidden["js_uniform"]).all() and (hidden["optimal_reduction"] > 0).all()
+    assert rows["scipy"].notna().all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU is told")
@@ -86,13 +106,17 @@ def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys
     assert "left out, the time is up" in capsys.readouterr().out
 
 
-def test_result_rows_hold_figures_and_environment(tmp_path):
-    command = [sys.executable, "-m", "iexact_runner", "-m", "compression=none,iexact", "training.epochs=2"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    result = script("results_csv.py", "outputs", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    (tmp_path / "rows.csv").write_text(result.stdout)
-    rows = pd.read_csv(tmp_path / "rows.csv")
-    assert rows["compression.scheme"].tolist() == ["none", "projected"]
-    assert (rows["saved_mib"] > 0).all() and rows["test_mean"].between(0, 1).all() and rows["torch"].notna().all()
-    assert script("results_csv.py", "empty", cwd=tmp_path).returncode == 2
+def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import quick_experiments
+
+    for job, scheme in enumerate(({}, {"col_size": 64})):
+        edit_summary(record(tmp_path / str(job), compression=scheme, saved_mib=1.5 + job), fidelity=None)
+    text = tables.markdown(read_report([tmp_path]).grids(title="results")[0])
+    assert list(quick_experiments.differences(text, tmp_path)) == []
+    for right, wrong in (("91.00 +- 1.41", "91.01 +- 1.41"), ("| 2.50 |", "| 2.51 |"), ("4.00 (3.50", "4.01 (3.50")):
+        assert right in text
+        found = list(quick_experiments.differences(text.replace(right, wrong), tmp_path))
+        assert found and all("the runs say" in problem for problem in found)
+    fewer = "\n".join(line for line in text.splitlines() if "col_size" not in line)
+    assert list(quick_experiments.differences(fewer, tmp_path))[0] == "1 rows for 2 configurations"

@@ -70,7 +70,7 @@ def compose_config(*overrides: str) -> schema.Config:
     register_schema()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return to_config(hydra.compose("config", overrides=list(overrides)))
+        return to_config(hydra.compose("config", overrides=spell_out(list(overrides))))
 
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
@@ -81,6 +81,8 @@ def app(composed: DictConfig) -> None:
     debug = OmegaConf.select(composed, "debug") is True
     sweep = hydra_config.mode == RunMode.MULTIRUN
     job = f"job {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)}): " if sweep else ""
+    if sweep:
+        _sweeps[Path(hydra_config.sweep.dir)] = hydra_config.runtime.choices.get("experiment") or "sweep"
     try:
         run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
@@ -99,13 +101,39 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
     """Runs a checked configuration with its records in ``folder``."""
     # torch and rich are slow to import, and --help needs neither.
     from iexact_runner.display import Screen, show_messages
-    from iexact_runner.experiment import Experiment
     from iexact_runner.records import RunFolder
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
     screen = Screen(file=sys.stdout)
     show_messages(screen)
-    Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
+    if config.task == "bins":
+        from iexact_runner import bins_table
+
+        bins_table.run(config, RunFolder(folder), screen, resolved_yaml)
+    else:
+        from iexact_runner.experiment import Experiment
+
+        Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
+
+
+def show_sweep(folder: Path, title: str) -> None:
+    """Prints the table of a sweep; where no job began, there is none."""
+    from iexact_runner.records import run_folders
+    from iexact_runner.report import read_report, show, wide_console
+
+    if not run_folders([folder]):
+        return
+    report, console = read_report([folder]), wide_console()
+    show(report, console, title=title)
+    console.print(f"again, or as a page: iexact-report {folder} --format html", highlight=False, soft_wrap=True)
+    for line in report.damaged:
+        _report(line, EXIT_FAILED, debug=False)
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """Arguments with ``quick=true`` as Hydra takes it: the choice of a group cannot be a truth value."""
+    spelled = ["+quick=on" if argument == "quick=true" else argument for argument in arguments]
+    return [argument for argument in spelled if argument != "quick=false"]
 
 
 def main() -> None:
@@ -117,13 +145,17 @@ def main() -> None:
         sys.exit("iexact: output_dir='': must be a folder")  # Hydra would make folders in the root
     # What ends a batch job ends it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.argv[1:] = spell_out(sys.argv[1:])
     register_schema()
     # Hydra then raises what it would print in its own many-line way.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     debug = "debug=true" in (argument.lower() for argument in sys.argv[1:])
     _failures.clear()
+    _sweeps.clear()
     try:
         app()
+        for folder, title in _sweeps.items():
+            show_sweep(folder, title)
     except KeyboardInterrupt:
         _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
     except (HydraException, OmegaConfBaseException) as error:
@@ -164,6 +196,8 @@ def _unexpected(error: Exception, *, debug: bool) -> str:
 
 # Exit statuses of the jobs of this process that did not complete.
 _failures: list[int] = []
+# Folders of the sweeps of this process, and what they are called.
+_sweeps: dict[Path, str] = {}
 
 
 def _report(message: str, status: int, *, debug: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -16,8 +17,10 @@ from iexact_runner.errors import ConfigError
 BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected")
-TASKS = ("train", "measure")
+LEVELS = ("uniform", "optimal")
+TASKS = ("train", "measure", "fidelity", "distribution", "bins")
 PRECISIONS = ("float32", "bfloat16", "float16")
+LOGGERS = ("none", "tensorboard", "mlflow")
 OPTIMIZERS = ("adam", "rmsprop")
 LOSSES = ("cross_entropy", "log_cross_entropy")
 
@@ -188,7 +191,9 @@ class CompressionConfig:
         bits: bits of a code [b]; null keeps the (projected) map in FP32.
         kept_frac: features kept by the random projection [R = ceil(kept_frac * D)]; 1.0 is no projection.
         col_size: block size in rows [G / R]; 0 or 1 is one block a row.
-        alpha: width of the first quantization bin in units of the code; 1.0 is uniform.
+        alpha: width of the first bin of 2-bit codes in units of the code; 1.0 is uniform, ``auto`` the best width
+            for the size of each map's blocks.
+        levels: ``uniform``, or ``optimal`` for all levels of least variance, at any number of bits.
         max_block_size: cap of G in elements, rounded to whole rows; null is no cap.
         share_maps: transform before aggregating, so that one kept map serves both weights of a SAGE layer.
         store_dropout_mask: keep dropout masks as 1 bit an element instead of regenerating them from the seed.
@@ -199,7 +204,8 @@ class CompressionConfig:
     bits: int | None = None
     kept_frac: float = 1.0
     col_size: int = 0
-    alpha: float = 1.0
+    alpha: Any = 1.0  # a number or a word: OmegaConf fails to merge a union
+    levels: str = "uniform"
     max_block_size: int | None = None
     share_maps: bool = False
     store_dropout_mask: bool = False
@@ -216,17 +222,37 @@ class CompressionConfig:
         )
         _check(0.0 < self.kept_frac <= 1.0, "compression.kept_frac", self.kept_frac, "must be above 0 and at most 1")
         _check_at_least("compression.col_size", self.col_size, 0)
-        _check(0.0 < self.alpha < 1.5, "compression.alpha", self.alpha, "must be above 0 and below 1.5")
-        _check(
-            self.alpha == 1.0 or self.bits == 2,
-            "compression.alpha",
-            self.alpha,
-            f"non-uniform bins need compression.bits=2, which is {'null' if self.bits is None else self.bits} here",
-        )
+        self._check_levels()
         cap = self.max_block_size
         _check(cap is None or cap >= 1, "compression.max_block_size", cap, "must be 1 or more, or null for no cap")
         if self.scheme == "none":
             self._check_unused()
+
+    def optimal_levels(self) -> bool:
+        """Whether each map's levels are chosen for the size of its blocks."""
+        return self.alpha == "auto" or self.levels == "optimal"
+
+    def _check_levels(self) -> None:
+        alpha, bits = self.alpha, "null" if self.bits is None else self.bits
+        number = type(alpha) in (int, float) and 0.0 < alpha < 1.5
+        _check(number or alpha == "auto", "compression.alpha", alpha, "must be above 0 and below 1.5, or auto")
+        _check(
+            alpha == 1.0 or self.bits == 2,
+            "compression.alpha",
+            alpha,
+            f"the width of the first bin is for compression.bits=2, which is {bits} here; "
+            "compression.levels=optimal is for all bits",
+        )
+        _check_choice("compression.levels", self.levels, LEVELS)
+        if self.levels == "optimal":
+            known = self.bits is not None
+            _check(known, "compression.levels", self.levels, "needs compression.bits, which is null here")
+            _check(
+                alpha in (1.0, "auto"),
+                "compression.alpha",
+                alpha,
+                "compression.levels=optimal chooses the first bin itself; leave out one of the two",
+            )
 
     def _check_unused(self) -> None:
         """With FP32 maps there is nothing to quantize: a field that would be ignored is a mistake."""
@@ -267,16 +293,57 @@ class TrainingConfig:
 
 @dataclass
 class MeasureConfig:
-    """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs."""
+    """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs.
+
+    ``energy`` also records kWh and gCO2e of the timed epochs, on the grid of ``country`` (ISO 3166 code of three
+    letters; null is the world's average).
+    """
 
     warmup_epochs: int = 10
     timed_epochs: int = 100
     max_seconds: float = 60.0
+    energy: bool = False
+    country: str | None = None
 
     def __post_init__(self) -> None:
         _check_at_least("measure.warmup_epochs", self.warmup_epochs, 0)
         _check_at_least("measure.timed_epochs", self.timed_epochs, 1)
         _check(self.max_seconds > 0, "measure.max_seconds", self.max_seconds, "must be above 0")
+        country = self.country
+        letters = country is None or (len(country) == 3 and country.isascii() and country.isupper())
+        _check(letters, "measure.country", country, "must be an ISO 3166 code of three letters such as DNK, or null")
+
+
+@dataclass
+class FidelityConfig:
+    """``task=fidelity``: ``draws`` gradients of the scheme at the weights after each number of training ``epochs``."""
+
+    epochs: list[int] = field(default_factory=lambda: [5, 30, 100])
+    draws: int = 20
+
+    def __post_init__(self) -> None:
+        epochs = list(self.epochs)
+        increasing = bool(epochs) and all(first < second for first, second in zip(epochs, epochs[1:], strict=False))
+        _check(increasing and epochs[0] >= 0, "fidelity.epochs", epochs, "must be increasing and 0 or more")
+        _check_at_least("fidelity.draws", self.draws, 2)
+
+
+@dataclass
+class BinsConfig:
+    """The table of ``task=bins``.
+
+    Args:
+        clipped: values beyond the ends lie on them; false restricts the normal distribution to the range.
+        use_d_key: block sizes 4 to 2048; false is the grid of sigma from .01 to 5 by .001 in units of 2-bit codes.
+        bits: bits of a code.
+    """
+
+    clipped: bool = True
+    use_d_key: bool = True
+    bits: int = 2
+
+    def __post_init__(self) -> None:
+        _check_choice("bins.bits", self.bits, BITS)
 
 
 @dataclass
@@ -290,15 +357,19 @@ class Config:
     precision: str = "float32"
     debug: bool = False
     output_dir: str = "outputs"
+    logger: str = "none"
     model: ModelConfig = MISSING
     dataset: DatasetConfig = MISSING
     compression: CompressionConfig = MISSING
     training: TrainingConfig = field(default_factory=TrainingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    bins: BinsConfig = field(default_factory=BinsConfig)
 
     def __post_init__(self) -> None:
         _check_choice("task", self.task, TASKS)
         _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("logger", self.logger, LOGGERS)
         _check(bool(self.output_dir), "output_dir", repr(self.output_dir), "must be a folder")
         model, dataset = self.model, self.dataset
         fitting = MODEL_CONFIGS.get(model.name)
@@ -308,5 +379,12 @@ class Config:
             valid = "choose one with dataset=NAME"
             _check(dataset.name.startswith(prefix), "dataset.name", dataset.name, valid)
         _check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
+        if self.task == "distribution":
+            quantized = self.compression.scheme != "none" and self.compression.bits is not None
+            _check(
+                quantized, "compression.bits", self.compression.bits, "task=distribution needs maps that are quantized"
+            )
+        energy = self.measure.energy
+        _check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
         _check_at_least("runs", self.runs, 1)
         _check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import statistics
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from iexact_runner.records import compression_label
 from iexact_runner.training import Epoch
 
 PLAIN_LINES_PER_RUN = 10
@@ -104,7 +106,7 @@ class Display:
 def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -> None:
     """Prints the figures of a finished or interrupted run."""
     config = summary["config"]
-    title = f"{config['model']['name']} on {config['dataset']['name']}, {_compression(config['compression'])}"
+    title = f"{config['model']['name']} on {config['dataset']['name']}, {compression_label(config['compression'])}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -124,6 +126,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
     if throughput is not None:
         rate = throughput["epochs_per_second"]
         table.add_row("epochs/s", f"{rate['median']:.2f}  (p20 {rate['p20']:.2f}, p80 {rate['p80']:.2f})")
+    if summary["energy"] is not None:
+        emitted = summary["energy"]["gco2e"]
+        table.add_row("energy", f"{summary['energy']['kwh']:.3g} kWh" + (f"  ({emitted:.3g} gCO2e)" if emitted else ""))
     table.add_row("status", summary["status"])
     console.print(table)
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
@@ -147,8 +152,27 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _compression(config: Mapping[str, Any]) -> str:
-    if config["scheme"] == "none":
-        return "FP32"
-    stored = "FP32" if config["bits"] is None else f"INT{config['bits']}"
-    return f"{stored}, kept_frac {config['kept_frac']:g}, col_size {config['col_size']}"
+def show_fidelity(console: Console, record: Mapping[str, Any]) -> None:
+    """Prints how far compressed gradients are from the exact one, overall and by parameter at the last epoch."""
+    title = f"gradient against the exact one, {record['draws']} draws"
+    table = Table(title=title, title_justify="left")
+    table.add_column("after", no_wrap=True)
+    for name in ("share of norm", "relative error", "cosine", "bias (standard error)"):
+        table.add_column(name, justify="right")
+    for epoch, figures in record["after"].items():
+        table.add_row(f"{epoch} epochs", "1.000", *_fidelity_cells(figures))
+    table.add_section()
+    last = list(record["after"].values())[-1]
+    for name, figures in last["parameters"].items():
+        table.add_row(f"  {name}", f"{statistics.fmean(figures['share']):.3f}", *_fidelity_cells(figures))
+    console.print(table)
+
+
+def _fidelity_cells(figures: Mapping[str, Any]) -> list[str]:
+    """Means over the runs; a dash for a parameter whose exact gradient is zero but for rounding."""
+    if None in figures["relative_error"]:
+        return ["-", "-", "-"]
+    error, cosine, bias, spread = (
+        statistics.fmean(figures[name]) for name in ("relative_error", "cosine", "bias", "bias_standard_error")
+    )
+    return [f"{error:.3f}", f"{cosine:.3f}", f"{bias:.3f} ({spread:.3f})"]

@@ -13,7 +13,7 @@ import torch
 
 from iexact_runner import __version__
 
-PACKAGES = ("torch", "torch_geometric", "triton", "numba", "numpy", "ogb", "hydra-core")
+PACKAGES = ("torch", "torch_geometric", "triton", "numba", "numpy", "scipy", "ogb", "hydra-core")
 
 
 def describe(device: torch.device, *, backend: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iexact_runner import environment, measure
+from iexact_runner import energy, environment, fidelity, loggers, measure
 from iexact_runner.compression import backends
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, Config, GATConfig, ModelConfig
 from iexact_runner.data import load_dataset
 from iexact_runner.data.sparse import CSR
-from iexact_runner.display import Display, show_summary, show_tensors
+from iexact_runner.display import Display, show_fidelity, show_summary, show_tensors
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.nn import Model, build_model
 from iexact_runner.peak import PeakMemory
@@ -93,10 +94,17 @@ class Experiment:
         self._console = console
         self._device = resolve_device(config.device)
         self._backend = backends.resolve(config.compression.backend, self._device)
+        loggers.check_installed(config.logger)
+        if config.measure.energy:
+            energy.check_installed()
+        self._logger = loggers.Logger()
+        self._energy: dict[str, Any] | None = None
+        self._distribution: list[list[dict[str, Any]]] | None = None
         self._memory: dict[str, Any] | None = None
         self._metric: str | None = None
         self._completed: list[Scores] = []
         self._throughput: measure.Throughput | None = None
+        self._fidelities: list[dict[int, dict[str, Any]]] = []
 
     def run(self, resolved_yaml: str) -> dict[str, Any]:
         """Runs the task, writes the records and returns the summary.
@@ -106,6 +114,7 @@ class Experiment:
         self._folder.write_config(resolved_yaml)
         status, error = "failed", None
         try:
+            self._logger = loggers.open_logger(self._config, self._folder.path, asdict(self._config))
             self._execute()
             status = "completed"
         except KeyboardInterrupt:
@@ -120,12 +129,13 @@ class Experiment:
         finally:
             summary = self._summary(status, error)
             self._folder.write_summary(summary)
+            self._logger.close(summary)
             if summary["memory"] is not None:
                 show_summary(self._console, summary, folder=_shown(self._folder.path))
         return summary
 
     def _execute(self) -> None:
-        """Trains or measures.
+        """Trains, measures, compares gradients, or observes maps.
 
         Dropout of the FP32 scheme and the initial weights use torch's generators, hence the fork: the caller's
         random state is the same afterwards.
@@ -144,16 +154,21 @@ class Experiment:
             self._memory = self._kept_memory(problem)
             if config.task == "train":
                 self._train(problem)
-            else:
+            elif config.task == "measure":
                 self._measure(problem)
+            elif config.task == "fidelity":
+                self._compare_gradients(problem)
+            else:
+                self._observe_maps(problem)
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""
         accuracy: dict[str, Any] | None = None
-        if self._config.task == "train" and self._metric is not None:
+        if self._config.task in ("train", "distribution") and self._metric is not None:
             accuracy = {"metric": self._metric}
             for split in Scores._fields:
                 accuracy[split] = mean_std([getattr(scores, split) for scores in self._completed])
+        compared = self._fidelities and fidelity.pooled(self._fidelities, draws=self._config.fidelity.draws)
         memory = self._memory and {**self._memory, **measure.peak_mib(self._device)}
         return {
             "schema_version": SCHEMA_VERSION,
@@ -164,6 +179,9 @@ class Experiment:
             "accuracy": accuracy,
             "memory": memory,
             "throughput": self._throughput and self._throughput.to_dict(),
+            "fidelity": compared or None,
+            "energy": self._energy,
+            "distribution": self._distribution,
         }
 
     def _new_model(self, problem: Problem, run: int) -> tuple[Model, int]:
@@ -211,7 +229,8 @@ class Experiment:
             "tensors": [record.to_dict() for record in kept],
         }
 
-    def _train(self, problem: Problem) -> None:
+    def _train(self, problem: Problem, *, finish: Callable[[Model, int], None] | None = None) -> None:
+        """Trains all runs; ``finish`` is called with the model of each and its seed."""
         config = self._config
         assert self._memory is not None
         warmup = min(config.measure.warmup_epochs, config.training.epochs // 2)
@@ -225,6 +244,7 @@ class Experiment:
                 optimization = Optimization(model, config.training, precision=config.precision)
                 for epoch in train_epochs(model, problem, optimization, seed=seed):
                     self._record(run, epoch)
+                    self._logger.log(run, epoch)
                     if best is None or epoch.scores.val > best.val:
                         best = epoch.scores
                     if epoch.number > warmup:
@@ -233,6 +253,8 @@ class Experiment:
                     display.show(run, epoch, saved_mib=self._memory["saved_mib"])
                 assert best is not None
                 self._completed.append(best)
+                if finish is not None:
+                    finish(model, seed)
 
     def _record(self, run: int, epoch: Epoch) -> None:
         scores = epoch.scores._asdict()
@@ -253,13 +275,38 @@ class Experiment:
             step(model, optimization, problem, seed=mix(seed, number), epoch=number)
             return clock(self._device) - start
 
+        meter = energy.EnergyMeter(self._device, country=config.measure.country) if config.measure.energy else None
         with self._console.status("timing epochs"):
             self._throughput = measure.time_epochs(
                 one_epoch,
                 warmup_epochs=config.measure.warmup_epochs,
                 timed_epochs=config.measure.timed_epochs,
                 max_seconds=config.measure.max_seconds,
+                meter=meter,
             )
+        self._energy = None if meter is None else meter.record
+
+    def _compare_gradients(self, problem: Problem) -> None:
+        for run in range(self._config.runs):
+            model, seed = self._new_model(problem, run)
+            self._fidelities.append({})
+            with self._console.status(f"run {run + 1}/{self._config.runs}: training, then drawing gradients"):
+                for epoch, figures in fidelity.checkpoints(model, problem, self._config, seed=seed):
+                    self._fidelities[-1][epoch] = figures
+        show_fidelity(self._console, fidelity.pooled(self._fidelities, draws=self._config.fidelity.draws))
+
+    def _observe_maps(self, problem: Problem) -> None:
+        # SciPy, which this needs, is slow to import.
+        from iexact_runner.observed import observe
+
+        bits = self._config.compression.bits
+        assert bits is not None
+        self._distribution = observed = []
+
+        def finish(model: Model, seed: int) -> None:
+            observed.append(observe(model, problem, bits=bits, seed=mix(seed, self._config.training.epochs + 1)))
+
+        self._train(problem, finish=finish)
 
 
 def _shown(path: Path) -> str:

@@ -10,6 +10,7 @@ import gc
 import statistics
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -90,7 +91,7 @@ class SavedTensors:
         """What the graph behind ``output`` keeps at this moment, in the order of the forward pass."""
         # What no node admits to (an operation in C++ without attributes) still counts, as "unknown".
         items = {id(packed): ("unknown", [packed], None) for packed in self._alive()}
-        for node in _nodes(output):
+        for node in graph_nodes(output):
             for parts, described in self._items(node):
                 for part in parts:
                     items.pop(id(part), None)
@@ -168,7 +169,7 @@ def _describe(op: str, packed: _Packed, kept: int, described: Any) -> TensorReco
     return TensorRecord(packed.layer, op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), kept, kept)
 
 
-def _nodes(output: Tensor) -> list[Any]:
+def graph_nodes(output: Tensor) -> list[Any]:
     """All nodes of the autograd graph behind a tensor."""
     pending, seen, order = [output.grad_fn], set(), []
     while pending:
@@ -230,8 +231,15 @@ class Throughput:
         }
 
 
-def time_epochs(epoch: Callable[[], float], *, warmup_epochs: int, timed_epochs: int, max_seconds: float) -> Throughput:
-    """Calls ``epoch``, which runs one and returns its seconds, first to warm up, then to be timed.
+def time_epochs(
+    epoch: Callable[[], float],
+    *,
+    warmup_epochs: int,
+    timed_epochs: int,
+    max_seconds: float,
+    meter: AbstractContextManager[Any] | None = None,
+) -> Throughput:
+    """Calls ``epoch``, which runs one and returns its seconds, first to warm up, then to be timed inside ``meter``.
 
     Past a quarter of ``max_seconds`` the warm-up ends, past ``max_seconds`` the timing, after three epochs at least.
     """
@@ -239,6 +247,7 @@ def time_epochs(epoch: Callable[[], float], *, warmup_epochs: int, timed_epochs:
     while len(warmed) < warmup_epochs and sum(warmed) < max_seconds / 4:
         warmed.append(epoch())
     timed: list[float] = []
-    while len(timed) < timed_epochs and (len(timed) < 3 or sum(timed) < max_seconds):
-        timed.append(epoch())
+    with meter or nullcontext():
+        while len(timed) < timed_epochs and (len(timed) < 3 or sum(timed) < max_seconds):
+            timed.append(epoch())
     return Throughput.of(timed, warmup_epochs=len(warmed))

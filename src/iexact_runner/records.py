@@ -1,18 +1,31 @@
-"""What a run writes: ``config.yaml``, ``metrics.jsonl`` as it happens, and ``summary.json`` at the end."""
+"""What a run writes and how it is read back.
+
+``config.yaml`` is written first, ``metrics.jsonl`` as the run goes on, ``summary.json`` at its end.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from iexact_runner.errors import UserError
 
 SCHEMA_VERSION = 1
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+STATUSES = ("completed", "failed", "interrupted")
+
+
+class DamagedRecord(UserError):
+    """A file of a run that cannot be read as what it should hold."""
 
 
 class RunFolder:
@@ -27,7 +40,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        taken = [name for name in ("metrics.jsonl", "summary.json") if (path / name).exists()]
+        taken = [name for name in (METRICS, SUMMARY) if (path / name).exists()]
         if taken:
             raise UserError(f"{path}: already holds {' and '.join(taken)} of another run; name another folder")
         try:
@@ -40,16 +53,147 @@ class RunFolder:
 
     def write_config(self, yaml: str) -> None:
         """Writes the resolved configuration."""
-        write_atomically(self.path / "config.yaml", yaml)
+        write_atomically(self.path / CONFIG, yaml)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``, on disk when this returns."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes ``summary.json`` whole or not at all."""
-        write_atomically(self.path / "summary.json", to_json(summary, indent=2) + "\n")
+        write_atomically(self.path / SUMMARY, to_json(summary, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was recorded.
+
+    Args:
+        folder: where its files lie.
+        status: ``completed``, ``failed``, ``interrupted``, or ``unfinished`` while there is no summary.
+        summary: what ``summary.json`` holds; of an unfinished run only its ``config``.
+    """
+
+    folder: Path
+    status: str
+    summary: Mapping[str, Any]
+
+    def lookup(self, path: str) -> Any:
+        """Value at a dotted path of the summary; None where there is none."""
+        value: Any = self.summary
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``."""
+        path = self.folder / METRICS
+        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def run_folders(folders: Iterable[Path]) -> list[Path]:
+    """Every folder at or below ``folders`` that holds records, the jobs of a sweep in their order."""
+    found = {
+        Path(place)
+        for folder in folders
+        for place, _, names in os.walk(folder)
+        if SUMMARY in names or METRICS in names or (CONFIG in names and _is_config(Path(place, CONFIG)))
+    }
+    return sorted(found, key=lambda path: [_natural(part) for part in path.parts])
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run and checks that its files are whole.
+
+    Raises:
+        DamagedRecord: if a file is not; the message names it.
+    """
+    if not (folder / SUMMARY).exists():
+        _count_lines(folder / METRICS)
+        return Run(folder, "unfinished", {"config": _read_config(folder / CONFIG)})
+    summary = _read_summary(folder / SUMMARY)
+    run = Run(folder, summary["status"], summary)
+    lines = _count_lines(folder / METRICS)
+    if run.status == "completed" and run.lookup("config.task") in ("train", "distribution"):
+        expected = summary["config"]["runs"] * summary["config"]["training"]["epochs"]
+        if lines != expected:
+            raise DamagedRecord(f"{folder / METRICS}: has {lines} lines, a completed run {expected}")
+    return run
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = _parse(path, path.read_bytes())
+    config = summary.get("config") if isinstance(summary, dict) else None
+    groups = ("model", "dataset", "compression", "training")
+    if not isinstance(config, dict) or not all(isinstance(config.get(group), dict) for group in groups):
+        raise DamagedRecord(f"{path}: is not the summary of a run")
+    if summary.get("schema_version") != SCHEMA_VERSION:
+        version = summary.get("schema_version")
+        raise DamagedRecord(f"{path}: schema_version={version}: this version reads {SCHEMA_VERSION}")
+    if summary.get("status") not in STATUSES:
+        raise DamagedRecord(f"{path}: status={summary.get('status')}: must be one of {', '.join(STATUSES)}")
+    checked: dict[str, Any] = summary
+    return checked
+
+
+def _count_lines(path: Path) -> int:
+    """Lines of a JSON Lines file, the last of which must be whole: the others were written before it."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        raise DamagedRecord(f"{path}: its last line is cut off")
+    if data:
+        _parse(path, data[data.rfind(b"\n", 0, -1) + 1 :])
+    return data.count(b"\n")
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DamagedRecord(f"{path}: is not JSON ({error})") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DamagedRecord(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(config, dict):
+        raise DamagedRecord(f"{path}: is not the configuration of a run")
+    return config
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a ``config.yaml`` with nothing beside it is that of a run that just began: others have such files too."""
+    try:
+        return {"task", "model", "dataset", "compression"} <= _read_config(path).keys()
+    except DamagedRecord:
+        return False
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which 2 comes before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths of a nested mapping and their values."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def compression_label(config: Mapping[str, Any]) -> str:
+    """A compression's configuration in a few words."""
+    if config.get("scheme") == "none":
+        return "FP32"
+    words = ["FP32 maps" if config.get("bits") is None else f"INT{config['bits']}"]
+    usual = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
+    words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
+    return ", ".join(words)
 
 
 def write_atomically(path: Path, text: str) -> None:

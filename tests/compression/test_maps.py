@@ -5,7 +5,8 @@ import torch
 
 from conftest import assert_close
 from iexact_runner.compression import reference
-from iexact_runner.compression.maps import MapFormat, block_size_for, kept_columns, levels_for
+from iexact_runner.compression.bins import ClippedNormal, optimal_levels
+from iexact_runner.compression.maps import MapFormat, best_levels, block_size_for, kept_columns, levels_for
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,12 @@ def test_kept_columns(columns, kept_frac, expected):
 
 def test_levels_of_alpha():
     assert levels_for(2, 0.9) == (0.0, 0.9, 2.1, 3.0)
-    assert levels_for(2, 1.0) is None and levels_for(4, 1.0) is None and levels_for(None, 1.0) is None
+    assert (
+        levels_for(2, "auto") is None
+        and levels_for(2, 1.0) is None
+        and levels_for(4, 1.0) is None
+        and levels_for(None, 1.0) is None
+    )
 
 
 def make_format(bits, kept_frac):
@@ -67,3 +73,32 @@ def test_projection_is_only_where_allowed():
     layout, tensors = make_format(8, 0.3).keep(x, seed=0, project=False)
     assert not layout.projected and layout.stored_type == "int8"
     assert_close(layout.decode(tensors), x, tolerance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "project", "block_size"),
+    [((400, 20), False, 80), ((400, 20), True, 24), ((3, 20), False, 60)],
+    ids=["as it is", "projected", "smaller than a block"],
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_optimal_levels_are_those_of_the_block_in_use(bits, shape, project, block_size):
+    form = MapFormat(bits, 0.3, col_size=4, levels=None, max_block_size=None, backend="torch", optimal=True)
+    x = torch.randn(shape)
+    layout, tensors = form.keep(x, seed=0, project=project)
+    assert layout.levels == optimal_levels(bits, distribution=ClippedNormal(block_size))
+    if not project:
+        assert_close(layout.decode(tensors), x, tolerance=4 / 2**bits)
+
+
+def test_levels_do_not_matter_where_a_block_has_only_ends():
+    assert best_levels(1, 1000) is best_levels(4, 2) is best_levels(8, 1) is best_levels(None, 1000) is None
+
+
+def test_optimal_levels_reduce_the_error_of_normal_maps():
+    """By the expected .1345 against .1675 at d = 1024, and a little more: the extremes of samples lie further out."""
+    x, errors = torch.randn(64 * 1024, 16), []
+    for optimal in (False, True):
+        form = MapFormat(2, 1.0, col_size=64, levels=None, max_block_size=None, backend="auto", optimal=optimal)
+        layout, tensors = form.keep(x, seed=1, project=False)
+        errors.append((layout.decode(tensors) - x).square().mean().item())
+    assert 0.77 < errors[1] / errors[0] < 0.1345 / 0.1675

@@ -9,7 +9,7 @@ import torch
 
 numba = pytest.importorskip("numba")
 
-from iexact_runner.compression import numba_common, numba_kernels, parity  # noqa: E402
+from iexact_runner.compression import numba_common, numba_kernels, parity, reference  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,27 @@ def threads() -> Iterator[None]:
 def test_equals_the_reference() -> None:
     found = parity.mismatches(numba_kernels, CPU, parity.cases(quick=False))
     assert not found, "\n".join([f"{len(found)} differences", *found[:20]])
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        torch.arange(1.0, 255.0).double() / 1000,  # hundreds in one cell of the table that is searched
+        255 - torch.arange(254.0, 0.0, -1.0).double() / 1000,
+        torch.arange(1.0, 255.0).double() * 255 / 256,  # on the edges of cells
+        (torch.rand(254, generator=torch.Generator().manual_seed(3)).double() * 255).sort().values,
+    ],
+    ids=["low", "high", "edges", "random"],
+)
+def test_codes_of_any_levels_are_those_of_the_reference(inner: torch.Tensor) -> None:
+    levels = (0.0, *inner.tolist(), 255.0)
+    table = torch.tensor(levels)
+    # Scale 1 and zero 0, so that h is x: on every level, beside it, and anywhere.
+    x = torch.cat([table, table.nextafter(table.flip(0)).clamp(0, 255), torch.rand(5000) * 255])
+    form = {"bits": 8, "block_size": x.numel(), "levels": levels, "seed": 4}
+    expected, found = reference.quantize(x, **form), numba_kernels.quantize(x, **form)
+    assert expected[2].item() == 1 and expected[1].item() == 0
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_works_where_there_is_no_place_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ TARGETS = {
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COUNT = 1 << 14
 LEVELS = (0.0, 1.1, 1.9, 3.0)
+MANY_LEVELS = tuple(level * level / 255 for level in range(256))
 # Kernels allowed to spill, as {(kernel, label, target): reason}.
 SPILLS: dict[tuple[str, str, str], str] = {}
 # The floor of h >= 0: flushing a subnormal h to 0 first changes nothing.
@@ -74,6 +75,8 @@ def calls() -> Iterator[tuple[str, Any]]:
         ("float32 1", torch.float32, 1, 1024, None, 0, COUNT),
         ("bfloat16 4", torch.bfloat16, 4, 256, None, 0, COUNT),
         ("float16 8", torch.float16, 8, 64, None, 0, COUNT),
+        ("float32 8 levels", torch.float32, 8, 256, MANY_LEVELS, 0, COUNT),
+        ("float16 8 odd levels", torch.float16, 8, 63, MANY_LEVELS, 0, COUNT + 1),
         ("float16 8 odd", torch.float16, 8, 63, None, 5, COUNT),
         ("bfloat16 1 single", torch.bfloat16, 1, 16, None, 8, 16),
         ("float32 8 single odd", torch.float32, 8, 1, None, 0, 1),

@@ -10,22 +10,31 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from conftest import projected, tiny_dataset
+from iexact_runner.compression.maps import MapFormat
 from iexact_runner.config import SAGEConfig
 from iexact_runner.data.graph import mean_adjacency
 from iexact_runner.measure import SavedTensors
 from iexact_runner.nn import build_model
 
 
-@pytest.mark.parametrize("store_dropout_mask", [True, False], ids=["stored", "regenerated"])
-@pytest.mark.parametrize("share_maps", [False, True], ids=["two maps", "one map"])
-def test_compiled_step_keeps_numbers_and_memory(store_dropout_mask, share_maps):
+@pytest.mark.parametrize(
+    ("share_maps", "store_dropout_mask", "levels"),
+    [
+        (False, True, "uniform"),
+        (False, False, "uniform"),
+        (True, True, "uniform"),
+        (True, False, "uniform"),
+        (True, False, "optimal"),
+    ],
+    ids=["two maps stored", "two maps regenerated", "one map stored", "one map regenerated", "optimal levels"],
+)
+def test_compiled_step_keeps_numbers_and_memory(share_maps, store_dropout_mask, levels):
     torch._dynamo.reset()
     dataset = tiny_dataset(nodes=512)
     graph = mean_adjacency(dataset.edge_index, dataset.num_nodes)
     config = SAGEConfig(name="sage", num_layers=3, hidden_channels=32, dropout=0.5)
-    compression = projected(
-        bits=2, kept_frac=0.125, col_size=8, store_dropout_mask=store_dropout_mask, share_maps=share_maps
-    )
+    masks_and_maps = dict(store_dropout_mask=store_dropout_mask, share_maps=share_maps)
+    compression = projected(bits=2, kept_frac=0.125, col_size=8, levels=levels, **masks_and_maps)
     torch.manual_seed(0)
     model = build_model(config, in_channels=13, out_channels=3, compression=compression)
     # aot_eager traces and partitions the step as every compiler does, and needs no compiler on the machine.
@@ -49,3 +58,18 @@ def test_compiled_step_keeps_numbers_and_memory(store_dropout_mask, share_maps):
     assert counter.frame_count == 1
     kept = kept_bytes(model)
     assert 0.98 * kept <= kept_bytes(compiled) <= kept
+
+
+def test_levels_are_chosen_where_the_number_of_rows_varies():
+    torch._dynamo.reset()
+    form = MapFormat(2, 1.0, col_size=4, levels=None, max_block_size=None, backend="torch", optimal=True)
+
+    def decoded(x):
+        layout, tensors = form.keep(x, seed=torch.tensor(3), project=False)
+        return layout.decode(tensors)
+
+    compiled = torch.compile(decoded, backend="aot_eager", fullgraph=True)
+    for rows in (50, 60, 70):
+        x = torch.randn(rows, 16)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), decoded(x))

@@ -60,6 +60,25 @@ def test_alpha_changes_the_kept_codes_and_nothing_else(dataset):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_optimal_levels_change_the_kept_codes_and_nothing_else(dataset, bits):
+    fields = {"bits": bits, "col_size": 8}
+    scores, uniform = gradient(sage(projected(**fields)), dataset)
+    optimal_scores, optimal = gradient(sage(projected(**fields, levels="optimal")), dataset)
+    assert torch.equal(optimal_scores, scores) and not torch.equal(optimal, uniform)
+    sizes = [
+        sum(record.bytes for record in kept_bytes(projected(**fields, levels=levels), dataset))
+        for levels in ("uniform", "optimal")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_automatic_alpha_is_all_optimal_levels_of_two_bits(dataset):
+    _, automatic = gradient(sage(projected(bits=2, alpha="auto")), dataset)
+    _, optimal = gradient(sage(projected(bits=2, levels="optimal")), dataset)
+    assert torch.equal(automatic, optimal)
+
+
 def test_without_dropout_and_compression_the_gradient_is_that_of_fp32(dataset):
     plain_scores, plain = gradient(sage(CompressionConfig(scheme="none"), dropout=0.0), dataset)
     scores, kept = gradient(sage(projected(), dropout=0.0), dataset)
@@ -171,7 +190,8 @@ def test_switches_of_the_layout_save_what_they_promise():
     assert sum(record.op == "LinearBackward" for record in shared) == 3
 
 
-def test_sage_layer_gradients_are_unbiased():
+@pytest.mark.parametrize("levels", ["uniform", "optimal"])
+def test_sage_layer_gradients_are_unbiased(levels):
     """All parameters of one SAGE layer under INT2 and projection: 20 functionals, 4 standard errors."""
     dataset = tiny_dataset(nodes=61)
     graph = mean_adjacency(dataset.edge_index, dataset.num_nodes)
@@ -187,7 +207,7 @@ def test_sage_layer_gradients_are_unbiased():
 
     exact = layer_gradient(CompressionConfig(scheme="none"), 0)
     functionals = torch.randn(20, exact.numel())
-    config = projected(bits=2, kept_frac=0.25, col_size=4)
+    config = projected(bits=2, kept_frac=0.25, col_size=4, levels=levels)
     errors = torch.stack([functionals @ (layer_gradient(config, mix(seed)) - exact) for seed in range(600)])
     standard_error = errors.std(0) / math.sqrt(len(errors))
     assert (errors.mean(0).abs() < 4 * standard_error).all()

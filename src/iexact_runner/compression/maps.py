@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from iexact_runner.compression import ops
+from iexact_runner.compression.bins import ClippedNormal, optimal_levels
 
 
 @dataclass(frozen=True)
 class MapFormat:
-    """Choices that hold for every map of a model; see ``CompressionConfig`` for the fields."""
+    """Choices that hold for every map of a model; see ``CompressionConfig`` for the fields.
+
+    ``optimal`` chooses the levels of each map for the size of its blocks, in place of ``levels``.
+    """
 
     bits: int | None
     kept_frac: float
@@ -25,6 +29,7 @@ class MapFormat:
     levels: tuple[float, ...] | None
     max_block_size: int | None
     backend: str
+    optimal: bool = False
 
     def keep(self, x: Tensor, *, seed: int | Tensor, project: bool) -> KeptMap:
         """Keeps a map (N, D); ``project`` allows the random projection, which only linear uses undo without bias."""
@@ -34,13 +39,17 @@ class MapFormat:
         if rank < columns:
             stored = x @ ops.rademacher(x, columns, rank, seed=seed, backend=self.backend)
         block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
+        levels = self.levels
+        if self.optimal:
+            # Not the minimum, which would be a symbol under torch.compile where the number of rows varies.
+            levels = best_levels(self.bits, block_size if block_size < stored.numel() else stored.numel())
         tensors: tuple[Tensor, ...] = (stored,)
         if self.bits is not None:
             tensors = ops.quantize(
                 stored,
                 bits=self.bits,
                 block_size=block_size,
-                levels=self.levels,
+                levels=levels,
                 seed=seed,
                 backend=self.backend,
             )
@@ -49,7 +58,7 @@ class MapFormat:
             tensors = (*tensors, seed)
         else:
             fixed_seed = seed
-        layout = MapLayout(self.bits, self.levels, block_size, tuple(x.shape), rank, x.dtype, fixed_seed, self.backend)
+        layout = MapLayout(self.bits, levels, block_size, tuple(x.shape), rank, x.dtype, fixed_seed, self.backend)
         return KeptMap(layout, tensors)
 
 
@@ -132,8 +141,17 @@ def block_size_for(columns: int, *, col_size: int, max_block_size: int | None) -
     return rows * columns
 
 
-def levels_for(bits: int | None, alpha: float) -> tuple[float, ...] | None:
-    """Levels of 2-bit codes whose first and last bins are ``alpha`` wide; None if they are uniform."""
-    if bits != 2 or alpha == 1.0:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def best_levels(bits: int | None, block_size: int) -> tuple[float, ...] | None:
+    """Levels of least variance for clipped normal values in blocks of ``block_size``; None if they are uniform."""
+    # A block of one element is constant, and the two of a block of two lie on its ends: all levels are as good.
+    if bits is None or bits == 1 or block_size <= 2:
+        return None
+    return optimal_levels(bits, distribution=ClippedNormal(block_size))
+
+
+def levels_for(bits: int | None, alpha: float | str) -> tuple[float, ...] | None:
+    """Levels of 2-bit codes whose first and last bins are ``alpha`` wide; None if they are uniform, or to be chosen."""
+    if bits != 2 or alpha == 1.0 or isinstance(alpha, str):
         return None
     return (0.0, alpha, 3.0 - alpha, 3.0)

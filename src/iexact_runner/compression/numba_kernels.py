@@ -6,6 +6,8 @@ C = CHUNK elements that one iteration of a parallel loop works on.
 
 from __future__ import annotations
 
+import functools
+
 import numba
 import numpy as np
 import torch
@@ -52,8 +54,13 @@ __all__ = [
 _ZERO, _ONE, _HALF, _DRAW_STEP = (np.float32(number) for number in (0.0, 1.0, 0.5, 1.0 / DRAWS))
 _SMALLEST_SCALE, _NAN = np.float32(SMALLEST_SCALE), np.float32(np.nan)
 _MAGNITUDE, _SIGN_SHIFT = np.int32(0x7FFFFFFF), np.int32(31)
+_UP = np.uint32(1)
 _BFLOAT16_REST, _FLOAT16_REST = np.int32(0xFFFF), np.int32(0x1FFF)
 _FLOAT16_NORMAL, _FLOAT16_MAX, _FLOAT16_STEP = np.float32(2.0**-14), np.float32(65504.0), np.float32(2.0**24)
+# Comparing with all levels in turn is the faster way up to 16 of them; for 256 there is a table of where to look.
+_MOST_COMPARED = 16
+_CELLS = 4096
+_CELLS_PER_UNIT = np.float32(_CELLS / 255)
 
 
 @jit
@@ -134,6 +141,21 @@ def _level_codes(h: Array, draws: Array, table: Array, inverse_width: Array, cod
         codes[index] += np.uint8(u < (h[index] - lower[index]) * slope[index])
 
 
+@jit
+def _searched_codes(h: Array, draws: Array, table: Array, inverse_width: Array, lowest: Array, codes: Array) -> None:
+    """The codes of :func:`_level_codes`, with the bin looked up: ``lowest`` has that of each cell of h."""
+    most = lowest[-1]
+    for index in range(len(h)):
+        known = h[index] if h[index] > _ZERO else _ZERO
+        bin_index = np.uint32(lowest[np.uint32(known * _CELLS_PER_UNIT)])
+        for _ in range(most):
+            following = min(bin_index + _UP, np.uint32(len(inverse_width) - 1))
+            bin_index = following if known >= table[following] else bin_index
+        u = (np.float32(draws[index]) + _HALF) * _DRAW_STEP
+        up = u < (h[index] - table[bin_index]) * inverse_width[bin_index]
+        codes[index] = np.uint8(bin_index + np.uint32(up))
+
+
 @parallel
 def _range_kernel(x_bits: Array, block_size: int, top: np.float32, is_float16: bool, zero: Array, scale: Array) -> None:
     """With m the minimum and M the maximum of a block, zero = down(m) and scale = up(max((M - zero) / B, 2**-126)).
@@ -159,6 +181,7 @@ def _quantize_kernel(
     scale: Array,
     table: Array | None,
     inverse_width: Array | None,
+    lowest: Array | None,
     block_size: int,
     bits: int,
     key0: np.uint64,
@@ -177,11 +200,13 @@ def _quantize_kernel(
             _normalize(x[first:last], zero[block], _ONE / scale[block], h[first - start :])
             block, first = block + 1, last
         draws = draw16(offset + start, stop - start, ROUNDING, key0, key1)
-        # Numba compiles the kernel once without a table and once with: this branch is not in the machine code.
+        # Numba compiles the kernel for each of the three: this branch is not in the machine code.
         if table is None:
             _uniform_codes(h, draws, top, codes)
-        else:
+        elif lowest is None:
             _level_codes(h, draws, table, inverse_width, codes)
+        else:
+            _searched_codes(h, draws, table, inverse_width, lowest, codes)
         pack(codes, bits, packed[start // per_byte : -(-stop // per_byte)])
 
 
@@ -226,12 +251,14 @@ def quantize(
     size = min(block_size, max(count, 1))  # so that no product of it overflows
     packed = torch.empty(-(-count * bits // 8), dtype=torch.uint8)
     zero, scale = torch.empty(2, -(-count // size), dtype=torch.float32)
-    table, inverse_width = _tables(levels)
+    table, inverse_width, lowest = _tables(levels)
     key0, key1 = keys(seed)
     zeros, scales = zero.numpy(), scale.numpy()
     with torch_threads():
         _range_kernel(flat.view(np.int32), size, np.float32(2**bits - 1), dtype == torch.float16, zeros, scales)
-        _quantize_kernel(flat, zeros, scales, table, inverse_width, size, bits, key0, key1, offset, packed.numpy())
+        _quantize_kernel(
+            flat, zeros, scales, table, inverse_width, lowest, size, bits, key0, key1, offset, packed.numpy()
+        )
     return packed, _stored(zero, dtype), _stored(scale, dtype)
 
 
@@ -248,7 +275,7 @@ def dequantize(
 ) -> Tensor:
     """See :func:`iexact_runner.compression.reference.dequantize`."""
     decoded = torch.empty(shape, dtype=torch.float32)
-    table, _ = _tables(levels)
+    table, _, _ = _tables(levels)
     size = min(block_size, max(decoded.numel(), 1))
     with torch_threads():
         _dequantize_kernel(packed.numpy(), flat32(zero), flat32(scale), table, size, bits, decoded.view(-1).numpy())
@@ -261,9 +288,20 @@ def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
     return stored.masked_fill_(stored.isnan(), torch.nan)
 
 
-def _tables(levels: tuple[float, ...] | None) -> tuple[Array | None, Array | None]:
-    """``reference.level_table`` as arrays; None for uniform levels."""
+@functools.lru_cache(maxsize=32)
+def _tables(levels: tuple[float, ...] | None) -> tuple[Array | None, Array | None, Array | None]:
+    """``reference.level_table`` as arrays, and the table for :func:`_searched_codes`; None for what is not needed."""
     if levels is None:
-        return None, None
-    table, inverse_width = level_table(levels, torch.device("cpu"))
-    return table.numpy(), inverse_width.numpy()
+        return None, None, None
+    table, inverse_width = (part.numpy() for part in level_table(levels, torch.device("cpu")))
+    return table, inverse_width, _lowest_bins(table) if len(table) > _MOST_COMPARED else None
+
+
+def _lowest_bins(table: Array) -> Array:
+    """For each of the cells that h falls into, the lowest bin there (C + 1,); then the most levels in any cell.
+
+    A level in a lower cell than h is below it, and one in a higher cell above it, however the products are rounded.
+    """
+    cells = (table[1:-1] * _CELLS_PER_UNIT).astype(np.uint32)
+    lowest = np.searchsorted(cells, np.arange(_CELLS + 1, dtype=np.uint32))
+    return np.append(lowest, np.bincount(cells).max()).astype(np.uint8)

@@ -172,7 +172,8 @@ def uniform_codes(h, u, TOP: tl.constexpr):
 def level_codes(h, u, levels_ptr, TOP: tl.constexpr):
     """Codes int32 of h in [0, TOP]: h between the levels l < v becomes v if u < (h - l) / (v - l), else l.
 
-    levels_ptr: the levels (TOP + 1,) followed by the reciprocal widths (TOP,) of the bins between them.
+    levels_ptr: the levels (TOP + 1,) followed by the reciprocal widths (TOP,) of the bins between them. Comparing with
+    all levels in turn suits a few of them; :func:`searched_codes` is for 256.
     """
     bin_index = tl.zeros_like(h).to(tl.int32)
     lower = tl.zeros_like(h)
@@ -187,10 +188,24 @@ def level_codes(h, u, levels_ptr, TOP: tl.constexpr):
 
 
 @triton.jit
+def searched_codes(h, u, levels_ptr, TOP: tl.constexpr):
+    """The codes of :func:`level_codes`, with the bin found by halving steps; TOP + 1 is 256."""
+    bin_index = tl.zeros_like(h).to(tl.int32)
+    for shift in tl.static_range(7, -1, -1):
+        further = bin_index + (1 << shift)
+        above = (h >= tl.load(levels_ptr + further)) & (further < TOP)
+        bin_index = tl.where(above, further, bin_index)
+    lower, inverse_width = tl.load(levels_ptr + bin_index), tl.load(levels_ptr + TOP + 1 + bin_index)
+    return bin_index + (u < (h - lower) * inverse_width).to(tl.int32)
+
+
+@triton.jit
 def codes_of(h, u, levels_ptr, TOP: tl.constexpr):
     """Codes of h in [0, TOP] rounded at random, in the low bytes of int32; levels_ptr is None for levels 0..TOP."""
     if levels_ptr is None:
         codes = uniform_codes(h, u, TOP)
+    elif TOP == 255:
+        codes = searched_codes(h, u, levels_ptr, TOP)
     else:
         codes = level_codes(h, u, levels_ptr, TOP)
     return codes

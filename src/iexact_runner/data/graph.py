@@ -83,6 +83,12 @@ def edges_of(edge_index: Tensor, num_nodes: int) -> CSR:
     return _csr(torch.sort(target.long() * num_nodes + source).values, num_nodes)
 
 
+def edge_positions(edge_index: Tensor, num_nodes: int) -> Tensor:
+    """Position in ``edge_index`` (E,) of each entry of the pattern that :func:`edges_of` makes of it."""
+    source, target = edge_index
+    return torch.argsort(target.long() * num_nodes + source, stable=True)
+
+
 def mean_scale(matrix: CSR) -> Tensor:
     """One over the number of entries of each row (N, 1), and 1 for an empty one."""
     return matrix.offsets.diff().clamp(min=1).float().reciprocal().unsqueeze(1)

@@ -7,12 +7,26 @@ from typing import Any
 from iexact_runner.config import CompressionConfig, ModelConfig
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn.block import GNN, Block
+from iexact_runner.nn.convert import Report, compress, compressed_pass
 from iexact_runner.nn.gat import GAT
 from iexact_runner.nn.gcn import GCN
 from iexact_runner.nn.gcn2 import GCN2
 from iexact_runner.nn.sage import SAGE
 
-__all__ = ["GAT", "GCN", "GCN2", "GNN", "MODELS", "SAGE", "Block", "Model", "build_model"]
+__all__ = [
+    "GAT",
+    "GCN",
+    "GCN2",
+    "GNN",
+    "MODELS",
+    "SAGE",
+    "Block",
+    "Model",
+    "Report",
+    "build_model",
+    "compress",
+    "compressed_pass",
+]
 
 Model = GNN | GCN2
 MODELS: dict[str, type[GNN] | type[GCN2]] = {"sage": SAGE, "gcn": GCN, "gcn2": GCN2, "gat": GAT}

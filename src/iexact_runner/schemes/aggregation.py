@@ -96,11 +96,11 @@ class Extremum(Function):
         grad_weight = torch.zeros_like(weight[0]) if needs_weight else None
         x = ctx.layout.decode(tuple(tensors)) if needs_weight else None
         rows = max(1, CHUNK_ELEMENTS // max(1, grad.size(1)))
-        for start in range(0, grad.size(0), rows):
+        for start in range(0, grad.size(0) if columns.numel() else 0, rows):
             part = slice(start, start + rows)
             first, degree = offsets[:-1][part, None], offsets.diff()[part, None]
             # A node without neighbours points at some edge, and sends it nothing.
-            edge = (first + chosen[part]).clamp_(max=max(0, columns.numel() - 1))  # [rows, D]
+            edge = (first + chosen[part]).clamp_(max=columns.numel() - 1)  # [rows, D]
             sent = grad[part] * (degree > 0)
             source = columns[edge].long()
             if grad_weight is not None and x is not None:

@@ -37,6 +37,7 @@ class Projected(Plain):
             levels=levels_for(config.bits, config.alpha),
             max_block_size=config.max_block_size,
             backend=config.backend,
+            optimal=config.optimal_levels(),
         )
         self._store_dropout_mask = config.store_dropout_mask
         self._map_seed = seed if map_seed is None else map_seed

@@ -1,0 +1,154 @@
+"""How far the gradient of a scheme is from the exact one, at the same weights and with the same dropout masks.
+
+With g the exact gradient, g_t the t-th of T draws of the scheme's projections and roundings, e_t = g_t - g and
+m = mean(e_t):
+
+- relative error: mean of ||e_t|| / ||g||
+- cosine: mean of <g_t, g> / (||g_t|| ||g||)
+- bias: ||m|| / ||g||, and its standard error sqrt(sum ||e_t - m||^2 / (T (T - 1))) / ||g||, which is what ||m|| / ||g||
+  comes to if there is no bias
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iexact_runner.compression.seeds import mix
+from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.nn import Model
+from iexact_runner.training import Optimization, Problem, autocast, loss_of, step, training_input
+
+FIGURES = ("relative_error", "cosine", "bias", "bias_standard_error")
+# A gradient this much smaller than the whole is zero but for rounding, such as that of a bias before BatchNorm.
+NEGLIGIBLE = 1e-6
+
+
+def exact_twin(compression: CompressionConfig) -> CompressionConfig:
+    """The configuration that keeps maps as they are, but draws the same dropout masks from the same seed."""
+    return CompressionConfig(
+        scheme="projected",
+        bits=None,
+        kept_frac=1.0,
+        share_maps=compression.share_maps,
+        store_dropout_mask=compression.store_dropout_mask,
+        backend=compression.backend,
+    )
+
+
+class Deviations:
+    """Draws of one gradient against the exact one, summed as they come.
+
+    Args:
+        exact: the exact gradient, of any shape.
+    """
+
+    def __init__(self, exact: Tensor) -> None:
+        self._exact = exact.flatten().double()
+        self._norm = self._exact.norm().item()
+        self._sum = torch.zeros_like(self._exact)
+        self._squares: list[float] = []
+        self._cosines: list[float] = []
+
+    def add(self, drawn: Tensor) -> None:
+        """Counts one more draw."""
+        drawn = drawn.flatten().double()
+        error = drawn - self._exact
+        self._sum += error
+        self._squares.append(error.square().sum().item())
+        length = drawn.norm().item() * self._norm
+        self._cosines.append((drawn @ self._exact).item() / length if length else 0.0)
+
+    def figures(self, *, whole: float) -> dict[str, float | None]:
+        """Error, cosine and bias of two draws or more; None next to ``whole``, the norm of all gradients together."""
+        if self._norm <= NEGLIGIBLE * whole:
+            return dict.fromkeys(FIGURES)
+        draws = len(self._squares)
+        mean_square = (self._sum / draws).square().sum().item()
+        variance = max(0.0, statistics.fmean(self._squares) - mean_square) * draws / (draws - 1)
+        return {
+            "relative_error": statistics.fmean(square**0.5 for square in self._squares) / self._norm,
+            "cosine": statistics.fmean(self._cosines),
+            "bias": mean_square**0.5 / self._norm,
+            "bias_standard_error": (variance / draws) ** 0.5 / self._norm,
+        }
+
+
+def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Trains ``model`` exactly and yields, after each of ``config.fidelity.epochs``, that epoch and its figures.
+
+    Training and the exact gradient are in float32, the draws in ``config.precision``. FP32 maps are compared as their
+    exact twin: an error of 0 in float32, for they are what the others are held against.
+    """
+    twin = exact_twin(config.compression)
+    compared = twin if config.compression.scheme == "none" else config.compression
+    model.compression = twin
+    optimization = Optimization(model, config.training)
+    done = 0
+    for epochs in config.fidelity.epochs:
+        for epoch in range(done + 1, epochs + 1):
+            step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
+        done = epochs
+        # A copy, for a forward pass also moves the running statistics of BatchNorm.
+        probe, masks = copy.deepcopy(model), mix(seed, epochs + 1)
+        kind = config.training.loss
+        exact = gradients(probe, problem, kind=kind, seed=masks)
+        probe.compression = compared
+        draws = (
+            gradients(
+                probe, problem, kind=kind, precision=config.precision, seed=masks, map_seed=mix(seed, epochs + 1, draw)
+            )
+            for draw in range(config.fidelity.draws)
+        )
+        yield epochs, compare(exact, draws, names=[name for name, _ in model.named_parameters()])
+
+
+def gradients(
+    model: Model, problem: Problem, *, kind: str, seed: int, precision: str = "float32", map_seed: int | None = None
+) -> list[Tensor]:
+    """Gradient of every parameter in one training step that is not taken; ``seed`` draws the dropout masks."""
+    model.train()
+    features, nodes = training_input(problem, seed=seed)
+    with autocast(precision, features.device):
+        scores = model(features, problem.training.graph, seed=seed, map_seed=map_seed)
+    loss = loss_of(scores[nodes].float(), problem.training.y[nodes], kind=kind)
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def compare(exact: Sequence[Tensor], draws: Iterator[list[Tensor]], *, names: Sequence[str]) -> dict[str, Any]:
+    """Figures of all parameters together, and in ``parameters`` of each."""
+    whole = Deviations(_joined(exact))
+    single = [Deviations(gradient) for gradient in exact]
+    for drawn in draws:
+        whole.add(_joined(drawn))
+        for deviations, gradient in zip(single, drawn, strict=True):
+            deviations.add(gradient)
+    norm = _joined(exact).double().norm().item()
+    parameters = {
+        name: {"share": gradient.double().norm().item() / norm, **deviations.figures(whole=norm)}
+        for name, gradient, deviations in zip(names, exact, single, strict=True)
+    }
+    return {**whole.figures(whole=0.0), "parameters": parameters}
+
+
+def pooled(runs: Sequence[dict[int, dict[str, Any]]], *, draws: int) -> dict[str, Any]:
+    """The record of some runs: every figure as the list of its values, a run each, by epoch and parameter."""
+    epochs = [epoch for epoch in runs[0] if all(epoch in run for run in runs)] if runs else []
+    after = {str(epoch): _listed([run[epoch] for run in runs]) for epoch in epochs}
+    return {"draws": draws, "after": after}
+
+
+def _listed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: _listed([record[name] for record in records]) if isinstance(value, dict) else [r[name] for r in records]
+        for name, value in records[0].items()
+    }
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,0 +1,203 @@
+"""``compress(model, config)``: a PyTorch model made of torch and PyG layers trains with compressed maps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import new_class
+from typing import Any
+
+import torch
+from torch import nn
+from torch_geometric import nn as pyg
+from torch_geometric.nn.aggr import Aggregation
+from torch_geometric.utils._trim_to_layer import TrimToLayer
+
+from iexact_runner.config import CompressionConfig
+from iexact_runner.errors import ConfigError
+from iexact_runner.nn.interception import Compression
+from iexact_runner.nn.pyg_convs import CONVOLUTIONS
+
+_PRODUCT = "its input, projected and quantized, once for all its consumers"
+_SIGN = "the sign of its input in 1 bit"
+_QUANTIZED = "its input, quantized"
+FUNCTIONS: dict[type[Any], str] = {
+    nn.Linear: _PRODUCT,
+    pyg.Linear: _PRODUCT,
+    nn.ReLU: _SIGN,
+    nn.LeakyReLU: _SIGN,
+    nn.ELU: _QUANTIZED,
+    nn.BatchNorm1d: _QUANTIZED,
+    nn.Dropout: "nothing, or its mask in 1 bit",
+}
+# They keep nothing, or what they keep stands in the line of the convolution they are part of.
+PARTS = (nn.Identity, TrimToLayer, Aggregation)
+
+# Classes made so far, by the layer's own and their name.
+_TWINS: dict[tuple[type[Any], str], type[Any]] = {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one layer.
+
+    Args:
+        name: dotted name in the model.
+        kind: class name.
+        converted: whether it trains with compressed maps.
+        note: what it keeps, or why it was left as it is.
+    """
+
+    name: str
+    kind: str
+    converted: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`compress` did; ``print`` shows it as a table.
+
+    Args:
+        layers: each layer once, in the order of the model; containers are left out.
+        functions: how often each function was compressed so far, called by a module or not; grows while training.
+        left: calls that had no twin so far, with the reason.
+    """
+
+    layers: tuple[Layer, ...]
+    functions: Counter[str]
+    left: set[str]
+
+    def __str__(self) -> str:
+        rows = [(layer.name, layer.kind, "" if layer.converted else "left: ", layer.note) for layer in self.layers]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
+        lines = [f"{name:{widths[0]}}  {kind:{widths[1]}}  {left}{note}" for name, kind, left, note in rows]
+        if self.functions:
+            calls = ", ".join(f"{name} {count}" for name, count in sorted(self.functions.items()))
+            lines.append(f"calls compressed so far: {calls}")
+        return "\n".join([*lines, *(f"call left as it was: {reason}" for reason in sorted(self.left))])
+
+
+class Compressed(nn.Module):
+    """Put in front of a layer's class: a call in training mode runs in the model's pass."""
+
+    _compression: Compression
+    # Of the model that was compressed; its parts have none.
+    _report: Report | None = None
+
+    def __repr__(self) -> str:
+        return super().__repr__() if self._report is None else f"{super().__repr__()}\n{self._report}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer, in a pass of its own if none of the model's runs."""
+        if not self.training:
+            return super().__call__(*args, **kwargs)
+        return self._call_in_pass(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every pass has a seed of its own
+    def _call_in_pass(self, *args: Any, **kwargs: Any) -> Any:
+        with self._compression.running((*args, *kwargs.values())):
+            return super().__call__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Names the class by its parts, for it is made at run time: deepcopy and pickle find it again."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, (first, *rest), *state = reduced
+        if first is not type(self):  # a class that reduces itself
+            return reduced
+        return _rebuild, (function, type(self).__bases__[-1], type(self).__name__, *rest), *state
+
+
+def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> Report:
+    """Turns a model into its compressed twin, in place: same parameters, same checkpoints, same evaluation.
+
+    In training mode a forward pass keeps its maps compressed: those of torch's linear products, ReLU, LeakyReLU, ELU,
+    dropout and BatchNorm1d, whether called as modules or as functions, and of PyG's GCNConv, GCN2Conv, SAGEConv,
+    GraphConv, GENConv and GATConv. Everything else stays as it is, and the report lists it. Classes of layers change to
+    subclasses of theirs, so that ``isinstance``, optimizers and references hold.
+
+    Functions are caught while a module of the model runs. Code that calls parts of the model and functions in turn runs
+    in :func:`compressed_pass`. Under ``torch.compile`` training passes run as they are.
+
+    Args:
+        model: any module; nothing of it may be compressed already.
+        config: how maps are kept.
+        seed: seed of masks, projections and rounding, which torch's global generators then have no part in.
+
+    Raises:
+        ConfigError: a ValueError of one line, if the scheme keeps plain maps, or the model is compressed already or on
+            more than one device.
+    """
+    if config.scheme != "projected":
+        raise ConfigError.of("compression.scheme", config.scheme, "must be projected to compress a model")
+    model_name = type(model).__name__
+    if compressed := [name for name, module in model.named_modules() if isinstance(module, Compressed)]:
+        layer = f" (layer {compressed[0]})" if compressed[0] else ""
+        raise ConfigError.of("model", model_name, f"is compressed already{layer}; compress a model once, as a whole")
+    devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+    if len(devices) > 1:
+        raise ConfigError.of("model", model_name, f"is on {' and '.join(devices)}; must be on one device")
+    compression = Compression(config, seed=seed)
+    layers = []
+    for name, module in list(model.named_modules()):
+        kind = type(module)
+        kept, why_not = _judge(module)
+        leaf = isinstance(module, pyg.MessagePassing) or not list(module.children())
+        if kept is not None or (leaf and not isinstance(module, PARTS)):
+            layers.append(Layer(name, kind.__name__, kept is not None, kept or why_not))
+        if _runs(module):
+            module._compression = compression
+            module.__class__ = _twin(kind, kind.__name__ if kept is None else f"Compressed{kind.__name__}")
+    report = Report(tuple(layers), compression.functions, compression.left)
+    model._report = report  # type: ignore[assignment]  # modules hold anything
+    return report
+
+
+def compressed_pass(model: nn.Module) -> AbstractContextManager[Any]:
+    """One pass over several calls, for code that does not call the model itself: ``model.encode(x)`` in training.
+
+    Every call in it is compressed, functions too, and parts of the model share the maps they keep.
+
+    Raises:
+        ConfigError: a ValueError of one line, if the model is not compressed.
+    """
+    if not isinstance(model, Compressed):
+        raise ConfigError.of("model", type(model).__name__, "is not compressed; call compress(model, config) first")
+    return model._compression.running()
+
+
+def _judge(module: nn.Module) -> tuple[str | None, str]:
+    """What a layer keeps if it has a twin, else None and why it has none."""
+    kind, calls = type(module), "calls of known functions inside it are compressed"
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, "compiled by TorchScript, which hides its calls"
+    if kind in FUNCTIONS:
+        return FUNCTIONS[kind], ""
+    if kind not in CONVOLUTIONS:
+        return None, f"no twin; {calls}"
+    convolution = CONVOLUTIONS[kind]
+    option = convolution.option_without_twin(module)
+    return (convolution.kept(module), "") if option is None else (None, f"no twin with {option}; {calls}")
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a module has a forward pass that can be caught."""
+    hidden = isinstance(module, (torch.jit.ScriptModule, *PARTS))
+    return not hidden and type(module).forward is not nn.Module.forward
+
+
+def _twin(kind: type[Any], name: str) -> type[Any]:
+    """The class that is a layer's once it is compressed; one that was not converted keeps its name."""
+    if (kind, name) not in _TWINS:
+        convolution = (CONVOLUTIONS[kind],) if kind in CONVOLUTIONS and name != kind.__name__ else ()
+        module = {"__module__": __name__}
+        _TWINS[kind, name] = new_class(
+            name, (Compressed, *convolution, kind), exec_body=lambda body: body.update(module)
+        )
+    return _TWINS[kind, name]
+
+
+def _rebuild(function: Any, kind: type[nn.Module], name: str, *rest: Any) -> Any:
+    """The empty module that deepcopy and pickle fill."""
+    return function(_twin(kind, name), *rest)

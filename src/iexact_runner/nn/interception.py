@@ -1,0 +1,219 @@
+"""Compressed twins of torch's functions, which take their place while a compressed model runs.
+
+Modules, modules that a model uses several times, and functional calls all end in the same functions: here they are
+caught. What has no twin (a rank, a type, an option) runs as it is.
+
+Shapes: N rows, D columns, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from iexact_runner.compression.codec import DTYPES
+from iexact_runner.compression.seeds import mix
+from iexact_runner.config import CompressionConfig
+from iexact_runner.errors import TrainingError
+from iexact_runner.nn.graph_cache import GraphCache, written
+from iexact_runner.schemes import Activation, Projected
+from iexact_runner.schemes.activation import Kept, Resident
+
+
+class Compression:
+    """What all layers of a compressed model share.
+
+    Args:
+        config: how maps are kept.
+        seed: seed of the model's passes, each of which draws its own from it.
+    """
+
+    def __init__(self, config: CompressionConfig, *, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.passes = 0
+        self.graphs = GraphCache()
+        self.functions: Counter[str] = Counter()
+        self.left: set[str] = set()
+
+    def running(self, inputs: Iterable[Any] = ()) -> AbstractContextManager[Any]:
+        """The pass that runs already, else a new one; ``inputs`` are what the model is called with."""
+        if self.current() is not None:
+            return nullcontext()
+        # Not even a new pass with the same seed would draw the same masks for a part of the model.
+        if torch._C._current_graph_task_id() != -1:
+            raise TrainingError(
+                "torch.utils.checkpoint runs a compressed layer again, with other masks: leave it out, the maps are"
+                " compressed already"
+            )
+        self.passes += 1
+        return Pass(self, inputs)
+
+    def current(self) -> Pass | None:
+        """The pass of this model that runs at the moment."""
+        current = _CURRENT.get()
+        return current if current is not None and current.model is self else None
+
+    def leave(self, what: str, reason: str) -> None:
+        """Notes that a call was left as it is."""
+        self.left.add(f"{what}: {reason}")
+
+
+class Pass(TorchFunctionMode):
+    """One training pass: the scheme's operations, and the one kept map of each tensor that several layers use."""
+
+    def __init__(self, model: Compression, inputs: Iterable[Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.ops = Projected(model.config, seed=mix(model.seed, model.passes))
+        self._sources = WeakIdKeyDictionary()
+        self._token: Token[Pass | None] | None = None
+        for value in inputs:
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+                self._sources[value] = (written(value), Resident())
+
+    def __enter__(self) -> Pass:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._token = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._token is not None:
+            _CURRENT.reset(self._token)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        twin = TWINS.get(function)
+        if twin is None or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        result = twin(self, *args, **kwargs)
+        return function(*args, **kwargs) if result is NotImplemented else result
+
+    def activation(self, x: Tensor) -> Activation:
+        """The tensor with its source: the same one as last time, unless the tensor was written to since."""
+        version, source = self._sources.get(x, (None, None))
+        if source is None or version != written(x):
+            source = Kept()
+            self._sources[x] = (written(x), source)
+        return Activation(x, source)
+
+    def takes(self, what: str, x: Any, *, rank: int | None = None) -> bool:
+        """Whether a map is of a kind that can be kept compressed; counts the call as compressed or left."""
+        reason = kind_without_twin(x, rank=rank)
+        if reason is None:
+            self.model.functions[what] += 1
+        else:
+            self.model.leave(what, reason)
+        return reason is None
+
+
+_CURRENT: ContextVar[Pass | None] = ContextVar("current compressed pass", default=None)
+
+
+def kind_without_twin(x: Any, *, rank: int | None = None) -> str | None:
+    """Why a map cannot be kept compressed, or None if it can."""
+    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided:
+        return f"input is a {type(x).__name__}" if not isinstance(x, Tensor) else "input is not a plain dense tensor"
+    if x.dtype not in DTYPES:
+        return f"input is {str(x.dtype).removeprefix('torch.')}"
+    if rank is not None and x.dim() != rank:
+        return f"input has {x.dim()} dimensions instead of {rank}"
+    return "input is empty" if x.numel() == 0 else None
+
+
+def _linear(run: Pass, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not weight.requires_grad or not run.takes("linear", input, rank=2):
+        return NotImplemented
+    return run.ops.linear(run.activation(input), weight, bias)
+
+
+def _matmul(run: Pass, input: Tensor, other: Tensor) -> Any:
+    """A product of a map with a weight; of other products both factors are maps."""
+    if not _is_weight(other) or isinstance(input, nn.Parameter) or not run.takes("matmul", input, rank=2):
+        return NotImplemented
+    return run.ops.linear(run.activation(input), other.t())
+
+
+def _addmm(run: Pass, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _matmul(run, mat1, mat2)
+    if product is NotImplemented:
+        return NotImplemented
+    scaled = product if alpha == 1 else product.mul_(alpha)
+    return scaled if beta == 0 else scaled.add_(input, alpha=beta)
+
+
+def _leaky_relu(run: Pass, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    if not input.requires_grad or not run.takes("leaky_relu", input):
+        return NotImplemented
+    return run.ops.leaky_relu(input, negative_slope, inplace=inplace)
+
+
+def _relu(run: Pass, input: Tensor, inplace: bool = False) -> Any:
+    if not input.requires_grad or not run.takes("relu", input):
+        return NotImplemented
+    return run.ops.leaky_relu(input, 0.0, inplace=inplace)
+
+
+def _elu(run: Pass, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
+    if not input.requires_grad:
+        return NotImplemented
+    if inplace:
+        run.model.leave("elu", "in place")
+        return NotImplemented
+    return run.ops.elu(input, alpha) if run.takes("elu", input) else NotImplemented
+
+
+def _dropout(run: Pass, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or not 0 < p < 1 or not run.takes("dropout", input):
+        return NotImplemented
+    dropped = run.ops.dropout(input, p)
+    return input.copy_(dropped) if inplace else dropped
+
+
+def _batch_norm(
+    run: Pass,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    needed = any(part is not None and part.requires_grad for part in (input, weight, bias))
+    # torch refuses statistics of one row, and should.
+    if not training or not needed or input.size(0) < 2 or not run.takes("batch_norm", input, rank=2):
+        return NotImplemented
+    return run.ops.normalize(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+
+
+def _is_weight(x: Any) -> bool:
+    return isinstance(x, nn.Parameter) and x.dim() == 2 and x.requires_grad
+
+
+TWINS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    **dict.fromkeys((torch.mm, torch.matmul, Tensor.mm, Tensor.matmul), _matmul),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), partial(_relu, inplace=True)),
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: partial(_leaky_relu, inplace=True),
+    F.elu: _elu,
+    F.dropout: _dropout,
+    F.batch_norm: _batch_norm,
+}

@@ -1,0 +1,193 @@
+"""``iexact-report``: from the records of runs to tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from iexact_runner import tables
+from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.grouping import METRICS, Results, check_fields, group, matches, metrics_named
+from iexact_runner.records import DamagedRecord, Run, read_run, run_folders, write_atomically
+
+FORMATS = ("table", "csv", "parquet", "markdown", "latex", "html")
+EXIT_DAMAGED, EXIT_USAGE = 1, 2
+PLAIN_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found below some folders.
+
+    Args:
+        results: figures of the completed runs.
+        incomplete: runs that failed, were interrupted or have no summary yet.
+        damaged: one line for each run with a file that cannot be read.
+    """
+
+    results: Results
+    incomplete: list[Run]
+    damaged: list[str]
+
+    @property
+    def completed(self) -> list[Run]:
+        """The runs behind the rows, in their order."""
+        return [run for row in self.results.rows for run in row.runs]
+
+    def grids(self, *, title: str) -> list[tables.Grid]:
+        """The tables that people are shown."""
+        grids = [tables.grid_of(self.results, title=title)] if self.results.rows else []
+        observed = tables.distribution_of(self.results)
+        grids += [] if observed is None else [observed]
+        return grids + ([tables.listing_of(self.incomplete)] if self.incomplete else [])
+
+
+def read_report(
+    folders: Sequence[Path], *, where: Sequence[str] = (), by: Sequence[str] = (), metrics: Sequence[str] = ()
+) -> Report:
+    """Reads every run at or below some folders.
+
+    Args:
+        folders: where to look.
+        where: conditions ``field=value`` that a run must meet.
+        by: fields that the runs of one row agree in; by default all but those that repeats differ in.
+        metrics: names of the figures, or dotted paths in ``summary.json``; by default the usual ones.
+
+    Raises:
+        ConfigError: if a field or a metric does not exist.
+        UserError: if there is no run.
+    """
+    runs, damaged = [], []
+    for folder in run_folders(folders):
+        try:
+            runs.append(read_run(folder))
+        except DamagedRecord as error:
+            damaged.append(str(error))
+    if not runs and not damaged:
+        raise UserError(f"no run at or below {', '.join(map(str, folders))}")
+    conditions = [_condition(text) for text in where]
+    check_fields(runs, [name for name, _ in conditions], option="--where")
+    check_fields(runs, by, option="--group-by")
+    runs = [run for run in runs if all(matches(run, name, value) for name, value in conditions)]
+    if where and not runs:
+        raise UserError(f"no run with {' and '.join(where)} at or below {', '.join(map(str, folders))}")
+    completed = [run for run in runs if run.status == "completed"]
+    results = group(completed, metrics_named(metrics, completed), by=by)
+    return Report(results, [run for run in runs if run.status != "completed"], damaged)
+
+
+def wide_console() -> Console:
+    """Standard output; away from a terminal as wide as tables want to be."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def show(report: Report, console: Console, *, title: str) -> None:
+    """Prints the tables."""
+    for grid in report.grids(title=title):
+        tables.print_grid(console, grid)
+
+
+def main() -> None:
+    """Entry point of ``iexact-report``: 1 if something could not be read, 2 if it was asked for wrongly."""
+    options = _parser().parse_args()
+    try:
+        report = read_report(
+            options.folders, where=options.where, by=_split(options.group_by), metrics=_split(options.metric)
+        )
+        _write(report, options)
+    except ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
+    except (UserError, OSError) as error:
+        _fail(str(error), EXIT_DAMAGED)
+    for line in report.damaged:
+        print(f"iexact-report: {line}", file=sys.stderr)
+    sys.exit(EXIT_DAMAGED if report.damaged else 0)
+
+
+def _write(report: Report, options: argparse.Namespace) -> None:
+    if options.figures is not None:
+        from iexact_runner import figures
+
+        for path in figures.write(report, options.figures):
+            print(f"iexact-report: wrote {path}", file=sys.stderr)
+    if options.format == "parquet":
+        if options.output is None:
+            raise ConfigError.of("--output", None, "--format=parquet writes a file: name it")
+        tables.write_parquet(report.results, options.output)
+    elif options.format == "table" and options.output is None:
+        show(report, wide_console(), title=options.title)
+        return
+    else:
+        text = _render(report, options)
+        if options.output is None:
+            sys.stdout.write(text)
+        else:
+            write_atomically(options.output, text)
+    if options.format in ("csv", "parquet"):  # what the other formats say in their text
+        for run in report.incomplete:
+            print(f"iexact-report: {run.folder}: {run.status}", file=sys.stderr)
+        for warning in report.results.warnings:
+            print(f"iexact-report: warning: {warning}", file=sys.stderr)
+
+
+def _render(report: Report, options: argparse.Namespace) -> str:
+    if options.format == "csv":
+        return tables.to_csv(report.results)
+    if options.format == "html":
+        from iexact_runner.page import render_page
+
+        return render_page(report, title=options.title)
+    if options.format == "table":
+        text = io.StringIO()
+        show(report, Console(file=text, width=PLAIN_WIDTH), title=options.title)
+        return text.getvalue()
+    write = tables.markdown if options.format == "markdown" else tables.latex
+    return "\n".join(write(grid) for grid in report.grids(title=options.title))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iexact-report",
+        description="Tables and figures of every run at or below some folders: repeats pooled, published figures "
+        "beside the measured ones, failed and unfinished runs listed.",
+        epilog=f"metrics: {', '.join(METRICS)}, or a number's dotted path in summary.json",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders of runs or of sweeps")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to standard output")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write every figure there as PNG and SVG")
+    parser.add_argument(
+        "--group-by",
+        action="append",
+        default=[],
+        metavar="FIELD[,FIELD]",
+        help="pool runs that agree in these fields: dataset, model, compression, training.lr, environment.torch, ...",
+    )
+    parser.add_argument("--metric", action="append", default=[], metavar="NAME[,NAME]", help="figures to show")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="FIELD=VALUE", help="only runs with this value; may be repeated"
+    )
+    parser.add_argument("--title", default="results", help="heading of the table")
+    return parser
+
+
+def _condition(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError.of("--where", text, "must be FIELD=VALUE")
+    return name, value
+
+
+def _split(options: Sequence[str]) -> list[str]:
+    return [name for option in options for name in option.split(",") if name]
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"iexact-report: {message}", file=sys.stderr)
+    sys.exit(status)
