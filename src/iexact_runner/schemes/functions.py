@@ -7,6 +7,7 @@ Shapes: N nodes, D features, C output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Linear(Function):
 class BatchNorm(Function):
     """BatchNorm1d in training mode; mean and variance are exact, the input comes from the kept map.
 
+    The map is kept by ``keep(mean, 1 / deviation)``, once the statistics of its columns are known.
     d gamma and d beta are unbiased; dx is quadratic in the kept map and so has a bias of order variance / N.
     """
 
@@ -62,13 +64,13 @@ class BatchNorm(Function):
         running_var: Tensor | None,
         momentum: float,
         eps: float,
-        kept: KeptMap,
+        keep: Callable[[Tensor, Tensor], KeptMap],
         fp32_bytes: int,
     ) -> Tensor:
-        layout, tensors = kept
         output, mean, inverse_std = torch.native_batch_norm(
             x, weight, bias, running_mean, running_var, True, momentum, eps
         )
+        layout, tensors = keep(mean, inverse_std)
         ctx.layout, ctx.eps = layout, eps
         ctx.saved_map = SavedMap(layout.shape, layout.stored_type, fp32_bytes, len(tensors))
         ctx.save_for_backward(*tensors, weight, mean, inverse_std)
@@ -79,7 +81,7 @@ class BatchNorm(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weight, mean, inverse_std = ctx.saved_tensors
         x = ctx.layout.decode(tuple(tensors))
-        if grad.is_cuda or getattr(ctx.layout, "bits", 0) is None:  # what is kept in FP32 must not be written over
+        if grad.is_cuda or not ctx.layout.decodes_afresh:
             grads = torch.ops.aten.native_batch_norm_backward(
                 grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
             )
