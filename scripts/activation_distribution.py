@@ -27,7 +27,7 @@ from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.distribution import CapturedMap, captured_maps, map_figures
 from iexact_runner.nn import Model, build_model
-from iexact_runner.training import Problem, prepare, train_epochs
+from iexact_runner.training import Optimization, Problem, prepare, train_epochs
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"col_size": 0},
@@ -86,7 +86,7 @@ def trained(config: Config) -> tuple[Model, Problem, float]:
         out_channels=problem.num_classes,
         compression=config.compression,
     )
-    *_, last = train_epochs(model, problem, config.training, seed=config.seed)
+    *_, last = train_epochs(model, problem, Optimization(model, config.training), seed=config.seed)
     return model, problem, last.scores.val
 
 

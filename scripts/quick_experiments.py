@@ -81,7 +81,7 @@ def expected(summaries: list[dict[str, Any]]) -> dict[str, str]:
         for epoch, figures in (summary["fidelity"] or {"after": {}})["after"].items():
             errors = figures["relative_error"]
             shown = f"{statistics.fmean(errors):.3f} +- {statistics.stdev(errors):.3f}"
-            cells[f"gradient error, epoch {epoch}"] = shown if statistics.stdev(errors) else shown.partition(" ")[0]
+            cells[f"gradient error, epoch {epoch}"] = shown
     return cells
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from conftest import projected, tiny_dataset
+from iexact_runner.cli import compose_config
 from iexact_runner.compression.bins import ClippedNormal, Uniform, cell_masses, expected_variance, normal_sigma
 from iexact_runner.compression.maps import MapFormat
 from iexact_runner.config import SAGEConfig
@@ -54,6 +55,16 @@ def test_shared_and_unprojected_maps_are_the_features_themselves():
         *("blocks.1.conv.lin_l", "head.lin_l"),
     ]
     assert torch.equal(maps[0].values, problem.training.x) and not maps[0].projected
+
+
+@pytest.mark.parametrize("model", ["gcn", "gcn2", "gat"])
+def test_maps_of_every_model_are_captured(model):
+    config = compose_config(f"model={model}", "model.num_layers=3", "model.hidden_channels=16")
+    problem = prepare(tiny_dataset(), config.model, inductive=False, device=CPU)
+    net = build_model(config.model, in_channels=13, out_channels=3, compression=config.compression)
+    maps = captured_maps(net, problem, seed=0)
+    assert len(maps) >= 4 and {"Linear", "BatchNorm"} <= {found.op for found in maps}
+    assert all(found.values.shape[0] == 101 and found.values.isfinite().all() for found in maps)
 
 
 def test_captured_values_are_what_the_format_quantizes(monkeypatch):

@@ -95,7 +95,7 @@ def test_run_is_read_back(tmp_path):
 
 def test_run_without_a_summary_is_unfinished(tmp_path):
     run = read_run(record(tmp_path / "run", status="unfinished"))
-    assert run.status == "unfinished" and run.lookup("config.compression.bits") == 2 and len(run.metrics()) == 6
+    assert run.status == "unfinished" and run.lookup("config.compression.bits") == 2 and run.epochs == 6
     begun = tmp_path / "begun"
     begun.mkdir()
     (begun / "config.yaml").write_text((tmp_path / "run" / "config.yaml").read_text())
@@ -107,6 +107,7 @@ def test_run_without_a_summary_is_unfinished(tmp_path):
     [
         ("summary.json", lambda text: text[: len(text) // 2], "is not JSON"),
         ("summary.json", lambda text: "[1, 2]", "is not the summary of a run"),
+        ("summary.json", lambda text: text.replace('"epochs": 3', '"epochs": "3"'), "is not the summary of a run"),
         ("summary.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema_version=9"),
         ("summary.json", lambda text: text.replace('"completed"', '"fine"'), "status=fine: must be one of completed"),
         ("metrics.jsonl", lambda text: text[:-20], "its last line is cut off"),
@@ -120,6 +121,21 @@ def test_damage_is_noticed_and_the_file_named(tmp_path, name, damage, reason):
     with pytest.raises(DamagedRecord) as error:
         read_run(tmp_path / "run")
     assert str(error.value).startswith(f"{path}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damage_in_the_middle_is_noticed_when_the_lines_are_read(tmp_path):
+    path = record(tmp_path / "run") / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"run": 0, "epoch": 2', '{"run": 0, "epoch" 2'))
+    with pytest.raises(DamagedRecord, match=r"metrics.jsonl: is not JSON"):
+        read_run(tmp_path / "run").metrics()
+
+
+def test_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    run = record(tmp_path / "run")
+    (run / "summary.json").unlink()
+    (run / "summary.json").mkdir()
+    with pytest.raises(DamagedRecord, match=r"summary.json: cannot be read \(Is a directory\)"):
+        read_run(run)
 
 
 def test_unreadable_config_of_an_unfinished_run_is_named(tmp_path):

@@ -70,6 +70,14 @@ def test_distribution_of_activations_is_compared_map_by_map(tmp_path):
     assert rows["scipy"].notna().all()
 
 
+def test_level_benchmark_times_the_search_and_the_kernels(tmp_path):
+    result = script("bench_levels.py", "--rows", 1000, "--repeats", 2, "--csv", "levels.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "levels.csv").set_index("what")
+    assert rows.loc["copy of the map", "ratio_to_copy"] == 1 and (rows["milliseconds_median"] > 0).all()
+    assert {"levels int2, d 4 to 2048", "levels int8, one d", "quantize int8, best"} <= set(rows.index)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU is told")
 def test_gpu_suite_says_at_once_what_is_missing(tmp_path):
     pytest.importorskip("triton")

@@ -39,8 +39,8 @@ class CapturedMap:
     """A map as it is before it is quantized.
 
     Args:
-        layer: dotted name of the parameters that it is kept for.
-        op: the operation that keeps it, ``Linear`` or ``BatchNorm``.
+        layer: dotted name of the parameters that it is kept for; empty for an operation without any.
+        op: the operation that keeps it, for example ``Linear`` or ``BatchNorm``.
         projected: whether the random projection was applied.
         values: (N, R).
         block_size: G.
@@ -105,17 +105,18 @@ def captured_maps(model: Model, problem: Problem, *, seed: int) -> list[Captured
     twin.compression = dataclasses.replace(model.compression, bits=None, alpha=1.0, levels="uniform")
     twin.train()
     places = {parameter: place for place, parameter in enumerate(twin.parameters())}
-    names = [name.rpartition(".")[0] for name, _ in twin.named_parameters()]
+    names = [*(name.rpartition(".")[0] for name, _ in twin.named_parameters()), ""]
     features, _ = training_input(problem, seed=seed)
     found: dict[int, tuple[int, CapturedMap]] = {}
     for node in graph_nodes(twin(features, problem.training.graph, seed=seed)):
         layout = getattr(node, "layout", None)
         if not isinstance(layout, MapLayout):
             continue
-        values = layout.stored(tuple(node.saved_tensors))
+        values = next(tensor for tensor in node.saved_tensors if tensor.shape == (layout.shape[0], layout.rank))
         # Its first parameter names the layer; a map that several operations share counts for the first of them.
         parents = (getattr(parent, "variable", None) for parent, _ in node.next_functions)
-        place = min(places[parent] for parent in parents if parent is not None and parent in places)
+        owned = (places[parent] for parent in parents if parent is not None and parent in places)
+        place = min(owned, default=len(places))
         earlier = found.get(values.data_ptr())
         if earlier is None or place < earlier[0]:
             op = node.name().removesuffix("Backward")

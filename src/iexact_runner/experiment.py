@@ -290,9 +290,12 @@ class Experiment:
         for run in range(self._config.runs):
             model, seed = self._new_model(problem, run)
             self._fidelities.append({})
-            with self._console.status(f"run {run + 1}/{self._config.runs}: training, then drawing gradients"):
+            name = f"run {run + 1}/{self._config.runs}"
+            with self._console.status(f"{name}: training, then drawing gradients"):
                 for epoch, figures in fidelity.checkpoints(model, problem, self._config, seed=seed):
                     self._fidelities[-1][epoch] = figures
+                    line = f"{name}  after epoch {epoch}  relative error {figures['relative_error']:.4f}"
+                    self._console.print(line, highlight=False)
         show_fidelity(self._console, fidelity.pooled(self._fidelities, draws=self._config.fidelity.draws))
 
     def _observe_maps(self, problem: Problem) -> None:

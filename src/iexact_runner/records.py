@@ -73,11 +73,13 @@ class Run:
         folder: where its files lie.
         status: ``completed``, ``failed``, ``interrupted``, or ``unfinished`` while there is no summary.
         summary: what ``summary.json`` holds; of an unfinished run only its ``config``.
+        epochs: lines of ``metrics.jsonl``.
     """
 
     folder: Path
     status: str
     summary: Mapping[str, Any]
+    epochs: int
 
     def lookup(self, path: str) -> Any:
         """Value at a dotted path of the summary; None where there is none."""
@@ -87,9 +89,13 @@ class Run:
         return value
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            DamagedRecord: if one is not whole.
+        """
         path = self.folder / METRICS
-        return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        return [_parse(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 def run_folders(folders: Iterable[Path]) -> list[Path]:
@@ -109,24 +115,23 @@ def read_run(folder: Path) -> Run:
     Raises:
         DamagedRecord: if a file is not; the message names it.
     """
-    if not (folder / SUMMARY).exists():
-        _count_lines(folder / METRICS)
-        return Run(folder, "unfinished", {"config": _read_config(folder / CONFIG)})
-    summary = _read_summary(folder / SUMMARY)
-    run = Run(folder, summary["status"], summary)
-    lines = _count_lines(folder / METRICS)
-    if run.status == "completed" and run.lookup("config.task") in ("train", "distribution"):
-        expected = summary["config"]["runs"] * summary["config"]["training"]["epochs"]
-        if lines != expected:
-            raise DamagedRecord(f"{folder / METRICS}: has {lines} lines, a completed run {expected}")
-    return run
+    try:
+        lines = _count_lines(folder / METRICS)
+        if not (folder / SUMMARY).exists():
+            return Run(folder, "unfinished", {"config": _read_config(folder / CONFIG)}, lines)
+        summary = _read_summary(folder / SUMMARY)
+    except OSError as error:
+        raise DamagedRecord(f"{error.filename}: cannot be read ({error.strerror})") from error
+    config, status = summary["config"], summary["status"]
+    expected = config["runs"] * config["training"]["epochs"]
+    if status == "completed" and config.get("task") in ("train", "distribution") and lines != expected:
+        raise DamagedRecord(f"{folder / METRICS}: has {lines} lines, a completed run {expected}")
+    return Run(folder, status, summary, lines)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
     summary = _parse(path, path.read_bytes())
-    config = summary.get("config") if isinstance(summary, dict) else None
-    groups = ("model", "dataset", "compression", "training")
-    if not isinstance(config, dict) or not all(isinstance(config.get(group), dict) for group in groups):
+    if not isinstance(summary, dict) or not _is_whole(summary.get("config")):
         raise DamagedRecord(f"{path}: is not the summary of a run")
     if summary.get("schema_version") != SCHEMA_VERSION:
         version = summary.get("schema_version")
@@ -135,6 +140,14 @@ def _read_summary(path: Path) -> dict[str, Any]:
         raise DamagedRecord(f"{path}: status={summary.get('status')}: must be one of {', '.join(STATUSES)}")
     checked: dict[str, Any] = summary
     return checked
+
+
+def _is_whole(config: Any) -> bool:
+    """Whether a configuration has what every reader of records counts on."""
+    groups = ("model", "dataset", "compression", "training")
+    if not isinstance(config, dict) or not all(isinstance(config.get(group), dict) for group in groups):
+        return False
+    return isinstance(config.get("runs"), int) and isinstance(config["training"].get("epochs"), int)
 
 
 def _count_lines(path: Path) -> int:

@@ -95,7 +95,7 @@ def show(report: Report, console: Console, *, title: str) -> None:
 
 def main() -> None:
     """Entry point of ``iexact-report``: 1 if something could not be read, 2 if it was asked for wrongly."""
-    options = _parser().parse_args()
+    options = make_parser().parse_args()
     try:
         report = read_report(
             options.folders, where=options.where, by=_split(options.group_by), metrics=_split(options.metric)
@@ -151,7 +151,8 @@ def _render(report: Report, options: argparse.Namespace) -> str:
     return "\n".join(write(grid) for grid in report.grids(title=options.title))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         prog="iexact-report",
         description="Tables and figures of every run at or below some folders: repeats pooled, published figures "

@@ -96,7 +96,7 @@ def show_cell(cell: Cell | None, metric: Metric) -> str:
 
 def listing_of(runs: Sequence[Run]) -> Grid:
     """Runs that did not complete, and why."""
-    rows = [[str(run.folder), run.status, str(len(run.metrics())), str(run.lookup("error") or "")] for run in runs]
+    rows = [[str(run.folder), run.status, str(run.epochs), str(run.lookup("error") or "")] for run in runs]
     return Grid("not completed", ["folder", "status", "epochs", "error"], rows, [False, False, True, False])
 
 

@@ -90,6 +90,18 @@ def test_optimal_levels_are_those_of_the_block_in_use(bits, shape, project, bloc
         assert_close(layout.decode(tensors), x, tolerance=4 / 2**bits)
 
 
+def test_layer_inputs_without_projection_keep_uniform_levels():
+    """Half of a map after ReLU lies at the lower end: the clipped normal's levels would raise the variance."""
+    x, errors = torch.randn(256, 32).relu(), []
+    best = optimal_levels(4, distribution=ClippedNormal(128))
+    for levels, optimal in ((None, True), (best, False)):
+        form = MapFormat(4, 1.0, col_size=4, levels=levels, max_block_size=None, backend="torch", optimal=optimal)
+        layout, tensors = form.keep(x, seed=0, project=True)
+        assert layout.levels == levels
+        errors.append((layout.decode(tensors) - x).square().mean())
+    assert errors[1] > 1.2 * errors[0]
+
+
 def test_levels_do_not_matter_where_a_block_has_only_ends():
     assert best_levels(1, 1000) is best_levels(4, 2) is best_levels(8, 1) is best_levels(None, 1000) is None
 

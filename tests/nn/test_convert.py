@@ -19,7 +19,7 @@ from iexact_runner.config import DigitsConfig, GATConfig, GCN2Config, GCNConfig,
 from iexact_runner.data import load_dataset
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.measure import SavedTensors
-from iexact_runner.nn import MODELS, build_model, compress
+from iexact_runner.nn import MODELS, build_model, compress, compressed_pass
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
 
 IN, OUT, HIDDEN = 13, 3, 32
@@ -347,7 +347,7 @@ def test_copies_and_pickles_live_on_their_own():
     gradients(model)
     counted = dict(report.functions)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(twin.convs[0]) is type(model.convs[0]) and str(twin) == str(model)
+        assert str(twin) == str(model) and isinstance(twin.convs[0], pyg.GraphConv)
         assert twin._compression is not model._compression
         assert all(part._compression is twin._compression for part in (twin.head, twin.convs[1], twin.encoder[0]))
         twin.load_state_dict(model.state_dict())
@@ -357,6 +357,39 @@ def test_copies_and_pickles_live_on_their_own():
     assert torch.equal(first, second)
     with pytest.raises(ConfigError, match="is compressed already"):
         compress(twin, INT2)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_pygs_sequential_and_of_layers_without_a_twin_run(duplicate):
+    chains = [
+        pyg.Sequential("x, edge_index", [(pyg.GCNConv(IN, 16), "x, edge_index -> x"), nn.ReLU(inplace=True)]),
+        pyg.Sequential("x, e", [(pyg.TransformerConv(IN, 16), "x, e -> h"), (nn.Linear(16, 3), "h -> h")]),
+    ]
+    x, edge_index, _ = data()
+    expected = [chain.eval()(x, edge_index) for chain in chains]
+    for chain in chains:
+        report = compress(chain.train(), INT2)
+        chain(x, edge_index)
+        assert report.functions
+    for chain, output in zip(chains, expected, strict=True):
+        twin = duplicate(duplicate(chain))
+        twin(x, edge_index).sum().backward()
+        assert torch.equal(twin.eval()(x, edge_index), output)
+
+
+def test_a_graph_traced_by_fx_is_left_and_its_layers_are_compressed():
+    model = pyg.to_hetero(GraphSAGE((-1, -1), 16, 2, 3), (["a"], [("a", "to", "a")]))
+    x, edge_index, _ = data()
+    inputs = {"a": x}, {("a", "to", "a"): edge_index}
+    expected = model(*inputs)["a"]
+    report = compress(model, INT2)
+    assert "traced by torch.fx" in report.layers[0].note
+    for twin in (model, copy.deepcopy(model)):
+        assert_close(twin(*inputs)["a"], expected)
+    assert "relu" in report.functions and not report.left
+    with compressed_pass(model), SavedTensors(model, excluded=[x]) as saved:
+        records = saved.kept(model(*inputs)["a"])
+    assert not [record for record in records if record.shape[0] == x.size(0) and record.dtype == "float32"]
 
 
 def test_a_seed_repeats_a_training():

@@ -180,6 +180,17 @@ def test_what_has_no_twin_is_left_and_noted(x, reason):
     assert not report.functions and len(report.left) == 1 and reason in report.left.pop()
 
 
+def test_usual_functions_without_a_twin_are_noted():
+    model = Calls(lambda x, w: F.gelu(torch.tanh(x @ w)).log_softmax(-1))
+    report = compress(model, INT2)
+    model(torch.randn(N, D))
+    assert {note.partition(":")[0] for note in report.left} == {"gelu", "tanh", "log_softmax"}
+    model.function = lambda x, w: F.silu(x)
+    with torch.no_grad():
+        model(torch.randn(N, D))
+    assert len(report.left) == 3
+
+
 def test_half_types_and_autocast():
     x = torch.randn(N, D)
     for dtype in (torch.bfloat16, torch.float16):

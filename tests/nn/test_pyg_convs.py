@@ -66,8 +66,8 @@ def call(conv, x, *arguments, **options):
     return conv(x, *arguments, **options)
 
 
-def check(make, x, *arguments, inputs=(), config=None, tolerance=1e-4, left=(), **options):
-    """The twin's output and gradients equal PyG's; gives back its report."""
+def check(make, x, *arguments, inputs=(), config=None, tolerance=1e-4, **options):
+    """The twin's output and gradients equal PyG's."""
     torch.manual_seed(0)
     conv = make()
     if any(isinstance(parameter, UninitializedParameter) for parameter in conv.parameters()):
@@ -85,8 +85,7 @@ def check(make, x, *arguments, inputs=(), config=None, tolerance=1e-4, left=(), 
         # The gradient of a bias before BatchNorm is zero but for rounding.
         if ours is not None and theirs.abs().max() > 1e-5:
             assert_close(ours, theirs, tolerance=tolerance)
-    assert report.left == set(left)
-    return report
+    assert not [note for note in report.left if "no twin" not in note]
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "directed"])

@@ -20,7 +20,8 @@ from iexact_runner.compression.bins import ClippedNormal, optimal_levels
 class MapFormat:
     """Choices that hold for every map of a model; see ``CompressionConfig`` for the fields.
 
-    ``optimal`` chooses the levels of each map for the size of its blocks, in place of ``levels``.
+    ``optimal`` chooses the levels of each map for the size of its blocks, in place of ``levels``; uniform ones for a
+    layer's input without projection, which the clipped normal does not describe (``docs/bins.md``).
     """
 
     bits: int | None
@@ -47,7 +48,7 @@ class MapFormat:
         rank = stored.size(1)
         block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
         levels = self.levels
-        if self.optimal:
+        if self.optimal and (rank < columns or not project):
             # Not the minimum, which would be a symbol under torch.compile where the number of rows varies.
             levels = best_levels(self.bits, block_size if block_size < stored.numel() else stored.numel())
         tensors: tuple[Tensor, ...] = (stored,)

@@ -9,7 +9,7 @@ from types import new_class
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch_geometric import nn as pyg
 from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.utils._trim_to_layer import TrimToLayer
@@ -33,9 +33,6 @@ FUNCTIONS: dict[type[Any], str] = {
 }
 # They keep nothing, or what they keep stands in the line of the convolution they are part of.
 PARTS = (nn.Identity, TrimToLayer, Aggregation)
-
-# Classes made so far, by the layer's own and their name.
-_TWINS: dict[tuple[type[Any], str], type[Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Report:
     Args:
         layers: each layer once, in the order of the model; containers are left out.
         functions: how often each function was compressed so far, called by a module or not; grows while training.
-        left: calls that had no twin so far, with the reason.
+        left: calls that had no twin so far, with the reason; of functions unknown here, only the usual ones.
     """
 
     layers: tuple[Layer, ...]
@@ -143,7 +140,7 @@ def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> R
     for name, module in list(model.named_modules()):
         kind = type(module)
         kept, why_not = _judge(module)
-        leaf = isinstance(module, pyg.MessagePassing) or not list(module.children())
+        leaf = isinstance(module, (pyg.MessagePassing, fx.GraphModule)) or not list(module.children())
         if kept is not None or (leaf and not isinstance(module, PARTS)):
             layers.append(Layer(name, kind.__name__, kept is not None, kept or why_not))
         if _runs(module):
@@ -162,9 +159,10 @@ def compressed_pass(model: nn.Module) -> AbstractContextManager[Any]:
     Raises:
         ConfigError: a ValueError of one line, if the model is not compressed.
     """
-    if not isinstance(model, Compressed):
+    compressed = next((module for module in model.modules() if isinstance(module, Compressed)), None)
+    if compressed is None:
         raise ConfigError.of("model", type(model).__name__, "is not compressed; call compress(model, config) first")
-    return model._compression.running()
+    return compressed._compression.running()
 
 
 def _judge(module: nn.Module) -> tuple[str | None, str]:
@@ -172,6 +170,11 @@ def _judge(module: nn.Module) -> tuple[str | None, str]:
     kind, calls = type(module), "calls of known functions inside it are compressed"
     if isinstance(module, torch.jit.ScriptModule):
         return None, "compiled by TorchScript, which hides its calls"
+    if isinstance(module, fx.GraphModule):
+        return (
+            None,
+            "traced by torch.fx, each instance with a class of its own; each of its layers runs in its own pass",
+        )
     if kind in FUNCTIONS:
         return FUNCTIONS[kind], ""
     if kind not in CONVOLUTIONS:
@@ -183,19 +186,18 @@ def _judge(module: nn.Module) -> tuple[str | None, str]:
 
 def _runs(module: nn.Module) -> bool:
     """Whether a module has a forward pass that can be caught."""
-    hidden = isinstance(module, (torch.jit.ScriptModule, *PARTS))
+    hidden = isinstance(module, (torch.jit.ScriptModule, fx.GraphModule, *PARTS))
     return not hidden and type(module).forward is not nn.Module.forward
 
 
 def _twin(kind: type[Any], name: str) -> type[Any]:
-    """The class that is a layer's once it is compressed; one that was not converted keeps its name."""
-    if (kind, name) not in _TWINS:
-        convolution = (CONVOLUTIONS[kind],) if kind in CONVOLUTIONS and name != kind.__name__ else ()
-        module = {"__module__": __name__}
-        _TWINS[kind, name] = new_class(
-            name, (Compressed, *convolution, kind), exec_body=lambda body: body.update(module)
-        )
-    return _TWINS[kind, name]
+    """A class for one layer once it is compressed; a layer without a twin keeps its name.
+
+    Not one for all of a kind, for some modules of PyG write their own code into their class.
+    """
+    convolution = (CONVOLUTIONS[kind],) if kind in CONVOLUTIONS and name != kind.__name__ else ()
+    body = {"__module__": kind.__module__}
+    return new_class(name, (Compressed, *convolution, kind), exec_body=lambda namespace: namespace.update(body))
 
 
 def _rebuild(function: Any, kind: type[nn.Module], name: str, *rest: Any) -> Any:

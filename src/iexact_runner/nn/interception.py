@@ -96,10 +96,12 @@ class Pass(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        twin = TWINS.get(function)
-        if twin is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        result = twin(self, *args, **kwargs)
+        if function in WITHOUT_TWIN and args and args[0].requires_grad:
+            self.model.leave(function.__name__, "no twin, its map is kept as it is")
+        twin = TWINS.get(function)
+        result = NotImplemented if twin is None else twin(self, *args, **kwargs)
         return function(*args, **kwargs) if result is NotImplemented else result
 
     def activation(self, x: Tensor) -> Activation:
@@ -217,3 +219,12 @@ TWINS: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
     F.batch_norm: _batch_norm,
 }
+# What models use beside them that keeps a map; others are not noted.
+WITHOUT_TWIN = frozenset(
+    (
+        *(F.gelu, F.silu, F.mish, F.selu, F.celu, F.prelu, F.relu6, F.softplus),
+        *(torch.sigmoid, Tensor.sigmoid, torch.tanh, Tensor.tanh),
+        *(F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax, Tensor.log_softmax),
+        *(F.layer_norm, F.group_norm, F.instance_norm, F.normalize),
+    )
+)
