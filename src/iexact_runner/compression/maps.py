@@ -39,16 +39,20 @@ class MapFormat:
         stored = x
         if rank < columns:
             stored = x @ ops.rademacher(x, columns, rank, seed=seed, backend=self.backend)
-        return KeptMap(*self.encode(stored, seed=seed, columns=columns))
+        fits = rank < columns or not project
+        return KeptMap(*self.encode(stored, seed=seed, columns=columns, normal=fits))
 
     def encode(
-        self, stored: Tensor, *, seed: int | Tensor, columns: int | None = None
+        self, stored: Tensor, *, seed: int | Tensor, columns: int | None = None, normal: bool = True
     ) -> tuple[MapLayout, tuple[Tensor, ...]]:
-        """Quantizes what is stored (N, R) of a map with ``columns`` features, R if it is not projected."""
+        """Quantizes what is stored (N, R) of a map with ``columns`` features, R if it is not projected.
+
+        ``normal`` says that the clipped normal describes its values, for the choice of levels.
+        """
         rank = stored.size(1)
         block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
         levels = self.levels
-        if self.optimal and (rank < columns or not project):
+        if self.optimal and normal:
             # Not the minimum, which would be a symbol under torch.compile where the number of rows varies.
             levels = best_levels(self.bits, block_size if block_size < stored.numel() else stored.numel())
         tensors: tuple[Tensor, ...] = (stored,)

@@ -39,7 +39,11 @@ class _Chunked(ABC):
 
     def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The map (N, D)."""
-        return torch.cat([piece for _, piece in self.chunks(tensors)])
+        decoded: Tensor | None = None
+        for part, piece in self.chunks(tensors):
+            decoded = piece.new_empty(self.shape) if decoded is None else decoded
+            decoded[part] = piece
+        return tensors[0].new_empty(self.shape) if decoded is None else decoded
 
     def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """Product grad^T x for grad (N, C): (C, D)."""
@@ -188,8 +192,9 @@ def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None
 
 
 def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:
-    """Indices of about ``count`` rows, evenly spaced."""
-    return torch.arange(0, nodes, max(1, nodes // count), device=device)
+    """Indices of ``count`` rows, or of all if there are fewer, evenly spaced."""
+    count = min(count, nodes)
+    return torch.arange(count, device=device) * nodes // count
 
 
 def keep_coefficients(

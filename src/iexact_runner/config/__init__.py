@@ -154,7 +154,7 @@ class Config:
             check(dataset.name.startswith(prefix), "dataset.name", dataset.name, valid)
         check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
         if self.task == "distribution":
-            quantized = self.compression.scheme != "none" and self.compression.bits is not None
+            quantized = self.compression.scheme == "projected" and self.compression.bits is not None
             check(
                 quantized, "compression.bits", self.compression.bits, "task=distribution needs maps that are quantized"
             )

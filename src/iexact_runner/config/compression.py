@@ -106,7 +106,7 @@ class CompressionConfig:
         fits = energy is None or 0.0 < energy <= 1.0
         check(fits, "compression.energy", energy, "must be above 0 and at most 1, or null")
         both = "give compression.rank or compression.energy, one of the two, and null for the other"
-        check((rank is None) != (energy is None), "compression.rank", rank, both)
+        check((rank is None) != (energy is None), "compression.rank", "null" if rank is None else rank, both)
         check_at_least("compression.refresh", self.refresh, 1)
         check_at_least("compression.sample_rows", self.sample_rows, 1)
         check(
