@@ -39,6 +39,7 @@ PRESETS = {
         "compression.share_maps=true",
         "compression.store_dropout_mask=false",
     ),
+    "lowrank": ("compression=lowrank",),
 }
 
 Step = Callable[[int], float]

@@ -174,6 +174,31 @@ def test_bad_values_name_the_field(override, message):
         (["model=gat", "compression=none", "model.heads=0"], "model.heads=0"),
         (["model=gcn2", "compression=none", "model.alpha=2"], "model.alpha=2.0"),
         (["model=gcn2", "compression=none", "model.theta=0"], "model.theta=0.0"),
+        (["compression=lowrank", "compression.rank=0"], "compression.rank=0: must be 1 or more, or null"),
+        (
+            ["compression=lowrank", "compression.rank=null"],
+            "compression.rank=null: give compression.rank or compression.energy",
+        ),
+        (
+            ["compression=lowrank", "compression.energy=.9"],
+            "compression.rank=8: give compression.rank or compression.energy",
+        ),
+        (
+            ["compression=lowrank", "compression.rank=null", "compression.energy=2"],
+            "compression.energy=2.0: must be above 0",
+        ),
+        (["compression=lowrank", "compression.refresh=0"], "compression.refresh=0: must be 1 or more"),
+        (["compression=lowrank", "compression.sample_rows=0"], "compression.sample_rows=0: must be 1 or more"),
+        (
+            ["compression=lowrank", "compression.share_maps=false"],
+            "compression.share_maps=false: compression=lowrank shares",
+        ),
+        (
+            ["compression=lowrank", "compression.kept_frac=.5"],
+            "compression.kept_frac=0.5: compression=lowrank has directions",
+        ),
+        (["compression.rank=8"], "compression.rank=8: is of compression=lowrank"),
+        (["compression=lowrank", "task=distribution"], "needs maps that are quantized"),
         (["task=measure", "runs=2"], "runs=2: task=measure measures one run"),
         (["dataset=synthetic", "dataset.num_nodes=1"], "dataset.num_nodes=1"),
         (["dataset=synthetic", "dataset.average_degree=0"], "dataset.average_degree=0.0"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import projected
-from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, SAGEConfig
+from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
 from iexact_runner.nn import MODELS, build_model
 from iexact_runner.peak import PeakMemory, record_allocations
 
@@ -81,6 +81,7 @@ LAYOUTS = {
     "published": projected(bits=2, kept_frac=0.125, col_size=64, max_block_size=1024, store_dropout_mask=True),
     "shared": projected(bits=2, kept_frac=0.125, share_maps=True),
     "int8": projected(bits=8),
+    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=16, share_maps=True),
 }
 
 

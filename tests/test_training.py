@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import FP32, assert_close, projected, tiny_dataset
-from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, SAGEConfig, TrainingConfig
+from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig, TrainingConfig
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import build_model
 from iexact_runner.training import (
@@ -174,6 +174,7 @@ SCHEMES = {
     "none": FP32,
     "exact": projected(bits=2, kept_frac=0.5, store_dropout_mask=True),
     "shared": projected(bits=2, kept_frac=0.5, col_size=8, share_maps=True),
+    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=4, col_size=8, share_maps=True),
 }
 
 

@@ -65,7 +65,7 @@ def test_batch_norm(nodes_and_columns):
     for bits in (None, 8):
         statistics = [running[2].clone(), running[3].clone()]
         kept = keep(x, bits, project=False)
-        actual = functions.BatchNorm.apply(x, weight, bias, *statistics, 0.3, 1e-5, kept, 0)
+        actual = functions.BatchNorm.apply(x, weight, bias, *statistics, 0.3, 1e-5, lambda *_, kept=kept: kept, 0)
         assert_close(actual, expected)
         assert_close(statistics[0], running[0])
         assert_close(statistics[1], running[1])
@@ -184,7 +184,7 @@ def test_batch_norm_gamma_and_beta_gradients_are_unbiased_and_dx_is_not():
     sums = [[], [], []]
     for draw in range(1500):
         kept = keep(x, 1, seed=mix(draw), project=False)
-        output = functions.BatchNorm.apply(x, weight, bias, None, None, 0.1, 1e-5, kept, 0)
+        output = functions.BatchNorm.apply(x, weight, bias, None, None, 0.1, 1e-5, lambda *_, kept=kept: kept, 0)
         for errors, compressed, full in zip(sums, gradients(output, (x, weight, bias), grad), exact, strict=True):
             errors.append((compressed - full).flatten())
     ratios = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,9 +39,20 @@ class MapFormat:
         stored = x
         if rank < columns:
             stored = x @ ops.rademacher(x, columns, rank, seed=seed, backend=self.backend)
+        fits = rank < columns or not project
+        return KeptMap(*self.encode(stored, seed=seed, columns=columns, normal=fits))
+
+    def encode(
+        self, stored: Tensor, *, seed: int | Tensor, columns: int | None = None, normal: bool = True
+    ) -> tuple[MapLayout, tuple[Tensor, ...]]:
+        """Quantizes what is stored (N, R) of a map with ``columns`` features, R if it is not projected.
+
+        ``normal`` says that the clipped normal describes its values, for the choice of levels.
+        """
+        rank = stored.size(1)
         block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
         levels = self.levels
-        if self.optimal and (rank < columns or not project):
+        if self.optimal and normal:
             # Not the minimum, which would be a symbol under torch.compile where the number of rows varies.
             levels = best_levels(self.bits, block_size if block_size < stored.numel() else stored.numel())
         tensors: tuple[Tensor, ...] = (stored,)
@@ -59,8 +70,8 @@ class MapFormat:
             tensors = (*tensors, seed)
         else:
             fixed_seed = seed
-        layout = MapLayout(self.bits, levels, block_size, tuple(x.shape), rank, x.dtype, fixed_seed, self.backend)
-        return KeptMap(layout, tensors)
+        shape = (stored.size(0), rank if columns is None else columns)
+        return MapLayout(self.bits, levels, block_size, shape, rank, stored.dtype, fixed_seed, self.backend), tensors
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,11 @@ class MapLayout:
     def stored_type(self) -> str:
         """What an element is kept as, for people: ``int2``, or the type of the map."""
         return str(self.dtype).removeprefix("torch.") if self.bits is None else f"int{self.bits}"
+
+    @property
+    def decodes_afresh(self) -> bool:
+        """All but a map that is kept as it is."""
+        return self.bits is not None or self.projected
 
     def stored(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The (N, R) map that was stored, decoded."""
@@ -116,16 +132,45 @@ class MapLayout:
         stored = self.stored(tensors).to(grad.dtype)
         return (grad @ self._projection(tensors, stored) if self.projected else grad), stored
 
+    @property
+    def parts(self) -> int:
+        """How many tensors the map is made of, not counting a seed."""
+        return 1 if self.bits is None else 3
+
     def _projection(self, tensors: tuple[Tensor, ...], stored: Tensor) -> Tensor:
-        expected = 1 if self.bits is None else 3
-        seed = tensors[expected] if len(tensors) > expected else self.seed
+        seed = tensors[self.parts] if len(tensors) > self.parts else self.seed
         return ops.rademacher(stored, self.shape[1], self.rank, seed=seed, backend=self.backend)
+
+
+class Layout(Protocol):
+    """How the backward pass gets at a kept map (N, D), in the terms that autograd functions need."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the map."""
+
+    @property
+    def stored_type(self) -> str:
+        """What an element is kept as, for people."""
+
+    @property
+    def decodes_afresh(self) -> bool:
+        """Whether :meth:`decode` returns memory of its own, which may be written over."""
+
+    def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The map, or an estimate of it."""
+
+    def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Product grad^T x for grad (N, C): (C, D)."""
+
+    def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Two maps whose rows' inner products are those of ``grad`` (N, D) with the map."""
 
 
 class KeptMap(NamedTuple):
     """A kept map: its layout and the tensors that must be saved for the backward pass."""
 
-    layout: MapLayout
+    layout: Layout
     tensors: tuple[Tensor, ...]
 
 

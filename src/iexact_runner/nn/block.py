@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iexact_runner.compression.sketch import Directions
 from iexact_runner.config import CompressionConfig, ModelConfig
 from iexact_runner.data.graph import Graph
 from iexact_runner.schemes import Activation, Plain, start_pass
@@ -80,6 +81,8 @@ class GNN(nn.Module, ABC):
         self.head = self.make_conv(config, widths[-1], config.num_layers - 1, out_channels)
         self.input_dropout = config.input_dropout
         self.compression = compression
+        # Of the low-rank scheme: what it finds in one pass and uses in the next ones.
+        self.directions: list[Directions] = []
 
     def hidden_width(self, config: Any) -> int:
         """Width of the maps between blocks."""
@@ -104,7 +107,9 @@ class GNN(nn.Module, ABC):
         self, features: Tensor, graph: Graph, *, seed: int | Tensor = 0, map_seed: int | Tensor | None = None
     ) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
-        ops = start_pass(self.compression, training=self.training, seed=seed, map_seed=map_seed)
+        ops = start_pass(
+            self.compression, training=self.training, seed=seed, map_seed=map_seed, directions=self.directions
+        )
         graph = self.prepare_graph(graph, ops)
         x = ops.input(features, dropout=self.input_dropout)
         for block in self.blocks:

@@ -49,7 +49,14 @@ class GATConv(nn.Module):
     def forward(self, x: Activation, graph: CSR, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, H * C)."""
         h = ops.linear(x, self.lin.weight).unflatten(1, (self.heads, -1))  # [N, H, C]
-        out = ops.attention(h, self.att_src, self.att_dst, graph, negative_slope=NEGATIVE_SLOPE).flatten(1)
+        out = ops.attention(
+            h,
+            self.att_src,
+            self.att_dst,
+            graph,
+            negative_slope=NEGATIVE_SLOPE,
+            product=(x, self.lin.weight),
+        ).flatten(1)
         return out + self.bias if self.res is None else ops.linear(x, self.res.weight, self.bias).add_(out)
 
 

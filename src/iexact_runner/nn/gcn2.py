@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from iexact_runner.compression.sketch import Directions
 from iexact_runner.config import CompressionConfig, GCN2Config
 from iexact_runner.data.graph import Adjacency, gcn_adjacency
 from iexact_runner.nn.block import Block
@@ -43,6 +45,11 @@ class GCN2Conv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain, initial: Activation) -> Tensor:
         """Maps (N, D) to (N, D)."""
+        if ops.transform_first:
+            # A x W = A (x W): one product with A for both parts of the mix, and x is all that is kept.
+            out = ops.aggregate(self._mix(x, self.weight1, ops), graph).mul_(1 - self.alpha)
+            weight = self.weight1 if self.weight2 is None else self.weight2
+            return out.add_(self._mix(initial, weight, ops), alpha=self.alpha)
         propagated = ops.aggregate(x.value, graph).mul_(1 - self.alpha)
         if self.weight2 is None:
             return self._mix(Activation(propagated.add(initial.value, alpha=self.alpha), Kept()), self.weight1, ops)
@@ -94,6 +101,8 @@ class GCN2(nn.Module):
         self.input_dropout = config.input_dropout
         self.dropout = config.dropout
         self.compression = compression
+        # Of the low-rank scheme: what it finds in one pass and uses in the next ones.
+        self.directions: list[Directions] = []
 
     def reset_parameters(self) -> None:
         """Draws new weights and forgets the running statistics."""
@@ -104,10 +113,13 @@ class GCN2(nn.Module):
         self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0, map_seed: int | Tensor | None = None
     ) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
-        ops = start_pass(self.compression, training=self.training, seed=seed, map_seed=map_seed)
+        ops = start_pass(
+            self.compression, training=self.training, seed=seed, map_seed=map_seed, directions=self.directions
+        )
         x = ops.input(features, dropout=self.input_dropout)
-        initial = Activation(ops.relu(ops.linear(x, self.lin_in.weight, self.lin_in.bias)), Kept())
-        x = Activation(ops.dropout(initial.value, self.dropout), Kept())
+        first = partial(ops.linear, x, self.lin_in.weight, self.lin_in.bias)
+        initial = ops.finish(first, norm=None, residual=None, dropout=0.0)
+        x = ops.drop(initial, self.dropout)
         for block in self.blocks:
             x = block(x, graph, ops, initial)
         return ops.linear(x, self.lin_out.weight, self.lin_out.bias)

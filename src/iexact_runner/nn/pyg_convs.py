@@ -187,6 +187,10 @@ class GCN2Conv(Convolution):
         adjacency = None if run is None else self.fixed_adjacency(x.size(0), edge_index, edge_weight)
         if run is None or adjacency is None:
             return super().forward(x, x_0, edge_index, edge_weight)
+        if run.ops.transform_first:
+            out = run.ops.aggregate(self._mix(x, self.weight1), adjacency).mul_(1 - self.alpha)
+            weight = self.weight1 if self.weight2 is None else self.weight2
+            return out.add_(self._mix(x_0, weight), alpha=self.alpha)
         propagated = run.ops.aggregate(x, adjacency).mul_(1 - self.alpha)
         if self.weight2 is None:
             return self._mix(propagated.add_(x_0, alpha=self.alpha), self.weight1)

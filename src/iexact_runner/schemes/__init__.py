@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from iexact_runner.compression.sketch import Directions
 from iexact_runner.config import CompressionConfig
 from iexact_runner.schemes.activation import Activation
+from iexact_runner.schemes.lowrank import LowRank
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.projected import Projected
 
-__all__ = ["Activation", "Plain", "Projected", "start_pass"]
+__all__ = ["Activation", "LowRank", "Plain", "Projected", "start_pass"]
 
 
 def start_pass(
-    config: CompressionConfig, *, training: bool, seed: int | Tensor, map_seed: int | Tensor | None = None
+    config: CompressionConfig,
+    *,
+    training: bool,
+    seed: int | Tensor,
+    map_seed: int | Tensor | None = None,
+    directions: list[Directions] | None = None,
 ) -> Plain:
     """The operations of one forward pass; evaluation is exact under every scheme.
 
-    ``map_seed`` lets projections and rounding vary while ``seed`` holds the dropout masks fixed.
+    ``map_seed`` lets projections and rounding vary while ``seed`` holds the dropout masks fixed; ``directions`` are
+    those of the model's earlier passes, which the low-rank scheme renews.
     """
+    if training and config.scheme == "lowrank":
+        return LowRank(config, seed=seed, map_seed=map_seed, directions=[] if directions is None else directions)
     if training and config.scheme == "projected":
         return Projected(config, seed=seed, map_seed=map_seed)
     return Plain(training=training, seed=seed, transform_first=config.share_maps)

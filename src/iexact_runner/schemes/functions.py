@@ -7,6 +7,7 @@ Shapes: N nodes, D features, C output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Linear(Function):
 class BatchNorm(Function):
     """BatchNorm1d in training mode; mean and variance are exact, the input comes from the kept map.
 
+    The map is kept by ``keep(mean, 1 / deviation)``, once the statistics of its columns are known.
     d gamma and d beta are unbiased; dx is quadratic in the kept map and so has a bias of order variance / N.
     """
 
@@ -62,13 +64,13 @@ class BatchNorm(Function):
         running_var: Tensor | None,
         momentum: float,
         eps: float,
-        kept: KeptMap,
+        keep: Callable[[Tensor, Tensor], KeptMap],
         fp32_bytes: int,
     ) -> Tensor:
-        layout, tensors = kept
         output, mean, inverse_std = torch.native_batch_norm(
             x, weight, bias, running_mean, running_var, True, momentum, eps
         )
+        layout, tensors = keep(mean, inverse_std)
         ctx.layout, ctx.eps = layout, eps
         ctx.saved_map = SavedMap(layout.shape, layout.stored_type, fp32_bytes, len(tensors))
         ctx.save_for_backward(*tensors, weight, mean, inverse_std)
@@ -79,7 +81,7 @@ class BatchNorm(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weight, mean, inverse_std = ctx.saved_tensors
         x = ctx.layout.decode(tuple(tensors))
-        if grad.is_cuda or ctx.layout.bits is None:  # what is kept in FP32 must not be written over
+        if grad.is_cuda or not ctx.layout.decodes_afresh:
             grads = torch.ops.aten.native_batch_norm_backward(
                 grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
             )
@@ -114,8 +116,17 @@ class LeakyReLU(Function):
     """LeakyReLU (ReLU at slope 0) that keeps the sign of its input in 1 bit an element: exact."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, negative_slope: float, backend: str, inplace: bool = False) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        negative_slope: float,
+        backend: str,
+        inplace: bool = False,
+        signs: list[Tensor] | None = None,
+    ) -> Tensor:
         output, mask = ops.leaky_relu(x, negative_slope=negative_slope, backend=backend)
+        if signs is not None:
+            signs.append(mask)
         ctx.negative_slope, ctx.backend = negative_slope, backend
         ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel(), 1)
         ctx.save_for_backward(mask)
@@ -128,7 +139,7 @@ class LeakyReLU(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), *[None] * 3
+        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), *[None] * 4
 
 
 class ELU(Function):
@@ -170,9 +181,18 @@ class LeakyReLUDropout(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, negative_slope: float, p: float, seed: int | Tensor, store_mask: bool, backend: str
+        ctx: Any,
+        x: Tensor,
+        negative_slope: float,
+        p: float,
+        seed: int | Tensor,
+        store_mask: bool,
+        backend: str,
+        signs: list[Tensor] | None = None,
     ) -> Tensor:
         output, sign = ops.leaky_relu_dropout(x, negative_slope=negative_slope, p=p, seed=seed, backend=backend)
+        if signs is not None:
+            signs.append(sign)
         masks = [sign, ops.dropout_mask(x, p=p, seed=seed, backend=backend)] if store_mask else [sign]
         ctx.negative_slope, ctx.p, ctx.backend, ctx.masks = negative_slope, p, backend, len(masks)
         # Plain modules keep the output of ReLU and the dropout mask.
@@ -192,7 +212,7 @@ class LeakyReLUDropout(Function):
             grad_x = ops.leaky_relu_dropout_backward(
                 grad, masks[0], negative_slope=slope, p=ctx.p, seed=seed, backend=backend
             )
-        return grad_x, *[None] * 5
+        return grad_x, *[None] * 6
 
 
 class MaskedDropout(Function):

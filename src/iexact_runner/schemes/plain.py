@@ -62,10 +62,12 @@ class Plain:
         *,
         negative_slope: float,
         dropout: float = 0.0,
+        product: tuple[Activation, Tensor] | None = None,
     ) -> Tensor:
         """Sum of neighbours' h (N, H, C) weighted by softmax(LeakyReLU(a_source . h_j + a_target . h_i)).
 
         The vectors are (1, H, C); without ``att_target`` the other scores both ends. Dropout is on the weights.
+        ``product`` says which activation and weight h is the product of, for schemes that keep these instead.
         """
         source, target = edges.columns, edges.rows()
         score_source = (h * att_source).sum(-1)
@@ -98,6 +100,10 @@ class Plain:
         if residual is not None:
             h = h + residual
         return Activation(self.relu_dropout(h, dropout), Kept())
+
+    def drop(self, x: Activation, p: float) -> Activation:
+        """Dropout of an activation that has other consumers."""
+        return Activation(self.dropout(x.value, p), Kept()) if p > 0 else x
 
     def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         """BatchNorm1d over the nodes."""

@@ -90,6 +90,7 @@ class Projected(Plain):
         *,
         negative_slope: float,
         dropout: float = 0.0,
+        product: tuple[Activation, Tensor] | None = None,
     ) -> Tensor:
         """Graph attention that keeps h quantized, without projection, and the scores; nothing as long as the edges."""
         if not torch.is_grad_enabled():
@@ -106,10 +107,14 @@ class Projected(Plain):
             dropout,
             self.next_mask_seed() if dropout else 0,
             self._format.backend,
-            self._keep(h.flatten(1), project=False),
+            self._keep_product(h.flatten(1), product),
             fp32_bytes,
         )
         return gathered
+
+    def _keep_product(self, h: Tensor, product: tuple[Activation, Tensor] | None) -> KeptMap:
+        """Keeps h, or what it is the product of."""
+        return self._keep(h, project=False)
 
     def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         """BatchNorm1d over the nodes, its input quantized without projection, for dx is not linear in it."""
@@ -130,11 +135,20 @@ class Projected(Plain):
         eps: float,
     ) -> Tensor:
         """BatchNorm1d from its parameters and statistics."""
-        kept = self._keep(h, project=False)
+
+        def keep(mean: Tensor, inverse_std: Tensor) -> KeptMap:
+            return self._keep_normalized(h, mean, inverse_std, weight, bias)
+
         normalised: Tensor = functions.BatchNorm.apply(
-            h, weight, bias, running_mean, running_var, momentum, eps, kept, 4 * h.numel()
+            h, weight, bias, running_mean, running_var, momentum, eps, keep, 4 * h.numel()
         )
         return normalised
+
+    def _keep_normalized(
+        self, h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> KeptMap:
+        """Keeps the input of BatchNorm, whose output is (h - mean) * inverse_std * weight + bias."""
+        return self._keep(h, project=False)
 
     def relu(self, h: Tensor) -> Tensor:
         """ReLU, its mask in 1 bit an element."""
@@ -177,9 +191,11 @@ class Projected(Plain):
         return x.source.kept
 
     def _keep(self, value: Tensor, *, project: bool) -> KeptMap:
+        return self._format.keep(value.detach(), seed=self._next_map_seed(), project=project)
+
+    def _next_map_seed(self) -> int | Tensor:
         self._maps_kept += 1
-        seed = tensor_seed(self._map_seed, self._maps_kept - 1)
-        return self._format.keep(value.detach(), seed=seed, project=project)
+        return tensor_seed(self._map_seed, self._maps_kept - 1)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

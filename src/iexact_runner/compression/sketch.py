@@ -1,0 +1,219 @@
+"""Maps kept as coefficients in a few adaptive directions, and the masks that make an activation of them again.
+
+For a map z (N, D) with column means m and directions V (D, R), the leading eigenvectors of its covariance, kept are the
+coefficients c = (z - m) V, each column divided by its deviation and quantized block-wise; z~ = c~ V^T + m. What was
+learned from c for one use serves every other: see ``docs/lowrank.md``.
+
+Shapes: N nodes, D features, R directions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iexact_runner.compression import ops
+from iexact_runner.compression.maps import Layout, MapFormat, MapLayout
+
+# Elements of a map that are decoded at once, in runs of whole rows whose masks begin with a byte.
+CHUNK_ELEMENTS = 1 << 17
+
+
+class _Chunked(ABC):
+    """A kept map that is decoded in runs of rows, so that a product with it never builds it."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def decodes_afresh(self) -> bool:
+        """It is decoded into memory of its own."""
+        return True
+
+    @abstractmethod
+    def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows, and the map there."""
+
+    def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The map (N, D)."""
+        decoded: Tensor | None = None
+        for part, piece in self.chunks(tensors):
+            decoded = piece.new_empty(self.shape) if decoded is None else decoded
+            decoded[part] = piece
+        return tensors[0].new_empty(self.shape) if decoded is None else decoded
+
+    def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Product grad^T x for grad (N, C): (C, D)."""
+        gradient = grad.new_zeros(grad.size(1), self.shape[1])
+        for part, piece in self.chunks(tensors):
+            gradient.addmm_(grad[part].T, piece.to(grad.dtype))
+        return gradient
+
+    def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Two maps whose rows' inner products are those of ``grad`` (N, D) with the map."""
+        return grad, self.decode(tensors).to(grad.dtype)
+
+    def _row_chunks(self) -> Iterator[slice]:
+        nodes, width = self.shape
+        # A multiple of 8 rows: masks then begin with a byte.
+        rows = max(8, CHUNK_ELEMENTS // max(1, width) // 8 * 8)
+        return (slice(start, min(start + rows, nodes)) for start in range(0, nodes, rows))
+
+
+@dataclass(frozen=True)
+class SketchLayout(_Chunked):
+    """An activation dropout(ReLU(z)) of a map z that is kept as a sketch.
+
+    Its tensors are those of the coefficients, the directions (D, R) with all scales, the shift (D,), the sign mask of
+    ReLU if there was one, and the seed if it is a tensor.
+
+    Args:
+        coefficients: how the coefficients (N, R) are kept.
+        shape: (N, D).
+        relu: whether ReLU came after the sketch.
+        dropout: rate of the dropout after it.
+        seed: of its mask; None if it is a tensor.
+        backend: who runs the kernels.
+    """
+
+    coefficients: MapLayout
+    shape: tuple[int, ...]
+    relu: bool = False
+    dropout: float = 0.0
+    seed: int | None = 0
+    backend: str = "auto"
+
+    @property
+    def stored_type(self) -> str:
+        """What a coefficient is kept as."""
+        return self.coefficients.stored_type
+
+    def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows, and the activation there."""
+        parts = self.coefficients.parts
+        directions, shift, *rest = tensors[parts:]
+        coefficients = self.coefficients.stored(tensors[:parts]).to(directions.dtype)
+        seed = rest[-1] if self.seed is None else self.seed
+        for part in self._row_chunks():
+            piece, first = torch.addmm(shift, coefficients[part], directions.T), part.start * self.shape[1]
+            if self.relu:
+                mask = rest[0][first // 8 : (first + piece.numel() + 7) // 8]
+                piece = ops.leaky_relu_backward(piece, mask, negative_slope=0.0, backend=self.backend)
+            if self.dropout:
+                piece = ops.dropout(piece, p=self.dropout, seed=seed, offset=first, backend=self.backend)
+            yield part, piece
+
+
+@dataclass(frozen=True)
+class ResidentLayout(_Chunked):
+    """Features that are there anyway, with dropout regenerated from its seed: exact, and nothing is kept.
+
+    Its tensors are the features, and the seed if it is a tensor. The fields are those of :class:`SketchLayout`.
+    """
+
+    shape: tuple[int, ...]
+    dropout: float = 0.0
+    seed: int | None = 0
+    backend: str = "auto"
+
+    @property
+    def stored_type(self) -> str:
+        """Nothing is stored."""
+        return "resident"
+
+    def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows, and the features there."""
+        features, *rest = tensors
+        seed = rest[-1] if self.seed is None else self.seed
+        for part in self._row_chunks():
+            piece, first = features[part], part.start * self.shape[1]
+            if self.dropout:
+                piece = ops.dropout(piece, p=self.dropout, seed=seed, offset=first, backend=self.backend)
+            yield part, piece
+
+
+@dataclass(frozen=True)
+class ProductLayout(_Chunked):
+    """The product x W^T of a kept activation, multiplied again where it is needed.
+
+    Its tensors are those of x, and W (C, D).
+
+    Args:
+        source: how x is kept.
+        shape: (N, C).
+    """
+
+    source: Layout
+    shape: tuple[int, ...]
+
+    @property
+    def stored_type(self) -> str:
+        """What the activation is kept as."""
+        return self.source.stored_type
+
+    def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows, and the product there."""
+        *kept, weight = tensors
+        if isinstance(self.source, _Chunked):
+            for part, piece in self.source.chunks(tuple(kept)):
+                yield part, piece.to(weight.dtype) @ weight.T
+        else:
+            yield slice(0, self.shape[0]), self.source.decode(tuple(kept)).to(weight.dtype) @ weight.T
+
+
+@dataclass
+class Directions:
+    """The directions of one map, renewed every so many training passes.
+
+    Args:
+        vectors: (D, R), orthonormal columns; None before the first pass.
+        age: training passes since they were found.
+    """
+
+    vectors: Tensor | None = None
+    age: int = 0
+
+
+def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None) -> Tensor:
+    """Leading eigenvectors (D, R) of the second moments of rows (S, D).
+
+    R is ``rank``, at most D, or else as many as hold the share ``energy`` of the sum of squares.
+    """
+    # In ascending order: the last belong to the largest eigenvalues.
+    values, vectors = torch.linalg.eigh(sample.float().T @ sample.float())
+    if rank is None:
+        share = values.flip(0).clamp_min(0).cumsum(0)
+        rank = 1 + int((share < (energy or 1.0) * share[-1]).sum())
+    leading: Tensor = vectors[:, -min(rank, vectors.size(1)) :].contiguous()
+    return leading
+
+
+def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:
+    """Indices of ``count`` rows, or of all if there are fewer, evenly spaced."""
+    count = min(count, nodes)
+    return torch.arange(count, device=device) * nodes // count
+
+
+def keep_coefficients(
+    z: Tensor, mean: Tensor, scale: Tensor, directions: Tensor, form: MapFormat, *, seed: int | Tensor
+) -> tuple[tuple[MapLayout, tuple[Tensor, ...]], Tensor]:
+    """Keeps c = ((z - mean) scale) V, each column divided by its deviation.
+
+    Args:
+        z: map (N, D).
+        mean: (D,), of its columns.
+        scale: (D,), what the centred columns are multiplied by.
+        directions: V (D, R).
+        form: how the coefficients are quantized.
+        seed: of the rounding.
+
+    Returns:
+        The kept coefficients, and the directions (D, R) times the deviations that were divided out.
+    """
+    scaled = (scale.unsqueeze(1) * directions).to(z.dtype)
+    coefficients = torch.addmm(-(mean.to(z.dtype) @ scaled), z, scaled)
+    deviation = coefficients.float().square().mean(0).sqrt().clamp_min(1e-12)
+    return form.encode(coefficients.div_(deviation.to(z.dtype)), seed=seed), directions * deviation

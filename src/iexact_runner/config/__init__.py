@@ -1,0 +1,164 @@
+"""The schema of a run: plain dataclasses that Hydra merges ``conf/`` into and that check themselves.
+
+Every check raises :class:`~iexact_runner.errors.ConfigError` with the dotted field name, the value and what is valid.
+Nothing here imports torch, so that ``iexact --help`` stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from iexact_runner.config.checks import check, check_at_least, check_choice
+from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
+from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig
+from iexact_runner.config.model import MODEL_CONFIGS, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
+
+__all__ = [
+    "BACKENDS",
+    "BITS",
+    "BinsConfig",
+    "CompressionConfig",
+    "Config",
+    "DatasetConfig",
+    "DigitsConfig",
+    "FidelityConfig",
+    "GATConfig",
+    "GCN2Config",
+    "GCNConfig",
+    "MeasureConfig",
+    "ModelConfig",
+    "SAGEConfig",
+    "SyntheticConfig",
+    "TrainingConfig",
+]
+
+
+TASKS = ("train", "measure", "fidelity", "distribution", "bins")
+PRECISIONS = ("float32", "bfloat16", "float16")
+LOGGERS = ("none", "tensorboard", "mlflow")
+OPTIMIZERS = ("adam", "rmsprop")
+LOSSES = ("cross_entropy", "log_cross_entropy")
+
+
+@dataclass
+class TrainingConfig:
+    """Full-batch training. ``grad_norm`` null is no clipping; ``warmup_epochs`` raises the learning rate linearly."""
+
+    epochs: int = 200
+    lr: float = 0.01
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    grad_norm: float | None = 0.5
+    warmup_epochs: int = 0
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        check_at_least("training.epochs", self.epochs, 1)
+        check(self.lr > 0, "training.lr", self.lr, "must be above 0")
+        check_choice("training.optimizer", self.optimizer, OPTIMIZERS)
+        check(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "must be 0 or more")
+        norm = self.grad_norm
+        check(norm is None or norm > 0, "training.grad_norm", norm, "must be above 0, or null for no clipping")
+        check_at_least("training.warmup_epochs", self.warmup_epochs, 0)
+        check_choice("training.loss", self.loss, LOSSES)
+
+
+@dataclass
+class MeasureConfig:
+    """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs.
+
+    ``energy`` also records kWh and gCO2e of the timed epochs, on the grid of ``country`` (ISO 3166 code of three
+    letters; null is the world's average).
+    """
+
+    warmup_epochs: int = 10
+    timed_epochs: int = 100
+    max_seconds: float = 60.0
+    energy: bool = False
+    country: str | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("measure.warmup_epochs", self.warmup_epochs, 0)
+        check_at_least("measure.timed_epochs", self.timed_epochs, 1)
+        check(self.max_seconds > 0, "measure.max_seconds", self.max_seconds, "must be above 0")
+        country = self.country
+        letters = country is None or (len(country) == 3 and country.isascii() and country.isupper())
+        check(letters, "measure.country", country, "must be an ISO 3166 code of three letters such as DNK, or null")
+
+
+@dataclass
+class FidelityConfig:
+    """``task=fidelity``: ``draws`` gradients of the scheme at the weights after each number of training ``epochs``."""
+
+    epochs: list[int] = field(default_factory=lambda: [5, 30, 100])
+    draws: int = 20
+
+    def __post_init__(self) -> None:
+        epochs = list(self.epochs)
+        increasing = bool(epochs) and all(first < second for first, second in zip(epochs, epochs[1:], strict=False))
+        check(increasing and epochs[0] >= 0, "fidelity.epochs", epochs, "must be increasing and 0 or more")
+        check_at_least("fidelity.draws", self.draws, 2)
+
+
+@dataclass
+class BinsConfig:
+    """The table of ``task=bins``.
+
+    Args:
+        clipped: values beyond the ends lie on them; false restricts the normal distribution to the range.
+        use_d_key: block sizes 4 to 2048; false is the grid of sigma from .01 to 5 by .001 in units of 2-bit codes.
+        bits: bits of a code.
+    """
+
+    clipped: bool = True
+    use_d_key: bool = True
+    bits: int = 2
+
+    def __post_init__(self) -> None:
+        check_choice("bins.bits", self.bits, BITS)
+
+
+@dataclass
+class Config:
+    """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32."""
+
+    task: str = MISSING
+    runs: int = 1
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "float32"
+    debug: bool = False
+    output_dir: str = "outputs"
+    logger: str = "none"
+    model: ModelConfig = MISSING
+    dataset: DatasetConfig = MISSING
+    compression: CompressionConfig = MISSING
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    bins: BinsConfig = field(default_factory=BinsConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("logger", self.logger, LOGGERS)
+        check(bool(self.output_dir), "output_dir", repr(self.output_dir), "must be a folder")
+        model, dataset = self.model, self.dataset
+        fitting = MODEL_CONFIGS.get(model.name)
+        check(fitting is type(model), "model.name", model.name, "choose one with model=NAME")
+        if type(dataset) in DATASET_PREFIXES:
+            prefix = DATASET_PREFIXES[type(dataset)]
+            valid = "choose one with dataset=NAME"
+            check(dataset.name.startswith(prefix), "dataset.name", dataset.name, valid)
+        check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
+        if self.task == "distribution":
+            quantized = self.compression.scheme == "projected" and self.compression.bits is not None
+            check(
+                quantized, "compression.bits", self.compression.bits, "task=distribution needs maps that are quantized"
+            )
+        energy = self.measure.energy
+        check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
+        check_at_least("runs", self.runs, 1)
+        check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")

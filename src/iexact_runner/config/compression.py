@@ -1,0 +1,132 @@
+"""Fields of the compression schemes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from iexact_runner.config.checks import check, check_at_least, check_choice
+
+BITS = (1, 2, 4, 8)
+BACKENDS = ("auto", "torch", "numba", "triton")
+SCHEMES = ("none", "projected", "lowrank")
+LEVELS = ("uniform", "optimal")
+
+
+@dataclass
+class CompressionConfig:
+    """What is kept of each activation map for the backward pass (spec symbols in brackets).
+
+    Args:
+        scheme: ``none`` keeps FP32 maps; ``projected`` is EXACT and i-EXACT; ``lowrank`` keeps coefficients in
+            adaptive directions.
+        bits: bits of a code [b]; null keeps the (projected) map in FP32.
+        kept_frac: features kept by the random projection [R = ceil(kept_frac * D)]; 1.0 is no projection.
+        col_size: block size in rows [G / R]; 0 or 1 is one block a row.
+        alpha: width of the first bin of 2-bit codes in units of the code; 1.0 is uniform, ``auto`` the best width
+            for the size of each map's blocks.
+        levels: ``uniform``, or ``optimal`` for all levels of least variance, at any number of bits.
+        max_block_size: cap of G in elements, rounded to whole rows; null is no cap.
+        share_maps: transform before aggregating, so that one kept map serves both weights of a SAGE layer.
+        store_dropout_mask: keep dropout masks as 1 bit an element instead of regenerating them from the seed.
+        rank: number of directions [R] of ``lowrank``; null if ``energy`` chooses it.
+        energy: share of each map's variance that the directions of ``lowrank`` hold.
+        refresh: training passes between new directions.
+        sample_rows: rows that new directions are found from.
+        backend: who runs the quantizer.
+    """
+
+    scheme: str = MISSING
+    bits: int | None = None
+    kept_frac: float = 1.0
+    col_size: int = 0
+    alpha: Any = 1.0  # a number or a word: OmegaConf fails to merge a union
+    levels: str = "uniform"
+    max_block_size: int | None = None
+    share_maps: bool = False
+    store_dropout_mask: bool = False
+    rank: int | None = None
+    energy: float | None = None
+    refresh: int = 1
+    sample_rows: int = 4096
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("compression.scheme", self.scheme, SCHEMES)
+        check_choice("compression.backend", self.backend, BACKENDS)
+        check(
+            self.bits is None or self.bits in BITS,
+            "compression.bits",
+            self.bits,
+            "must be one of 1, 2, 4, 8, or null to keep the projected map in FP32",
+        )
+        check(0.0 < self.kept_frac <= 1.0, "compression.kept_frac", self.kept_frac, "must be above 0 and at most 1")
+        check_at_least("compression.col_size", self.col_size, 0)
+        self._check_levels()
+        cap = self.max_block_size
+        check(cap is None or cap >= 1, "compression.max_block_size", cap, "must be 1 or more, or null for no cap")
+        if self.scheme == "none":
+            self._check_unused("compression=none keeps FP32; use exact or iexact", *_QUANTIZED, *_LOW_RANK)
+        elif self.scheme == "projected":
+            self._check_unused("is of compression=lowrank", *_LOW_RANK)
+        else:
+            self._check_low_rank()
+
+    def optimal_levels(self) -> bool:
+        """Whether each map's levels are chosen for the size of its blocks."""
+        return self.alpha == "auto" or self.levels == "optimal"
+
+    def _check_levels(self) -> None:
+        alpha, bits = self.alpha, "null" if self.bits is None else self.bits
+        number = type(alpha) in (int, float) and 0.0 < alpha < 1.5
+        check(number or alpha == "auto", "compression.alpha", alpha, "must be above 0 and below 1.5, or auto")
+        check(
+            alpha == 1.0 or self.bits == 2,
+            "compression.alpha",
+            alpha,
+            f"the width of the first bin is for compression.bits=2, which is {bits} here; "
+            "compression.levels=optimal is for all bits",
+        )
+        check_choice("compression.levels", self.levels, LEVELS)
+        if self.levels == "optimal":
+            known = self.bits is not None
+            check(known, "compression.levels", self.levels, "needs compression.bits, which is null here")
+            check(
+                alpha in (1.0, "auto"),
+                "compression.alpha",
+                alpha,
+                "compression.levels=optimal chooses the first bin itself; leave out one of the two",
+            )
+
+    def _check_low_rank(self) -> None:
+        rank, energy = self.rank, self.energy
+        check(rank is None or rank >= 1, "compression.rank", rank, "must be 1 or more, or null")
+        fits = energy is None or 0.0 < energy <= 1.0
+        check(fits, "compression.energy", energy, "must be above 0 and at most 1, or null")
+        both = "give compression.rank or compression.energy, one of the two, and null for the other"
+        check((rank is None) != (energy is None), "compression.rank", "null" if rank is None else rank, both)
+        check_at_least("compression.refresh", self.refresh, 1)
+        check_at_least("compression.sample_rows", self.sample_rows, 1)
+        check(
+            self.share_maps, "compression.share_maps", "false", "compression=lowrank shares its maps; leave it at true"
+        )
+        unused = (("kept_frac", 1.0), ("store_dropout_mask", False))
+        self._check_unused("compression=lowrank has directions and regenerated masks instead", *unused)
+
+    def _check_unused(self, valid: str, *fields: tuple[str, object]) -> None:
+        """A field that would be ignored is a mistake."""
+        for name, unused in fields:
+            value = getattr(self, name)
+            check(value == unused, f"compression.{name}", value, valid)
+
+
+_LOW_RANK = (("rank", None), ("energy", None), ("refresh", 1), ("sample_rows", 4096))
+_QUANTIZED = (
+    ("bits", None),
+    ("kept_frac", 1.0),
+    ("col_size", 0),
+    ("max_block_size", None),
+    ("store_dropout_mask", False),
+)

@@ -1,0 +1,86 @@
+"""Fields of the datasets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from iexact_runner.config.checks import check, check_at_least
+
+
+@dataclass
+class DatasetConfig:
+    """Fields that every dataset has.
+
+    ``source`` picks the loader; ``split_seed`` draws the 60/20/20 split where no split is published.
+    """
+
+    name: str = MISSING
+    source: str = MISSING
+    root: str = "data"
+    inductive: bool = False
+    undirected: bool = False
+    standardize: bool = False
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(bool(self.root), "dataset.root", repr(self.root), "must be a folder")
+        check_at_least("dataset.split_seed", self.split_seed, 0)
+
+
+@dataclass
+class DigitsConfig(DatasetConfig):
+    """Handwritten digits as a symmetric k-nearest-neighbour graph."""
+
+    neighbors: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(1 <= self.neighbors <= 1796, "dataset.neighbors", self.neighbors, "must be between 1 and 1796")
+
+
+@dataclass
+class SyntheticConfig(DatasetConfig):
+    """A degree-corrected block model with label-dependent features.
+
+    ``num_train``, ``num_val`` and ``num_test`` are node counts of the split; null for all three is 60/20/20.
+    """
+
+    num_nodes: int = 10_000
+    average_degree: float = 10.0
+    num_features: int = 64
+    num_classes: int = 10
+    homophily: float = 0.7
+    degree_exponent: float = 2.5
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    graph_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nodes = self.num_nodes
+        check_at_least("dataset.num_nodes", nodes, 10)
+        degree = self.average_degree
+        check(
+            0 < degree <= (nodes - 1) / 4,
+            "dataset.average_degree",
+            degree,
+            f"must be above 0 and at most (num_nodes - 1) / 4 = {(nodes - 1) / 4:g}",
+        )
+        check_at_least("dataset.num_features", self.num_features, 1)
+        classes = self.num_classes
+        check(2 <= classes <= nodes, "dataset.num_classes", classes, "must be between 2 and num_nodes")
+        check(0.0 <= self.homophily <= 1.0, "dataset.homophily", self.homophily, "must be between 0 and 1")
+        check(self.degree_exponent > 1, "dataset.degree_exponent", self.degree_exponent, "must be above 1")
+        check_at_least("dataset.graph_seed", self.graph_seed, 0)
+        sizes = (self.num_train, self.num_val, self.num_test)
+        given = [size for size in sizes if size is not None]
+        valid = "set num_train, num_val and num_test together, each 1 or more, at most num_nodes in all"
+        check(len(given) in (0, 3) and all(size >= 1 for size in given), "dataset.num_train", self.num_train, valid)
+        check(sum(given) <= nodes, "dataset.num_train", self.num_train, valid)
+
+
+# Of the datasets that need no files; the loaders check the names of the others.
+DATASET_PREFIXES: dict[type[DatasetConfig], str] = {DigitsConfig: "digits", SyntheticConfig: "synthetic"}

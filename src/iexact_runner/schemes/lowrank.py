@@ -1,0 +1,156 @@
+"""The shared low-rank sketch: a few adaptive directions of each map serve BatchNorm and the next convolution alike.
+
+``docs/lowrank.md`` has the equations. Shapes: N nodes, D features, R directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from iexact_runner.compression import ops
+from iexact_runner.compression.maps import KeptMap, MapLayout
+from iexact_runner.compression.sketch import (
+    Directions,
+    ProductLayout,
+    ResidentLayout,
+    SketchLayout,
+    keep_coefficients,
+    leading_directions,
+    sampled_rows,
+)
+from iexact_runner.config import CompressionConfig
+from iexact_runner.schemes import functions
+from iexact_runner.schemes.activation import Activation, Kept, Resident
+from iexact_runner.schemes.projected import Projected
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A map kept as its coefficients' tensors, with directions (D, R) that hold all scales, and a shift (D,)."""
+
+    layout: MapLayout
+    tensors: tuple[Tensor, ...]
+    directions: Tensor
+    shift: Tensor
+
+
+class LowRank(Projected):
+    """One training pass of the low-rank scheme; the forward pass stays exact.
+
+    Args:
+        config: rank or energy, bits, and how often directions are renewed.
+        seed: seed of this pass.
+        map_seed: seed of the rounding, if it is to differ from that of the masks.
+        directions: those of the model's maps, in the order of the pass; renewed here when their time has come.
+    """
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        *,
+        seed: int | Tensor,
+        map_seed: int | Tensor | None = None,
+        directions: list[Directions],
+    ) -> None:
+        super().__init__(config, seed=seed, map_seed=map_seed)
+        self._config = config
+        self._directions = directions
+        self._sketches = 0
+        self._normalized: Sketch | None = None
+
+    def input(self, features: Tensor, *, dropout: float) -> Activation:
+        """The activation a model starts from: the features are referenced, dropout on them is regenerated."""
+        if not dropout:
+            layout = ResidentLayout(tuple(features.shape))
+            return Activation(features, Resident(KeptMap(layout, (features,))))
+        backend, seed, fixed, seeds = self._format.backend, *self._mask_seed()
+        layout = ResidentLayout(tuple(features.shape), dropout, fixed, backend)
+        value = ops.dropout(features, p=dropout, seed=seed, backend=backend)
+        return Activation(value, Kept(KeptMap(layout, (features, *seeds))))
+
+    def finish(
+        self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float
+    ) -> Activation:
+        """A convolution, BatchNorm, + residual, ReLU, dropout: one sketch, or two if a residual comes between."""
+        if not torch.is_grad_enabled():
+            return super().finish(convolve, norm=norm, residual=residual, dropout=dropout)
+        h = convolve()
+        self._normalized = None
+        if norm is not None:
+            h = self.batch_norm(h, norm)
+        if residual is not None:
+            h, self._normalized = h + residual, None
+        sketch = self._normalized
+        if sketch is None:
+            mean = h.detach().float().mean(0)
+            sketch = self._sketch(h.detach(), mean, torch.ones_like(mean))
+        signs: list[Tensor] = []
+        backend = self._format.backend
+        fixed: int | None = 0
+        seeds: list[Tensor] = []
+        value: Tensor
+        if dropout:
+            seed, fixed, seeds = self._mask_seed()
+            value = functions.LeakyReLUDropout.apply(h, 0.0, dropout, seed, False, backend, signs)
+        else:
+            value = functions.LeakyReLU.apply(h, 0.0, backend, False, signs)
+        layout = SketchLayout(sketch.layout, tuple(h.shape), True, dropout, fixed, backend)
+        tensors = (*sketch.tensors, sketch.directions, sketch.shift, *signs, *seeds)
+        return Activation(value, Kept(KeptMap(layout, tensors)))
+
+    def drop(self, x: Activation, p: float) -> Activation:
+        """Dropout of an activation that has other consumers; both are decoded from one sketch."""
+        if not p:
+            return x
+        seed, fixed, seeds = self._mask_seed()
+        value: Tensor = functions.Dropout.apply(x.value, p, seed, self._format.backend)
+        kept = x.source.kept
+        if kept is None or not isinstance(kept.layout, SketchLayout):
+            return Activation(value, Kept())
+        layout = replace(kept.layout, dropout=p, seed=fixed)
+        return Activation(value, Kept(KeptMap(layout, (*kept.tensors, *seeds))))
+
+    def _keep_product(self, h: Tensor, product: tuple[Activation, Tensor] | None) -> KeptMap:
+        """Keeps nothing of h = x W^T but W: x is kept already."""
+        if product is None:
+            return super()._keep_product(h, product)
+        x, weight = product
+        kept = self._shared(x)
+        return KeptMap(ProductLayout(kept.layout, tuple(h.shape)), (*kept.tensors, weight))
+
+    def _keep_normalized(
+        self, h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> KeptMap:
+        """Keeps the normalised map x^: for BatchNorm as its input, for the block as its output gamma x^ + beta."""
+        sketch = self._sketch(h.detach(), mean, inverse_std)
+        gamma = torch.ones_like(mean) if weight is None else weight.detach()
+        beta = torch.zeros_like(mean) if bias is None else bias.detach().clone()
+        self._normalized = replace(sketch, directions=sketch.directions * gamma.unsqueeze(1), shift=beta)
+        layout = SketchLayout(sketch.layout, tuple(h.shape))
+        return KeptMap(layout, (*sketch.tensors, sketch.directions / inverse_std.unsqueeze(1), mean))
+
+    def _sketch(self, z: Tensor, mean: Tensor, scale: Tensor) -> Sketch:
+        """The sketch of (z - mean) * scale for a map z (N, D) with columns of this mean; its shift is the mean."""
+        if self._sketches == len(self._directions):
+            self._directions.append(Directions())
+        state = self._directions[self._sketches]
+        self._sketches += 1
+        config = self._config
+        if state.vectors is None or state.age >= config.refresh:
+            rows = sampled_rows(z.size(0), config.sample_rows, device=z.device)
+            sample = (z[rows].float() - mean) * scale
+            state.vectors, state.age = leading_directions(sample, rank=config.rank, energy=config.energy), 0
+        state.age += 1
+        (layout, tensors), directions = keep_coefficients(
+            z, mean, scale, state.vectors, self._format, seed=self._next_map_seed()
+        )
+        return Sketch(layout, tensors[: layout.parts], directions, mean)
+
+    def _mask_seed(self) -> tuple[int | Tensor, int | None, list[Tensor]]:
+        """Seed of the next mask; what a layout holds of it, and the tensors that a map holds of it."""
+        seed = self.next_mask_seed()
+        return (seed, None, [seed]) if isinstance(seed, Tensor) else (seed, seed, [])
