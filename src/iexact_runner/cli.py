@@ -149,6 +149,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv[1:] = spell_out(sys.argv[1:])
     register_schema()
+    # torch, imported later, would warn on the screen whenever it frees what a memory record began after.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Hydra then raises what it would print in its own many-line way.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     debug = "debug=true" in (argument.lower() for argument in sys.argv[1:])
