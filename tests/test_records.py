@@ -151,3 +151,5 @@ def test_compression_in_words():
     assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
     assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
     assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
+    fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": 1, "col_size": 16}
+    assert compression_label(fitted) == "INT4, low rank, rank 8"

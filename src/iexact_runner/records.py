@@ -205,6 +205,9 @@ def compression_label(config: Mapping[str, Any]) -> str:
         return "FP32"
     words = ["FP32 maps" if config.get("bits") is None else f"INT{config['bits']}"]
     usual = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
+    if config.get("scheme") == "lowrank":
+        words.append("low rank")
+        usual = {"rank": None, "energy": None, "refresh": 1, "levels": "uniform"}
     words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(words)
 
