@@ -60,6 +60,8 @@ def test_figures_stand_in_the_committed_rows():
     for _, row in rows.iterrows():
         shown = f"{100 * row.test_mean:.2f} +- {100 * row.test_std:.2f} | {row.saved_mib:.2f} |"
         assert shown in TEXT
+    for _, row in pd.read_csv(REPOSITORY / "benchmarks" / "coauthor_physics_cpu.csv").iterrows():
+        assert f"| {100 * row.test_mean:.2f} | {row.saved_mib:.2f} | {row.epochs_per_second_median:.2f} (" in TEXT
     for _, row in pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_amazon_computers_cpu.csv").iterrows():
         errors = [row[f"fidelity.after.{epoch}.relative_error_mean"] for epoch in (5, 30, 100)]
         last = {name: row[f"fidelity.after.100.{name}_mean"] for name in ("cosine", "bias", "bias_standard_error")}

@@ -9,6 +9,7 @@ import pytest
 
 from iexact_runner.errors import UserError
 from iexact_runner.records import (
+    SCHEMA_VERSION,
     DamagedRecord,
     RunFolder,
     compression_label,
@@ -153,3 +154,13 @@ def test_compression_in_words():
     assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
     fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": 1, "col_size": 16}
     assert compression_label(fitted) == "INT4, low rank, rank 8"
+
+
+def test_a_field_that_is_newer_than_a_record_had_its_default(tmp_path):
+    folder = RunFolder(tmp_path / "old")
+    compression = {"scheme": "projected", "bits": 2}
+    config = {"task": "measure", "runs": 1, "training": {"epochs": 1}, "compression": compression, "model": {}}
+    config |= {"dataset": {}, "seed": 0}
+    folder.write_summary({"schema_version": SCHEMA_VERSION, "status": "completed", "config": config})
+    found = read_run(tmp_path / "old").summary["config"]["compression"]
+    assert (found["bits"], found["refresh"], found["levels"]) == (2, 1, "uniform")

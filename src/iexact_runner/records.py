@@ -11,17 +11,21 @@ import re
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import UserError
 
 SCHEMA_VERSION = 1
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 STATUSES = ("completed", "failed", "interrupted")
+
+
+_COMPRESSION_DEFAULTS = {field.name: field.default for field in fields(CompressionConfig)}
 
 
 class DamagedRecord(UserError):
@@ -123,6 +127,8 @@ def read_run(folder: Path) -> Run:
     except OSError as error:
         raise DamagedRecord(f"{error.filename}: cannot be read ({error.strerror})") from error
     config, status = summary["config"], summary["status"]
+    # A field that is newer than the record had its default.
+    config["compression"] = _COMPRESSION_DEFAULTS | config["compression"]
     expected = config["runs"] * config["training"]["epochs"]
     if status == "completed" and config.get("task") in ("train", "distribution") and lines != expected:
         raise DamagedRecord(f"{folder / METRICS}: has {lines} lines, a completed run {expected}")
