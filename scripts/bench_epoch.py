@@ -26,9 +26,10 @@ from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.experiment import resolve_device
+from iexact_runner.loss import loss_per_node
 from iexact_runner.nn import build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
-from iexact_runner.training import Optimization, Problem, clock, loss_of, prepare, step, training_input
+from iexact_runner.training import Optimization, Problem, clock, prepare, step, training_input
 
 PRESETS = {
     "none": ("compression=none",),
@@ -133,7 +134,8 @@ def _baseline_step(config: Config, problem: Problem) -> Step:
 
     def run(epoch: int) -> float:
         features, nodes = training_input(problem, seed=epoch)
-        loss = loss_of(model(features, operator)[nodes], problem.training.y[nodes], kind=config.training.loss)
+        scores = model(features, operator)[nodes]
+        loss = loss_per_node(scores, problem.training.y[nodes], kind=config.training.loss).mean()
         optimization.update(model, loss, epoch=epoch)
         return loss.item()
 

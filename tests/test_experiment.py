@@ -93,7 +93,7 @@ def test_records_of_a_training_run(tmp_path):
     parameters = 2 * 64 * 16 + 16 + 2 * 16 * 16 + 16 + 2 * 16 * 10 + 10 + 2 * 2 * 16
     buffers = 4 * (2 * 2 * 16) + 2 * 8
     assert memory["model_mib"] == pytest.approx((4 * parameters + buffers) / 2**20)
-    assert memory["loss_mib"] == pytest.approx((1078 * 10 * 4 + 1078 * 8) / 2**20, rel=0.02)
+    assert memory["loss_mib"] == 0.0  # nothing but the output
 
     throughput = summary["throughput"]
     assert throughput["timed_epochs"] == 3 * (4 - 1) and throughput["warmup_epochs"] == 1

@@ -21,6 +21,7 @@ from iexact_runner.data import load_dataset
 from iexact_runner.data.sparse import CSR
 from iexact_runner.display import Display, show_fidelity, show_summary, show_tensors
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.loss import node_loss
 from iexact_runner.nn import Model, build_model
 from iexact_runner.peak import PeakMemory
 from iexact_runner.records import SCHEMA_VERSION, RunFolder, mean_std
@@ -32,7 +33,6 @@ from iexact_runner.training import (
     Scores,
     autocast,
     clock,
-    loss_of,
     prepare,
     step,
     train_epochs,
@@ -207,8 +207,8 @@ class Experiment:
             with autocast(self._config.precision, self._device):
                 scores = model(features, problem.training.graph, seed=seed)
             kept = saved.kept(scores)
-            loss = loss_of(scores[nodes].float(), problem.training.y[nodes], kind=self._config.training.loss)
-            kept_with_loss = saved.kept(loss)
+            loss = node_loss(scores, problem.training.y, nodes, kind=self._config.training.loss)
+            kept_with_loss = saved.kept(loss, beside=scores)
         after = measure.allocated(self._device)
         reference = None
         if before is not None and after is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, Config
 from iexact_runner.nn import Model
-from iexact_runner.training import Optimization, Problem, autocast, loss_of, step, training_input
+from iexact_runner.training import Optimization, Problem, step, training_loss
 
 FIGURES = ("relative_error", "cosine", "bias", "bias_standard_error")
 # A gradient this much smaller than the whole is zero but for rounding, such as that of a bias before BatchNorm.
@@ -113,10 +113,7 @@ def gradients(
 ) -> list[Tensor]:
     """Gradient of every parameter in one training step that is not taken; ``seed`` draws the dropout masks."""
     model.train()
-    features, nodes = training_input(problem, seed=seed)
-    with autocast(precision, features.device):
-        scores = model(features, problem.training.graph, seed=seed, map_seed=map_seed)
-    loss = loss_of(scores[nodes].float(), problem.training.y[nodes], kind=kind)
+    loss = training_loss(model, problem, kind=kind, precision=precision, seed=seed, map_seed=map_seed)
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 

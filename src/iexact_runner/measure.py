@@ -87,8 +87,8 @@ class SavedTensors:
         for handle in self._handles:
             handle.remove()
 
-    def kept(self, output: Tensor) -> list[TensorRecord]:
-        """What the graph behind ``output`` keeps at this moment, in the order of the forward pass."""
+    def kept(self, output: Tensor, *, beside: Tensor | None = None) -> list[TensorRecord]:
+        """What the graph behind ``output`` keeps at this moment, ``beside`` another one, in forward order."""
         # What no node admits to (an operation in C++ without attributes) still counts, as "unknown".
         items = {id(packed): ("unknown", [packed], None) for packed in self._alive()}
         for node in graph_nodes(output):
@@ -96,7 +96,7 @@ class SavedTensors:
                 for part in parts:
                     items.pop(id(part), None)
                 items[id(parts[0])] = (node.name(), parts, described)
-        records, taken = [], set(self._excluded)
+        records, taken = [], self._excluded | {_key(tensor) for tensor in (beside,) if tensor is not None}
         for packed in self._alive():
             op, parts, described = items.get(id(packed), ("", [], None))
             dense = [piece for part in parts for piece in dense_parts(part.tensor)]
