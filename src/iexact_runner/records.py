@@ -213,7 +213,7 @@ def compression_label(config: Mapping[str, Any]) -> str:
     usual = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
     if config.get("scheme") == "lowrank":
         words.append("low rank")
-        usual = {"rank": None, "energy": None, "refresh": 1, "levels": "uniform"}
+        usual = {"rank": None, "energy": None, "refresh": 1, "residual": 0, "levels": "uniform"}
     words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(words)
 

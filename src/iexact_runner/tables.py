@@ -40,6 +40,7 @@ CONFIG_COLUMNS = (
     "compression.rank",
     "compression.energy",
     "compression.refresh",
+    "compression.residual",
     "runs",
     "seed",
     "training.epochs",

@@ -102,6 +102,10 @@ class MapLayout:
         """All but a map that is kept as it is."""
         return self.bits is not None or self.projected
 
+    def independent(self) -> MapLayout:
+        """This one: the error of a single estimate is of order variance / N where it stands twice."""
+        return self
+
     def stored(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The (N, R) map that was stored, decoded."""
         if self.bits is None:
@@ -156,6 +160,9 @@ class Layout(Protocol):
     @property
     def decodes_afresh(self) -> bool:
         """Whether :meth:`decode` returns memory of its own, which may be written over."""
+
+    def independent(self) -> Layout:
+        """How the same tensors give an estimate with an error of its own, or this layout if there is but one."""
 
     def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The map, or an estimate of it."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class _Chunked(ABC):
     def decodes_afresh(self) -> bool:
         """It is decoded into memory of its own."""
         return True
+
+    def independent(self) -> Layout:
+        """This one: it has one estimate."""
+        return cast(Layout, self)
 
     @abstractmethod
     def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
@@ -77,6 +82,8 @@ class SketchLayout(_Chunked):
         dropout: rate of the dropout after it.
         seed: of its mask; None if it is a tensor.
         backend: who runs the kernels.
+        residual: k, if the last 2 k directions are two random sketches of what the others miss, k each.
+        half: which of the two to decode with, 0 or 1; None takes their mean, which has half the variance.
     """
 
     coefficients: MapLayout
@@ -85,16 +92,27 @@ class SketchLayout(_Chunked):
     dropout: float = 0.0
     seed: int | None = 0
     backend: str = "auto"
+    residual: int = 0
+    half: int | None = None
 
     @property
     def stored_type(self) -> str:
         """What a coefficient is kept as."""
         return self.coefficients.stored_type
 
+    def independent(self) -> SketchLayout:
+        """The other half, whose error has nothing to do with that of this one."""
+        return self if self.half is None else replace(self, half=1 - self.half)
+
     def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
         """Runs of rows, and the activation there."""
         parts = self.coefficients.parts
         directions, shift, *rest = tensors[parts:]
+        if self.half is not None:
+            weights = directions.new_ones(directions.size(1))
+            first, second = (weights[-2 * self.residual : -self.residual], weights[-self.residual :])
+            first.fill_(2.0 * (1 - self.half)), second.fill_(2.0 * self.half)
+            directions = directions * weights
         coefficients = self.coefficients.stored(tensors[:parts]).to(directions.dtype)
         seed = rest[-1] if self.seed is None else self.seed
         for part in self._row_chunks():
@@ -189,6 +207,16 @@ def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None
         rank = 1 + int((share < (energy or 1.0) * share[-1]).sum())
     leading: Tensor = vectors[:, -min(rank, vectors.size(1)) :].contiguous()
     return leading
+
+
+def residual_directions(directions: Tensor, count: int, *, seed: int | Tensor, backend: str) -> Tensor:
+    """Random directions (D, count) Q of what V (D, R) misses: E[Q Q^T] = I - V V^T.
+
+    Rademacher columns, less their part along V.
+    """
+    columns = ops.rademacher(directions, directions.size(0), count, seed=seed, backend=backend)
+    residual: Tensor = columns - directions @ (directions.T @ columns)
+    return residual
 
 
 def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:

@@ -51,7 +51,8 @@ class BatchNorm(Function):
     """BatchNorm1d in training mode; mean and variance are exact, the input comes from the kept map.
 
     The map is kept by ``keep(mean, 1 / deviation)``, once the statistics of its columns are known.
-    d gamma and d beta are unbiased; dx is quadratic in the kept map and so has a bias of order variance / N.
+    d gamma and d beta are unbiased; dx is quadratic in the kept map and so has a bias of order variance / N, unless the
+    map decodes to two independent estimates.
     """
 
     @staticmethod
@@ -81,7 +82,10 @@ class BatchNorm(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, weight, mean, inverse_std = ctx.saved_tensors
         x = ctx.layout.decode(tuple(tensors))
-        if grad.is_cuda or not ctx.layout.decodes_afresh:
+        other = ctx.layout.independent()
+        if other is not ctx.layout:
+            grads = _batch_norm_backward(grad, x, weight, mean, inverse_std, again=other.decode(tuple(tensors)))
+        elif grad.is_cuda or not ctx.layout.decodes_afresh:
             grads = torch.ops.aten.native_batch_norm_backward(
                 grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, list(ctx.needs_input_grad[:3])
             )
@@ -91,11 +95,12 @@ class BatchNorm(Function):
 
 
 def _batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, inverse_std: Tensor, *, again: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, which takes the place of ``x``, of gamma and of beta.
+    """Gradients of x, which takes the place of ``x`` or ``again``, of gamma and of beta.
 
     In chunks of rows that fit a cache, for the CPU kernel of torch needs a third map beside ``grad`` and ``x``.
+    ``again`` is another estimate of x, for the second of the two places that x has in its own gradient.
     """
     rows = max(1, CHUNK_ELEMENTS // max(1, x.size(1)))
     grad_bias = grad.sum(0, dtype=mean.dtype)
@@ -107,6 +112,8 @@ def _batch_norm_backward(
     factor = inverse_std if weight is None else inverse_std * weight
     # dx = factor (g - mean(g) - x^ mean(g x^)), the mean already taken off x.
     slope, shift = factor * inverse_std * grad_weight / -x.size(0), factor * grad_bias / -x.size(0)
+    if again is not None:
+        x = again.sub_(mean)
     for start in range(0, x.size(0), rows):
         x[start : start + rows].mul_(slope).addcmul_(grad[start : start + rows], factor).add_(shift)
     return x, None if weight is None else grad_weight, None if weight is None else grad_bias

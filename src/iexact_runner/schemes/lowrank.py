@@ -20,6 +20,7 @@ from iexact_runner.compression.sketch import (
     SketchLayout,
     keep_coefficients,
     leading_directions,
+    residual_directions,
     sampled_rows,
 )
 from iexact_runner.config import CompressionConfig
@@ -98,7 +99,7 @@ class LowRank(Projected):
             value = functions.LeakyReLUDropout.apply(h, 0.0, dropout, seed, False, backend, signs)
         else:
             value = functions.LeakyReLU.apply(h, 0.0, backend, False, signs)
-        layout = SketchLayout(sketch.layout, tuple(h.shape), True, dropout, fixed, backend)
+        layout = SketchLayout(sketch.layout, tuple(h.shape), True, dropout, fixed, backend, self._config.residual)
         tensors = (*sketch.tensors, sketch.directions, sketch.shift, *signs, *seeds)
         return Activation(value, Kept(KeptMap(layout, tensors)))
 
@@ -130,7 +131,8 @@ class LowRank(Projected):
         gamma = torch.ones_like(mean) if weight is None else weight.detach()
         beta = torch.zeros_like(mean) if bias is None else bias.detach().clone()
         self._normalized = replace(sketch, directions=sketch.directions * gamma.unsqueeze(1), shift=beta)
-        layout = SketchLayout(sketch.layout, tuple(h.shape))
+        residual = self._config.residual
+        layout = SketchLayout(sketch.layout, tuple(h.shape), residual=residual, half=0 if residual else None)
         return KeptMap(layout, (*sketch.tensors, sketch.directions / inverse_std.unsqueeze(1), mean))
 
     def _sketch(self, z: Tensor, mean: Tensor, scale: Tensor) -> Sketch:
@@ -145,10 +147,21 @@ class LowRank(Projected):
             sample = (z[rows].float() - mean) * scale
             state.vectors, state.age = leading_directions(sample, rank=config.rank, energy=config.energy), 0
         state.age += 1
+        directions, residual = state.vectors, config.residual
+        if residual:
+            halves = [self._residual_directions(state.vectors) for _ in range(2)]
+            directions = torch.cat([directions, *halves], dim=1)
         (layout, tensors), directions = keep_coefficients(
-            z, mean, scale, state.vectors, self._format, seed=self._next_map_seed()
+            z, mean, scale, directions, self._format, seed=self._next_map_seed()
         )
+        if residual:
+            directions[:, -2 * residual :] /= 2  # the mean of two estimates
         return Sketch(layout, tensors[: layout.parts], directions, mean)
+
+    def _residual_directions(self, directions: Tensor) -> Tensor:
+        return residual_directions(
+            directions, self._config.residual, seed=self._next_map_seed(), backend=self._format.backend
+        )
 
     def _mask_seed(self) -> tuple[int | Tensor, int | None, list[Tensor]]:
         """Seed of the next mask; what a layout holds of it, and the tensors that a map holds of it."""
