@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,8 @@ from iexact_runner.errors import UserError
 SCHEMA_VERSION = 1
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 STATUSES = ("completed", "failed", "interrupted")
-
+# Fields of a configuration that say where and how it is recorded; no number depends on them.
+WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "resume", "sweep")
 
 _COMPRESSION_DEFAULTS = {field.name: field.default for field in fields(CompressionConfig)}
 
@@ -205,6 +207,15 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Tells configurations apart whose numbers may differ: 16 hexadecimal digits.
+
+    The same for a resolved ``config.yaml``, for the ``config`` of a summary, and for the fields of a ``Config``.
+    """
+    effective = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps(_canonical(effective), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def compression_label(config: Mapping[str, Any]) -> str:
     """A compression's configuration in a few words."""
     if config.get("scheme") == "none":
@@ -247,6 +258,15 @@ def mean_std(values: Sequence[float]) -> dict[str, Any]:
         return {"mean": None, "std": None, "values": []}
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "std": spread, "values": list(values)}
+
+
+def _canonical(value: Any) -> Any:
+    """A value with whole numbers as integers: 1 and 1.0 are the same to every field."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _finite(value: Any) -> Any:
