@@ -10,7 +10,7 @@ from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes import functions
-from iexact_runner.schemes.activation import Activation, Resident
+from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import Extremum, SoftmaxAggregation, WeightedSpMM
 from iexact_runner.schemes.attention import Attention
 from iexact_runner.schemes.plain import Plain
@@ -149,6 +149,25 @@ class Projected(Plain):
     ) -> KeptMap:
         """Keeps the input of BatchNorm, whose output is (h - mean) * inverse_std * weight + bias."""
         return self._keep(h, project=False)
+
+    def normalized(
+        self,
+        x: Activation,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *,
+        momentum: float,
+        eps: float,
+    ) -> Activation:
+        """:meth:`normalize` of an activation; what it keeps is of no use to a later consumer."""
+        statistics = (running_mean, running_var)
+        return Activation(self.normalize(x.value, weight, bias, *statistics, momentum=momentum, eps=eps), Kept())
+
+    def rectified(self, x: Activation, negative_slope: float, *, inplace: bool = False) -> Activation:
+        """:meth:`leaky_relu` of an activation."""
+        return Activation(self.leaky_relu(x.value, negative_slope, inplace=inplace), Kept())
 
     def relu(self, h: Tensor) -> Tensor:
         """ReLU, its mask in 1 bit an element."""
