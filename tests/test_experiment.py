@@ -84,6 +84,7 @@ def test_records_of_a_training_run(tmp_path):
         "model_mib",
         "peak_allocated_mib",
         "peak_reserved_mib",
+        "peak_resident_mib",
         "reference_activation_mib",
         "tensors",
     }

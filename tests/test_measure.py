@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from conftest import FP32, projected
 from iexact_runner.config import SAGEConfig
 from iexact_runner.data.graph import mean_adjacency
-from iexact_runner.measure import SavedTensors, Throughput, time_epochs, total_bytes
+from iexact_runner.measure import SavedTensors, Throughput, peak_mib, reset_peak, time_epochs, total_bytes
 from iexact_runner.nn import build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
 
@@ -135,3 +137,19 @@ def test_throughput_figures():
 def test_timing_stops_at_its_budget(seconds, max_seconds, expected):
     figures = time_epochs(lambda: seconds, warmup_epochs=4, timed_epochs=6, max_seconds=max_seconds)
     assert (figures.warmup_epochs, figures.timed_epochs) == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the resident set is counted on Linux")
+def test_peak_of_an_earlier_run_does_not_count():
+    """400 MB written and freed before the reset do not appear in the peak after it, 200 MB written then do."""
+    device = torch.device("cpu")
+    reset_peak(device)
+    before = peak_mib(device)["peak_resident_mib"]
+    torch.ones(100_000_000).sum()
+    raised = peak_mib(device)["peak_resident_mib"]
+    reset_peak(device)
+    after = peak_mib(device)["peak_resident_mib"]
+    torch.ones(50_000_000).sum()
+    assert raised - before == pytest.approx(400e6 / 2**20, rel=0.1)
+    assert after - before < 100
+    assert peak_mib(device)["peak_resident_mib"] - after == pytest.approx(200e6 / 2**20, rel=0.1)

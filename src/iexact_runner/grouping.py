@@ -81,6 +81,7 @@ METRICS = {
         Metric("model_mib", "memory.model_mib", "model [MiB]", digits=4),
         Metric("peak_allocated_mib", "memory.peak_allocated_mib", "peak allocated [MiB]"),
         Metric("peak_reserved_mib", "memory.peak_reserved_mib", "peak reserved [MiB]"),
+        Metric("peak_resident_mib", "memory.peak_resident_mib", "peak resident [MiB]"),
         Metric("reference_activation_mib", "memory.reference_activation_mib", "activations, as the reference [MiB]"),
         Metric("kwh", "energy.kwh", "energy [kWh]", digits=6),
         Metric("gco2e", "energy.gco2e", "emissions [gCO2e]", digits=4),

@@ -7,11 +7,13 @@ reference tells which of them the graph still holds when the model returns. Each
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -188,21 +190,35 @@ def allocated(device: torch.device) -> int | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts the peak figures of a CUDA device anew, from what is really in use."""
+    """Starts the peak figures of a device anew, from what is really in use."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # the reserved peak would else begin at what an earlier run left cached
         torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # only Linux has it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_mib(device: torch.device) -> dict[str, float | None]:
-    """Peak allocated and reserved MiB of a CUDA device since :func:`reset_peak`; None elsewhere."""
-    if device.type != "cuda":
-        return {"peak_allocated_mib": None, "peak_reserved_mib": None}
+    """Peak MiB since :func:`reset_peak`: allocated and reserved on a CUDA device, and resident in this process.
+
+    None for what a machine does not count: CUDA's figures without it, the resident set outside of Linux.
+    """
+    cuda = device.type == "cuda"
     return {
-        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / MIB,
-        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / MIB,
+        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / MIB if cuda else None,
+        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / MIB if cuda else None,
+        "peak_resident_mib": _peak_resident_mib(),
     }
+
+
+def _peak_resident_mib() -> float | None:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return None if found is None else int(found[1]) / 1024
 
 
 @dataclass(frozen=True)
