@@ -85,6 +85,8 @@ METRICS = {
         Metric("reference_activation_mib", "memory.reference_activation_mib", "activations, as the reference [MiB]"),
         Metric("kwh", "energy.kwh", "energy [kWh]", digits=6),
         Metric("gco2e", "energy.gco2e", "emissions [gCO2e]", digits=4),
+        # Of two rows, not of a run: iexact_runner.paired.
+        Metric("test_difference", "", "difference to FP32 [points]", 100.0),
     )
 }
 DEFAULT_METRICS = ("test", "epochs_per_second", "saved_mib", "kwh", "gco2e")
@@ -92,13 +94,17 @@ DEFAULT_METRICS = ("test", "epochs_per_second", "saved_mib", "kwh", "gco2e")
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of a group: mean and sample standard deviation over repeats, or a median with its percentiles."""
+    """A figure of a group: mean and sample standard deviation over repeats, or a median with its percentiles.
+
+    ``interval`` is half the width of the mean's 95% interval, where that is what people see in place of ``std``.
+    """
 
     value: float
     std: float | None = None
     p20: float | None = None
     p80: float | None = None
     repeats: int = 1
+    interval: float | None = None
     published: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -123,6 +129,15 @@ class Results:
     rows: list[Row]
     metrics: list[Metric]
     warnings: list[str]
+
+
+def experiment_of(run: Run) -> dict[str, Any]:
+    """What two repeats agree in: the flat configuration without the fields that they may differ in."""
+    return {
+        name: value
+        for name, value in flatten(run.summary["config"])
+        if name not in REPEAT_FIELDS and not name.startswith(REPEAT_GROUPS)
+    }
 
 
 def field_of(run: Run, name: str) -> Any:
@@ -180,7 +195,7 @@ def group(runs: Sequence[Run], metrics: list[Metric], *, by: Sequence[str]) -> R
     """Pools runs that agree in the fields ``by``, or, without any, in all but those that repeats differ in."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = [field_of(run, name) for name in by] if by else _experiment(run)
+        key = [field_of(run, name) for name in by] if by else experiment_of(run)
         groups.setdefault(json.dumps(key, sort_keys=True, default=str), []).append(run)
     members = list(groups.values())
     labels = [{name: field_of(pooled[0], name) for name in by} for pooled in members] if by else _labels(members)
@@ -191,22 +206,13 @@ def group(runs: Sequence[Run], metrics: list[Metric], *, by: Sequence[str]) -> R
     return Results(rows, metrics, [*_mixed_environment(runs), *_mixed_rows(rows)])
 
 
-def _experiment(run: Run) -> dict[str, Any]:
-    """What two repeats agree in: the flat configuration without the fields that they may differ in."""
-    return {
-        name: value
-        for name, value in flatten(run.summary["config"])
-        if name not in REPEAT_FIELDS and not name.startswith(REPEAT_GROUPS)
-    }
-
-
 def _labels(members: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
     """Model, dataset and compression, and the fields without which two groups would look the same."""
     names = ("dataset", "model", "compression")
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for pooled in members:
         key = tuple(field_of(pooled[0], name) for name in names)
-        alike.setdefault(key, []).append(_experiment(pooled[0]))
+        alike.setdefault(key, []).append(experiment_of(pooled[0]))
     needed: dict[str, None] = {}
     for experiments in alike.values():
         for name in experiments[0]:
@@ -277,7 +283,7 @@ def _mixed_rows(rows: Sequence[Row]) -> list[str]:
     warnings = []
     for row in rows:
         name = ", ".join(map(_text, row.labels.values()))
-        experiments = [_experiment(run) for run in row.runs]
+        experiments = [experiment_of(run) for run in row.runs]
         for path in experiments[0]:
             values = _distinct(experiment.get(path) for experiment in experiments)
             if len(values) > 1:

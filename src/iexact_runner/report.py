@@ -14,6 +14,7 @@ from rich.console import Console
 from iexact_runner import tables
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.grouping import METRICS, Results, check_fields, group, matches, metrics_named
+from iexact_runner.paired import with_differences
 from iexact_runner.records import DamagedRecord, Run, read_run, run_folders, write_atomically
 
 FORMATS = ("table", "csv", "parquet", "markdown", "latex", "html")
@@ -80,7 +81,8 @@ def read_report(
     # task=bins has neither a dataset nor a model: its table is its own.
     completed = [run for run in runs if run.status == "completed" and run.lookup("config.task") != "bins"]
     incomplete = [run for run in runs if run.status != "completed"]
-    return Report(group(completed, metrics_named(metrics, completed), by=by), incomplete, damaged)
+    results = group(completed, metrics_named(metrics, completed), by=by)
+    return Report(with_differences(results, usual=not metrics), incomplete, damaged)
 
 
 def wide_console() -> Console:

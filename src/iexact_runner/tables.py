@@ -47,6 +47,9 @@ CONFIG_COLUMNS = (
 )
 
 
+PAIRED = "difference to FP32: mean of the differences between repeats of the same seed, with its 95% interval"
+
+
 @dataclass(frozen=True)
 class Grid:
     """A table as text: a title, a header, rows of as many cells, which columns hold figures, and notes below."""
@@ -80,7 +83,9 @@ def grid_of(results: Results, *, title: str = "results") -> Grid:
             if any(kind in cell.published for cell in cells):
                 columns.append(Column(f"{kind} (difference)", partial(_published, metric=metric, kind=kind)))
                 kinds_shown[kind] = None
-    notes = [published.NOTES[kind] for kind in kinds_shown] + [f"warning: {warning}" for warning in results.warnings]
+    compared = any(cell.interval is not None for row in rows for cell in row.cells.values())
+    notes = [PAIRED] if compared else []
+    notes += [published.NOTES[kind] for kind in kinds_shown] + [f"warning: {warning}" for warning in results.warnings]
     texts = [[column.show(row) for column in columns] for row in rows]
     return Grid(title, [column.heading for column in columns], texts, [column.figure for column in columns], notes)
 
@@ -89,10 +94,12 @@ def show_cell(cell: Cell | None, metric: Metric) -> str:
     """A figure with its spread, for people."""
     if cell is None:
         return ""
-    value, std, low, high = (
+    value, std, low, high, interval = (
         None if figure is None else f"{figure * metric.scale:.{metric.digits}f}"
-        for figure in (cell.value, cell.std, cell.p20, cell.p80)
+        for figure in (cell.value, cell.std, cell.p20, cell.p80, cell.interval)
     )
+    if interval is not None:
+        return f"{value} +- {interval}"
     if low is not None:
         return f"{value} ({low} - {high})"
     return f"{value} +- {std}" if std is not None and cell.repeats > 1 else str(value)
@@ -257,6 +264,8 @@ def _flat_cell(name: str, cell: Cell | None) -> dict[str, Any]:
         return {}
     if cell.p20 is not None:
         return {f"{name}_median": cell.value, f"{name}_p20": cell.p20, f"{name}_p80": cell.p80}
+    if cell.interval is not None:
+        return {f"{name}_mean": cell.value, f"{name}_interval": cell.interval, f"{name}_repeats": cell.repeats}
     if cell.std is not None:
         return {f"{name}_mean": cell.value, f"{name}_std": cell.std, f"{name}_repeats": cell.repeats}
     flat: dict[str, Any] = {name: cell.value}
