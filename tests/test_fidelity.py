@@ -134,3 +134,12 @@ def test_record_and_screen_of_the_task(tmp_path):
     assert len(record["after"]["3"]["parameters"]["head.lin_l.weight"]["cosine"]) == 2
     assert "3 epochs" in screen.getvalue() and "head.lin_l.weight" in screen.getvalue()
     assert f"{sum(errors) / 2:.3f}" in screen.getvalue()
+
+
+def test_directions_of_a_longer_refresh_are_those_of_earlier_weights():
+    """After 0 epochs there are no earlier ones; after 6, those found at 6 are closer than those found at 4 or at 0."""
+    fields = ("compression=lowrank", "compression.rank=4", "compression.bits=null", "fidelity.epochs=[0,6]")
+    found = {refresh: overall(*fields, f"compression.refresh={refresh}") for refresh in (1, 3, 7, 50)}
+    errors = {refresh: figures[6]["relative_error"] for refresh, figures in found.items()}
+    assert errors[1] < errors[3] < errors[7] and errors[7] == errors[50]
+    assert len({figures[0]["relative_error"] for figures in found.values()}) == 1

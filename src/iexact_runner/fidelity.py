@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from iexact_runner.compression.seeds import mix
+from iexact_runner.compression.sketch import Directions
 from iexact_runner.config import CompressionConfig, Config
 from iexact_runner.nn import Model
 from iexact_runner.training import Optimization, Problem, step, training_loss
@@ -83,29 +84,51 @@ def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) ->
     """Trains ``model`` exactly and yields, after each of ``config.fidelity.epochs``, that epoch and its figures.
 
     Training and the exact gradient are in float32, the draws in ``config.precision``. FP32 maps are compared as their
-    exact twin: an error of 0 in float32, for they are what the others are held against.
+    exact twin: an error of 0 in float32, for they are what the others are held against. Directions of the low-rank
+    scheme are as old as they become in training, ``refresh`` - 1 epochs, or as old as the model is.
     """
     twin = exact_twin(config.compression)
     compared = twin if config.compression.scheme == "none" else config.compression
     model.compression = twin
     optimization = Optimization(model, config.training)
-    done = 0
-    for epochs in config.fidelity.epochs:
-        for epoch in range(done + 1, epochs + 1):
+    names = [name for name, _ in model.named_parameters()]
+    found: dict[int, list[Directions]] = {}
+    for epoch in range(config.fidelity.epochs[-1] + 1):
+        if epoch > 0:
             step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
-        done = epochs
-        # A copy, for a forward pass also moves the running statistics of BatchNorm.
-        probe, masks = copy.deepcopy(model), mix(seed, epochs + 1)
-        kind = config.training.loss
-        exact = gradients(probe, problem, kind=kind, seed=masks)
-        probe.compression = compared
-        draws = (
-            gradients(
-                probe, problem, kind=kind, precision=config.precision, seed=masks, map_seed=mix(seed, epochs + 1, draw)
-            )
-            for draw in range(config.fidelity.draws)
-        )
-        yield epochs, compare(exact, draws, names=[name for name, _ in model.named_parameters()])
+        for later in config.fidelity.epochs:
+            if compared.refresh > 1 and epoch == max(0, later + 1 - compared.refresh):
+                found[later] = _directions(model, compared, problem, config, seed=mix(seed, epoch + 1))
+        if epoch in config.fidelity.epochs:
+            # A copy, for a forward pass also moves the running statistics of BatchNorm.
+            probe = copy.deepcopy(model)
+            exact = gradients(probe, problem, kind=config.training.loss, seed=mix(seed, epoch + 1))
+            probe.compression = compared
+            draws = _draws(probe, problem, config, found.get(epoch, []), seeds=(seed, epoch + 1))
+            yield epoch, compare(exact, draws, names=names)
+
+
+def _directions(
+    model: Model, compared: CompressionConfig, problem: Problem, config: Config, *, seed: int
+) -> list[Directions]:
+    """The directions that a training pass finds at these weights, at the age at which they are last used."""
+    probe = copy.deepcopy(model).train()
+    probe.compression = compared
+    training_loss(probe, problem, kind=config.training.loss, precision=config.precision, seed=seed)
+    for directions in probe.directions:
+        directions.age = compared.refresh - 1
+    return probe.directions
+
+
+def _draws(
+    probe: Model, problem: Problem, config: Config, directions: list[Directions], *, seeds: tuple[int, int]
+) -> Iterator[list[Tensor]]:
+    """Gradients with the same dropout masks and directions, and other projections and roundings."""
+    kind, precision = config.training.loss, config.precision
+    for draw in range(config.fidelity.draws):
+        probe.directions = copy.deepcopy(directions)
+        map_seed = mix(*seeds, draw)
+        yield gradients(probe, problem, kind=kind, precision=precision, seed=mix(*seeds), map_seed=map_seed)
 
 
 def gradients(
