@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -128,3 +129,13 @@ def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
         assert found and all("the runs say" in problem for problem in found)
     fewer = "\n".join(line for line in text.splitlines() if "col_size" not in line)
     assert list(quick_experiments.differences(fewer, tmp_path))[0] == "1 rows for 2 configurations"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
+def test_killed_runs_end_with_the_numbers_of_those_left_alone(tmp_path):
+    variants = ("--variants", "FP32", "lowrank")
+    result = script("kill_campaign.py", "--kills", 10, "--seed", 3, *variants, "--csv", "kills.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = pd.read_csv(tmp_path / "kills.csv")
+    assert rows["kills"].sum() >= 10 and rows["lost"].sum() == 0 and (rows["survived"] == rows["tried"]).all()
+    assert (rows["in training"] > 0).all()
