@@ -139,3 +139,16 @@ def test_killed_runs_end_with_the_numbers_of_those_left_alone(tmp_path):
     rows = pd.read_csv(tmp_path / "kills.csv")
     assert rows["kills"].sum() >= 10 and rows["lost"].sum() == 0 and (rows["survived"] == rows["tried"]).all()
     assert (rows["in training"] > 0).all()
+
+
+def test_soak_watches_memory_and_files(tmp_path):
+    result = script("soak.py", "--epochs", 120, "--every", 10, "--compression", "none", "--csv", "s.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "open files" in result.stdout and (pd.read_csv(tmp_path / "s.csv")["resident_mib"] > 50).all()
+
+
+def test_checkpoint_benchmark_measures_the_share(tmp_path):
+    result = script("bench_checkpoint.py", "--jobs", "digits", "--epochs", 30, "--csv", "c.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    row = pd.read_csv(tmp_path / "c.csv").loc[0]
+    assert 0 <= row["checkpoint_seconds"] < row["seconds"] and row["job"] == "digits"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -260,3 +262,41 @@ def test_full_disk_ends_the_run_in_one_line_and_can_be_resumed(tmp_path, monkeyp
     assert str(error.value) == message
     run(path, resumed=True)
     assert numbers(path) == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may not mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_disk_that_is_really_full(small_disk, monkeypatch, whole):
+    path, record = small_disk / "run", train.record
+
+    def fills_the_disk(folder, run, epoch):
+        record(folder, run, epoch)
+        if epoch.number == 3:
+            with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    with monkeypatch.context() as patch, pytest.raises(UnwritableFolder, match="No space left on device"):
+        patch.setattr(train, "record", fills_the_disk)
+        run(path)
+    assert read_run(path).status == "unfinished" and read_run(path).metrics() == whole_lines(path)
+    assert checkpoint.Checkpoints(RunFolder(path, resumed=True), 1).read(lines=9)["epoch"] == 2
+    (small_disk / "filler").unlink()
+    run(path, resumed=True)
+    assert numbers(path) == whole
+
+
+def whole_lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
