@@ -17,8 +17,9 @@ from iexact_runner import checkpoint
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.experiment import Experiment
+from iexact_runner.files import TEMPORARY
 from iexact_runner.records import DamagedRecord, RunFolder, UnwritableFolder, read_run
-from iexact_runner.tasks import train
+from iexact_runner.tasks import progress, train
 
 EPOCHS, RUNS = 6, 2
 SMALL = (f"training.epochs={EPOCHS}", f"runs={RUNS}", "model.hidden_channels=8", "checkpoint.every=2")
@@ -76,6 +77,7 @@ def summary_of(path):
 def test_resumed_run_ends_with_the_same_numbers(tmp_path, monkeypatch, overrides):
     run(tmp_path / "whole", *overrides)
     killed_after(monkeypatch, tmp_path / "killed", EPOCHS + 3, *overrides)  # past a checkpoint of the second run
+    (tmp_path / "killed" / f"{TEMPORARY}checkpoint.pt.x").touch()  # of a kill while it was written
     run(tmp_path / "killed", *overrides, resumed=True)
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
     assert (summary_of(tmp_path / "killed")["resumed"], summary_of(tmp_path / "whole")["resumed"]) == (1, 0)
@@ -188,6 +190,22 @@ def test_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     checkpoints.write(state | {"model": {"other": torch.zeros(1)}})
     with pytest.raises(DamagedRecord, match="does not fit this version"):
         run(tmp_path / "run", resumed=True)
+
+
+def test_another_machine_is_noticed(tmp_path, monkeypatch, caplog):
+    killed_after(monkeypatch, tmp_path / "run", 3)
+    killed_after(monkeypatch, tmp_path / "other", 3)
+    here = progress._machine
+
+    def there(**fields):
+        monkeypatch.setattr(progress, "_machine", lambda context: here(context) | fields)
+
+    there(torch="9.9")
+    run(tmp_path / "run", resumed=True)
+    assert f"resume: torch was {torch.__version__}, is 9.9: the last bits of numbers may differ" in caplog.text
+    there(device="cuda")
+    with pytest.raises(ConfigError, match="device=auto: the run began on cpu, and goes on there"):
+        run(tmp_path / "other", resumed=True)
 
 
 def test_completed_run_is_left_alone(tmp_path, whole):
