@@ -1,6 +1,6 @@
 """Kills training at random moments, resumes it, and compares every number with those of a run that was left alone.
 
-python scripts/kill_campaign.py --kills 200 --csv benchmarks/kill_campaign_cpu.csv
+python scripts/kill_campaign.py --kills 80 --seed 7 --csv benchmarks/kill_campaign_cpu.csv
 
 Each trial is one command in a process of its own, which gets SIGKILL, SIGTERM or Ctrl-C at a random moment, then
 ``resume=FOLDER`` or ``resume=auto``, which may be killed again. After some kills the newest checkpoint is damaged too.

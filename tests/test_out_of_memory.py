@@ -71,12 +71,12 @@ def test_first_preset_that_fits_is_suggested():
         (36, "compression=int8 keeps 30.00 MiB, which would fit"),
         (34, "compression=int2 keeps 10.00 MiB, which would fit"),
         (8, "compression=iexact keeps 3.00 MiB, which would fit"),
-        (7, "no preset would fit; lower model.hidden_channels or model.num_layers"),
+        (7, "no preset is sure to fit; lower model.hidden_channels or model.num_layers"),
     ):
         text = advice(memory, smaller, MIB, available=available * MIB)
         assert text.startswith("the backward pass needs 100.00 MiB of maps") and text.endswith(words)
     assert advice(memory, smaller, MIB, available=None).endswith("compression=iexact keeps 3.00 MiB")
-    assert "no preset would fit" in advice(memory, {}, MIB, available=None)
+    assert "no preset is sure to fit" in advice(memory, {}, MIB, available=None)
 
 
 def fails(path, monkeypatch, target, name, error, *overrides):

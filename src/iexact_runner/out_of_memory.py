@@ -77,7 +77,7 @@ def advice(memory: dict[str, Any], smaller: dict[str, int], widest: int, *, avai
             return f"{kept}; compression={name} keeps {size / MIB:.2f} MiB, which would fit"
     least = min(smaller, key=smaller.__getitem__, default=None)
     if least is None or available is not None:
-        return f"{kept}, and no preset would fit; lower model.hidden_channels or model.num_layers"
+        return f"{kept}, and no preset is sure to fit; lower model.hidden_channels or model.num_layers"
     return f"{kept}; compression={least} keeps {smaller[least] / MIB:.2f} MiB"
 
 
