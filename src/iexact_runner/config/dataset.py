@@ -13,7 +13,8 @@ from iexact_runner.config.checks import check, check_at_least
 class DatasetConfig:
     """Fields that every dataset has.
 
-    ``source`` picks the loader; ``split_seed`` draws the 60/20/20 split where no split is published.
+    ``source`` picks the loader; ``split_seed`` draws the 60/20/20 split where no split is published;
+    ``trust_pickle`` lets files that are pickles run what they say.
     """
 
     name: str = MISSING
@@ -23,6 +24,7 @@ class DatasetConfig:
     undirected: bool = False
     standardize: bool = False
     split_seed: int = 0
+    trust_pickle: bool = False
 
     def __post_init__(self) -> None:
         check(bool(self.root), "dataset.root", repr(self.root), "must be a folder")
