@@ -24,15 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.guard import checked_configurations, config_dir, parse_arguments
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-
-def config_dir() -> Path:
-    """``conf/``: inside an installed package, or at the root of a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "conf"
-    return installed if installed.is_dir() else here.parents[1] / "conf"
 
 
 def register_schema() -> None:
@@ -55,6 +49,8 @@ def to_config(composed: DictConfig) -> schema.Config:
     Raises:
         ConfigError: if a field is unknown or a value is not valid.
     """
+    if OmegaConf.get_type(composed) is not schema.Config:
+        raise ConfigError("--config-name: the file must build on iexact's own: its defaults begin with config")
     _check_known(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, schema.Config)
@@ -157,12 +153,14 @@ def main() -> None:
     _failures.clear()
     _sweeps.clear()
     try:
-        app()
+        parse_arguments(sys.argv[1:])
+        with checked_configurations():
+            app()
         for folder, title in _sweeps.items():
             show_sweep(folder, title)
     except KeyboardInterrupt:
         _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
         _report(explain(error), EXIT_USAGE, debug=debug)
     except OSError as error:  # Hydra could not make the folder of the run
         reason = error.strerror or str(error)
