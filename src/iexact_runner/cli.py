@@ -16,7 +16,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -178,6 +178,8 @@ def explain(error: BaseException) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = [option for option in error.options if not option.startswith("base_")]
         return f"{group}={choice}: no such choice; {_suggest(choice, choices)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r}: {_one_line(error.message.partition('See https')[0])}"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         override = _quoted_override(str(error))
         if dataclasses.is_dataclass(cause.object_type) and cause.key is not None:

@@ -60,12 +60,11 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 @contextlib.contextmanager
 def checked_configurations() -> Iterator[None]:
     """Makes Hydra check every configuration that it composes; it has no place for this between composing and using."""
-    plain = hydra_application.ConfigLoaderImpl
-    hydra_application.ConfigLoaderImpl = CheckingLoader  # type: ignore[misc]
+    hydra_application.ConfigLoaderImpl = CheckingLoader  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        hydra_application.ConfigLoaderImpl = plain  # type: ignore[misc]
+        hydra_application.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[attr-defined]
 
 
 class CheckingLoader(ConfigLoaderImpl):
@@ -120,20 +119,22 @@ def check_foreign(composed: DictConfig, typed: list[str]) -> None:
             raise ConfigError.of(name, folder, f"lies outside the working folder; {_TYPE_IT}")
 
 
-def _own_hydra(composed: DictConfig, typed: list[str], names: set[str]) -> DictConfig:
+def _own_hydra(found: DictConfig, typed: list[str], names: set[str]) -> DictConfig:
     """The ``hydra`` node of our own configuration with the same choices and what was typed."""
     choices = {
         f"{group}={choice}"
-        for group, choice in composed.hydra.runtime.choices.items()
+        for group, choice in found.hydra.runtime.choices.items()
         if group.startswith("hydra/") and choice is not None and group not in names
     }
     overrides = [line for line in typed if re.match(r"[+~]*hydra[./](?!searchpath)", line)]
     loader = ConfigLoaderImpl(create_config_search_path(str(config_dir())))
     try:
-        return loader.load_configuration("config", [*sorted(choices), *overrides], RunMode.MULTIRUN).hydra
+        composed = loader.load_configuration("config", [*sorted(choices), *overrides], RunMode.MULTIRUN)
     except MissingConfigException as error:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         raise ConfigError.of(group, choice, f"must be one of {', '.join(error.options or ())}") from error
+    node: DictConfig = composed.hydra
+    return node
 
 
 def _flat(node: DictConfig) -> dict[str, str]:
