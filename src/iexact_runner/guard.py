@@ -93,10 +93,17 @@ class CheckingLoader(ConfigLoaderImpl):
             ConfigError: naming the field that a file from elsewhere may not set.
         """
         composed = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        self._check_recipe(composed, overrides)
         sources = composed.hydra.runtime.config_sources
         if any(source.schema == "file" and Path(source.path) != config_dir() for source in sources):
             check_foreign(composed, self._typed)
         return composed
+
+    def _check_recipe(self, composed: DictConfig, overrides: list[str]) -> None:
+        """Refuses a recipe that was asked for and does not exist; the group is optional, so Hydra would not mind."""
+        choice, options = composed.hydra.runtime.choices.get("recipe"), self.get_group_options("recipe")
+        if any(line.startswith("recipe=") for line in overrides) and choice not in options:
+            raise ConfigError.of("recipe", choice, f"must be one of {', '.join(options)}; ~recipe is none")
 
 
 def check_foreign(composed: DictConfig, typed: list[str]) -> None:

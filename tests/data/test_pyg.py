@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from iexact_runner.config import DatasetConfig
+from iexact_runner.config.dataset import NAMES
 from iexact_runner.data import load_dataset, preflight
 from iexact_runner.errors import ConfigError, DatasetError
 
@@ -221,8 +222,14 @@ def test_read_only_folder(
 
 
 def test_unknown_name(tmp_path: Path, config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match="torch_geometric datasets are flickr"):
+    with pytest.raises(ConfigError, match="dataset.name=flicker: must be one of flickr"):
         load_dataset(config("flicker", tmp_path))
+
+
+def test_every_name_of_the_schema_has_a_loader() -> None:
+    from iexact_runner.data import ogb, pyg
+
+    assert {"ogb": tuple(ogb._DATASETS), "pyg": tuple(pyg._DATASETS)} == NAMES
 
 
 def test_unknown_source(tmp_path: Path, config: MakeConfig) -> None:

@@ -41,7 +41,7 @@ from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.planetoid import PARTS, read_planetoid
 from iexact_runner.data.prepare import prepare
 from iexact_runner.data.splits import Split
-from iexact_runner.errors import ConfigError, DatasetError
+from iexact_runner.errors import DatasetError
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,7 @@ _MULTILABEL = ("yelp",)
 
 def load_pyg(config: DatasetConfig) -> NodeDataset:
     """Loads one of torch_geometric's datasets with its published split, or 60/20/20 where there is none."""
-    source = _DATASETS.get(config.name)
-    if source is None:
-        raise ConfigError.of("dataset.name", config.name, f"torch_geometric datasets are {', '.join(_DATASETS)}")
+    source = _DATASETS[config.name]
     root = _find_root(config, source)
     with preflight.exclusive(root / source.subset):
         data = _read(source, root, trust_pickle=config.trust_pickle)
