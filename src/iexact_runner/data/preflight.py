@@ -125,6 +125,7 @@ def check_files(paths: Sequence[Path]) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Turns what a damaged or hostile file makes its reader raise into one line."""
     try:
+        _check_regular(path)
         yield
     except RefusedPickle as error:
         raise DatasetError(
@@ -243,6 +244,7 @@ def quiet() -> Iterator[None]:
 def _defect(path: Path) -> str | None:
     """Reads one file to the end; why it is damaged, or None if it looks whole."""
     try:
+        _check_regular(path)
         if path.stat().st_size == 0:
             return "empty file"
         if path.suffix in _CHECKS:
@@ -254,6 +256,12 @@ def _defect(path: Path) -> str | None:
     except READ_ERRORS as error:
         return first_line(error)
     return None
+
+
+def _check_regular(path: Path) -> None:
+    """Refuses what only looks like a file: a device has no end, and a pipe may never begin."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
 
 
 def first_line(error: BaseException) -> str:
