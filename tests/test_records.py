@@ -4,20 +4,24 @@ import json
 import math
 import os
 import stat
+from dataclasses import asdict
 
 import pytest
+import yaml
 
+from iexact_runner.cli import compose_config
 from iexact_runner.errors import UserError
+from iexact_runner.files import write_atomically
 from iexact_runner.records import (
     SCHEMA_VERSION,
     DamagedRecord,
     RunFolder,
     compression_label,
+    config_hash,
     mean_std,
     read_run,
     run_folders,
     to_json,
-    write_atomically,
 )
 from recorded import record
 
@@ -164,3 +168,19 @@ def test_a_field_that_is_newer_than_a_record_had_its_default(tmp_path):
     folder.write_summary({"schema_version": SCHEMA_VERSION, "status": "completed", "config": config})
     found = read_run(tmp_path / "old").summary["config"]["compression"]
     assert (found["bits"], found["refresh"], found["levels"]) == (2, 1, "uniform")
+
+
+def test_hash_of_a_configuration_is_the_same_wherever_it_is_read_from():
+    config = asdict(compose_config("compression.alpha=1", "training.lr=1e-3"))
+    expected = config_hash(config)
+    assert expected == config_hash(json.loads(to_json(config))) == config_hash(yaml.safe_load(yaml.safe_dump(config)))
+    assert expected == config_hash(asdict(compose_config("compression.alpha=1.0", "training.lr=0.001")))
+    assert len(expected) == 16 and set(expected) <= set("0123456789abcdef")
+
+
+def test_hash_leaves_out_only_what_changes_no_number():
+    expected = config_hash(asdict(compose_config()))
+    for override in ("output_dir=elsewhere", "debug=true", "logger=tensorboard"):
+        assert config_hash(asdict(compose_config(override))) == expected
+    for override in ("seed=1", "runs=2", "training.lr=0.02", "model.dropout=0.4", "dataset.split_seed=1"):
+        assert config_hash(asdict(compose_config(override))) != expected

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def app(composed: DictConfig) -> None:
     if sweep:
         _sweeps[Path(hydra_config.sweep.dir)] = hydra_config.runtime.choices.get("experiment") or "sweep"
     try:
+        composed = of_resumed_run(composed, hydra_config.overrides.task)
         run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
         _remove_if_empty(folder)
@@ -93,6 +95,37 @@ def app(composed: DictConfig) -> None:
         _report(job + _unexpected(error, debug=debug), EXIT_FAILED, debug=debug)
 
 
+def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """With ``resume=FOLDER`` the configuration that is recorded there, otherwise the one that was composed.
+
+    Raises:
+        ConfigError: if an override would change the numbers of the run.
+    """
+    resumed = OmegaConf.select(composed, "resume")
+    if resumed in (None, "", "auto"):
+        return composed
+    from iexact_runner.records import CONFIG, WITHOUT_EFFECT, read_config
+    from iexact_runner.resume import check_agreement, overridden
+
+    path = Path(resumed, CONFIG)
+    if not path.is_file():
+        raise ConfigError.of("resume", resumed, f"must be the folder of a run; {path} does not exist")
+    recorded: Any = read_config(path)
+    asked: Any = OmegaConf.to_container(composed, resolve=True)
+    check_agreement(path.parent, recorded=recorded, asked=asked, overrides=overrides)
+    own = {overridden(override).partition(".")[0] for override in overrides}
+    recorded |= {name: asked[name] for name in WITHOUT_EFFECT if name in own and name in asked}
+    typed = OmegaConf.structured(schema.Config)
+    try:
+        typed.model = schema.MODEL_CONFIGS[recorded["model"]["name"]]
+        typed.dataset = schema.dataset_config(recorded["dataset"]["name"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
+    merged = OmegaConf.merge(typed, recorded)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
 def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
     """Runs a checked configuration with its records in ``folder``."""
     # torch and rich are slow to import, and --help needs neither.
@@ -103,13 +136,17 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
     screen = Screen(file=sys.stdout)
     show_messages(screen)
     if config.task == "bins":
-        from iexact_runner import bins_table
+        from iexact_runner.tasks import bins
 
-        bins_table.run(config, RunFolder(folder), screen, resolved_yaml)
+        bins.run(config, RunFolder(folder), screen, resolved_yaml)
     else:
         from iexact_runner.experiment import Experiment
+        from iexact_runner.resume import place
 
-        Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
+        chosen, resumed = place(config, folder)
+        if resumed:
+            _remove_if_empty(folder)
+        Experiment(config, RunFolder(chosen, resumed=resumed), screen).run(resolved_yaml)
 
 
 def show_sweep(folder: Path, title: str) -> None:
