@@ -17,7 +17,7 @@ WRONG = {
 ANY_TEXT = ("output_dir", "dataset.root", "measure.country")
 # Values that mean something although they look wrong.
 VALID = {
-    "compression.alpha": ("nan",),
+    "measure.max_seconds": ("inf",),
 }
 GROUPS = ("task", "model", "dataset", "compression", "logger", "recipe", "experiment", "quick", "hydra/launcher", "")
 CHOICES = (

@@ -288,13 +288,13 @@ def _other_tensors(path: Path, rng: random.Random) -> None:
     fields = content[0] if isinstance(content[0], dict) else content[0].to_dict()
     name = rng.choice(["x", "y", "edge_index"])
     tensor = fields[name]
-    spoilt = tensor.clone()
+    spoilt = tensor.clone().contiguous()
     spoilt.view(-1)[0] = float("nan") if tensor.is_floating_point() else 2**40
     one = tensor.flatten()[:1]
     others = [
         spoilt,
         tensor[:0],
-        tensor.T,
+        tensor.t() if tensor.dim() == 2 else tensor[None],
         one.expand(2**40),
         tensor.to_sparse(),
         tensor.bool(),

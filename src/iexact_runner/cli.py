@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
-from iexact_runner.guard import checked_configurations, config_dir, parse_arguments
+from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -123,6 +123,7 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
         raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
     merged = OmegaConf.merge(typed, recorded)
     assert isinstance(merged, DictConfig)
+    check_trust(OmegaConf.select(merged, "dataset.trust_pickle"), overrides)
     return merged
 
 

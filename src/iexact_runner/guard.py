@@ -11,7 +11,7 @@ import contextlib
 import io
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from iexact_runner.errors import ConfigError
 
 # Below ``hydra``: what any file may set, and what Hydra itself fills in.
 _FREE = ("mode", "searchpath", "sweeper.params", "runtime", "overrides", "job.override_dirname", "job.config_name")
-_FOLDERS = ("output_dir", "dataset.root")
+_FOLDERS = ("output_dir", "resume", "dataset.root")
 _TYPE_IT = "a configuration file may not set this; type it on the command line"
 
 
@@ -120,10 +120,17 @@ def check_foreign(composed: DictConfig, typed: list[str]) -> None:
     for path in {**found, **own}:
         if found.get(path) != own.get(path) and not any(f"{path}.".startswith(f"{free}.") for free in _FREE):
             raise ConfigError.of(f"hydra.{path}", found.get(path), _TYPE_IT)
+    check_trust(OmegaConf.select(composed, "dataset.trust_pickle"), typed)
     for name in _FOLDERS:
         folder = OmegaConf.select(composed, name)
         if name not in names and folder and not Path(folder).resolve().is_relative_to(Path.cwd().resolve()):
             raise ConfigError.of(name, folder, f"lies outside the working folder; {_TYPE_IT}")
+
+
+def check_trust(trust_pickle: object, typed: Iterable[str]) -> None:
+    """Refuses to run what dataset files say because a file says so."""
+    if trust_pickle and not any(line.lstrip("+").startswith("dataset.trust_pickle=") for line in typed):
+        raise ConfigError.of("dataset.trust_pickle", "true", _TYPE_IT)
 
 
 def _own_hydra(found: DictConfig, typed: list[str], names: set[str]) -> DictConfig:
