@@ -169,7 +169,7 @@ class Run:
         lines = _read(path).splitlines() if path.exists() else []
         epochs = [_parse(path, line) for line in (lines if self.status == "completed" else lines[: self.epochs])]
         for epoch in epochs:
-            if not isinstance(epoch, dict) or not {"run", "epoch", "loss", "train", "val", "test"} <= epoch.keys():
+            if not isinstance(epoch, dict) or not {"run", "epoch", "loss", "test"} <= epoch.keys():
                 raise DamagedRecord(f"{path}: has a line that is not that of an epoch")
             if not all(value is None or _is_number(value) for value in epoch.values()):
                 raise DamagedRecord(f"{path}: has a line in which something is not a number")
@@ -196,7 +196,7 @@ def read_run(folder: Path) -> Run:
     try:
         if not (folder / SUMMARY).exists():
             config = {"config": read_config(folder / CONFIG)}
-            return _checked(Run(folder, "unfinished", config, _count_lines(folder / METRICS, completed=False)))
+            return Run(folder, "unfinished", config, _count_lines(folder / METRICS, completed=False))
         summary = _read_summary(folder / SUMMARY)
         lines = _count_lines(folder / METRICS, completed=summary["status"] == "completed")
     except OSError as error:
@@ -207,13 +207,7 @@ def read_run(folder: Path) -> Run:
     expected = config["runs"] * config["training"]["epochs"]
     if status == "completed" and config.get("task") in ("train", "distribution") and lines != expected:
         raise DamagedRecord(f"{folder / METRICS}: has {lines} lines, a completed run {expected}")
-    return _checked(Run(folder, status, summary, lines))
-
-
-def _checked(run: Run) -> Run:
-    """The run, whose epochs can all be read."""
-    run.metrics()
-    return run
+    return Run(folder, status, summary, lines)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

@@ -50,6 +50,8 @@ _STORAGES = {
 }
 _REBUILD = "torch._utils._rebuild_tensor_v2"
 _TENSORS = frozenset({*_STORAGES, _REBUILD, "collections.OrderedDict"})
+# What a pickle that contradicts itself raises.
+_SPOILT = (EOFError, TypeError, LookupError, AttributeError, OverflowError, NotImplementedError)
 _PLAIN_TYPE = re.compile(r"[biuf][1248]")
 
 
@@ -139,17 +141,20 @@ def check_torch_file(file: Path | IO[bytes], classes: Iterable[str] = ()) -> Non
         file: its path or its content.
         classes: full names that it may use beside those of tensors.
     """
-    with zipfile.ZipFile(file) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("has compressed members")
-        sizes = {member.filename.partition("/")[2]: member.file_size for member in archive.infolist()}
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1 or len(sizes) < len(archive.namelist()):
-            raise ValueError("is not a file of torch.save")
-        broken = archive.testzip()
-        if broken is not None:
-            raise ValueError(f"bad checksum of {broken}")
-        _Reader(archive.read(pickles[0]), _TENSORS | set(classes), sizes).load()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("has compressed members")
+            sizes = {member.filename.partition("/")[2]: member.file_size for member in archive.infolist()}
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or len(sizes) < len(archive.namelist()):
+                raise ValueError("is not a file of torch.save")
+            broken = archive.testzip()
+            if broken is not None:
+                raise ValueError(f"bad checksum of {broken}")
+            _Reader(archive.read(pickles[0]), _TENSORS | set(classes), sizes).load()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, *_SPOILT) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def load_pickled(path: Path) -> Any:
