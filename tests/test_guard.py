@@ -144,3 +144,16 @@ def test_pickled_configurations_are_refused(iexact, option):
 
 def test_unknown_option_is_one_line(iexact):
     assert iexact({"x": {}}, "--nonsense") == (2, "iexact: unrecognized arguments: --nonsense\n")
+
+
+def test_trust_is_typed(iexact):
+    files = {"experiment/x": {"dataset": {"trust_pickle": True}}}
+    status, error = iexact(files, "+experiment=x")
+    assert status == 2 and error.startswith("iexact: dataset.trust_pickle=true: a configuration file may not set this")
+    assert iexact(files, "+experiment=x", "dataset.trust_pickle=true") == (0, "")
+
+
+def test_a_resumed_run_does_not_bring_trust_along(iexact):
+    assert iexact({"x": {}}, "hydra.run.dir=run", "dataset.trust_pickle=true") == (0, "")
+    status, error = iexact({"x": {}}, "resume=run")
+    assert status == 2 and error.startswith("iexact: dataset.trust_pickle=true: a configuration file may not set this")
