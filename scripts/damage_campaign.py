@@ -6,11 +6,13 @@ A bad override survives if the command ends with a status that is not 0, says ex
 ``iexact: ``, and leaves every file and folder as it was. A damaged file of a dataset survives if the command does the
 same, apart from the folder in which every run records that it failed; or if it completes a run with a score that is a
 number, for some bits mean nothing. A damaged record survives if ``iexact-report`` names it, or reads it as whole, and
-in both cases shows the run beside it. Nothing may run what a file says. All else is lost, and printed.
+in both cases shows the run beside it. A damaged checkpoint survives if the resumed run completes, from an earlier
+state, or is refused in one line. Nothing may run what a file says. All else is lost, and printed.
 """
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import io
@@ -21,6 +23,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -182,6 +185,35 @@ def try_records(count: int, seed: int, folder: Path) -> Tally:
     return Tally(count, losses)
 
 
+def try_checkpoints(count: int, seed: int, folder: Path) -> Tally:
+    """Resumes so many runs with a damaged checkpoint: from an earlier one, from the start, or not at all."""
+    rng, losses = random.Random(seed), []
+    stopped, place = folder / "stopped", folder / "place"
+    command = [*QUICK, "training.epochs=40", "checkpoint.every=1", f"hydra.run.dir={stopped}"]
+    threading.Thread(target=_interrupt_after, args=(stopped / "checkpoint.previous.pt",), daemon=True).start()
+    if call(cli.main, command, folder).status != cli.EXIT_INTERRUPTED:
+        raise RuntimeError("the run ended before it could be interrupted")
+    for number in range(count):
+        copy(stopped, place)
+        path = place / ("checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "config.yaml")[number % 4]
+        damage = rng.choice(damages_of(path))
+        damage(path, rng)
+        outcome = call(cli.main, [f"resume={place}"], folder)
+        refused = outcome.stderr.startswith("iexact: ") and outcome.stderr.count("\n") == 1
+        went_on = outcome.status is None and json.loads((place / "summary.json").read_text())["status"] == "completed"
+        if not (refused or went_on) or (folder / "ran").exists() or (place / "ran").exists():
+            losses.append(_loss(f"{path.name} {damage.__name__}", outcome, ""))
+        shutil.rmtree(folder / "ran", ignore_errors=True)
+    return Tally(count, losses)
+
+
+def _interrupt_after(path: Path) -> None:
+    """Interrupts the main thread, as Ctrl-C does, once a file is there."""
+    while not path.exists():
+        time.sleep(0.005)
+    _thread.interrupt_main()
+
+
 def _loss(what: str, outcome: Outcome, more: str) -> str:
     return f"{what}: status {outcome.status} {more}: {outcome.stderr.strip()[-500:]!r}"
 
@@ -194,12 +226,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= DEAD
-    # Two in three are files of datasets.
-    records = options.files // 3
+    records = checkpoints = options.files // 5
     parts = {
         "bad overrides": (try_overrides, options.overrides),
-        "damaged dataset files": (try_datasets, options.files - records),
+        "damaged dataset files": (try_datasets, options.files - records - checkpoints),
         "damaged records": (try_records, records),
+        "damaged checkpoints": (try_checkpoints, checkpoints),
     }
     lost = 0
     for name, (attempt, count) in parts.items():

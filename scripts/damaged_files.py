@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -98,6 +99,7 @@ def _write_ogb(folder: Path, x: Any, y: Any, edges: Any, parts: list[Any]) -> No
 def damages_of(path: Path) -> list[Damage]:
     """What can be done to a file, of which half is particular to its format."""
     known = _FORMATS.get(path.suffix, [_payload] if path.name.startswith("ind.") else [])
+    known = [_other_state] if path.name.startswith("checkpoint") else known
     return [*_ANY, *(known * (len(_ANY) // max(1, len(known)) or 1))]
 
 
@@ -304,6 +306,20 @@ def _other_tensors(path: Path, rng: random.Random) -> None:
     ]
     fields[name] = rng.choice(others)
     torch.save((fields, *content[1:]), path)
+
+
+def _other_state(path: Path, rng: random.Random) -> None:
+    """A checkpoint with something else in it, and the digest of that."""
+    head, _, data = path.read_bytes().partition(b"\n")
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    name = rng.choice(sorted(state))
+    state[name] = rng.choice([Payload(), torch.zeros(3), *JUNK])
+    if rng.random() < 0.2:
+        del state[name]
+    content = io.BytesIO()
+    torch.save(state, content)
+    digest = hashlib.sha256(content.getvalue()).hexdigest().encode()
+    path.write_bytes(head.rpartition(b" ")[0] + b" " + digest + b"\n" + content.getvalue())
 
 
 def _other_yaml(path: Path, rng: random.Random) -> None:

@@ -19,7 +19,9 @@ def campaign(monkeypatch):
     return damage_campaign
 
 
-@pytest.mark.parametrize(("part", "count"), [("try_overrides", 12), ("try_datasets", 5), ("try_records", 6)])
+@pytest.mark.parametrize(
+    ("part", "count"), [("try_overrides", 12), ("try_datasets", 5), ("try_records", 6), ("try_checkpoints", 4)]
+)
 def test_nothing_is_lost(campaign, tmp_path, part, count):
     tally = getattr(campaign, part)(count, 11, tmp_path)
     assert tally.tried == count and tally.losses == []

@@ -78,6 +78,8 @@ class Checkpoints:
         for name in (CURRENT, PREVIOUS):
             path = self._folder.path / name
             try:
+                if path.exists() and not path.is_file():
+                    raise ValueError("is not a regular file")
                 state = _parsed(path.read_bytes())
                 if state["lines"] > lines:
                     raise ValueError(f"is of {state['lines']} epochs, metrics.jsonl has {lines}")

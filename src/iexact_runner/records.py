@@ -54,6 +54,8 @@ class RunFolder:
     def __init__(self, path: Path, *, resumed: bool = False) -> None:
         self.path = path
         self.resumed = resumed
+        for file in (path / METRICS, path / SUMMARY) if resumed else ():
+            _check_regular(file)
         taken = [name for name in (METRICS, SUMMARY) if (path / name).exists()]
         if taken and not resumed:
             raise UserError(f"{path}: already holds {' and '.join(taken)} of another run; name another folder")
@@ -266,10 +268,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file; a device has no end, and a pipe may never begin."""
+    _check_regular(path)
+    return path.read_bytes()
+
+
+def _check_regular(path: Path) -> None:
+    """Refuses a device, which has no end, and a pipe, which may never begin."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DamagedRecord(f"{path}: is not a regular file")
-    return path.read_bytes()
 
 
 def _parse(path: Path, data: bytes) -> Any:
