@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from iexact_runner.records import RunFolder
+from iexact_runner.untrusted.pickles import check_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class Checkpoints:
         for name in (CURRENT, PREVIOUS):
             path = self._folder.path / name
             try:
+                if path.exists() and not path.is_file():
+                    raise ValueError("is not a regular file")
                 state = _parsed(path.read_bytes())
                 if state["lines"] > lines:
                     raise ValueError(f"is of {state['lines']} epochs, metrics.jsonl has {lines}")
@@ -101,6 +104,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
         raise ValueError("is not a checkpoint of this version")
     if head.removeprefix(MAGIC) != _digest(data):
         raise ValueError("is damaged: its digest differs")
+    check_torch_file(io.BytesIO(data))
     state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 

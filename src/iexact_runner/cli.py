@@ -17,7 +17,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,15 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-
-def config_dir() -> Path:
-    """``conf/``: inside an installed package, or at the root of a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "conf"
-    return installed if installed.is_dir() else here.parents[1] / "conf"
 
 
 def register_schema() -> None:
@@ -56,6 +50,8 @@ def to_config(composed: DictConfig) -> schema.Config:
     Raises:
         ConfigError: if a field is unknown or a value is not valid.
     """
+    if OmegaConf.get_type(composed) is not schema.Config:
+        raise ConfigError("--config-name: the file must build on iexact's own: its defaults begin with config")
     _check_known(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, schema.Config)
@@ -127,6 +123,7 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
         raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
     merged = OmegaConf.merge(typed, recorded)
     assert isinstance(merged, DictConfig)
+    check_trust(OmegaConf.select(merged, "dataset.trust_pickle"), overrides)
     return merged
 
 
@@ -194,12 +191,14 @@ def main() -> None:
     _failures.clear()
     _sweeps.clear()
     try:
-        app()
+        parse_arguments(sys.argv[1:])
+        with checked_configurations():
+            app()
         for folder, title in _sweeps.items():
             show_sweep(folder, title)
     except KeyboardInterrupt:
         _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
         _report(explain(error), EXIT_USAGE, debug=debug)
     except OSError as error:  # Hydra could not make the folder of the run
         reason = error.strerror or str(error)
@@ -217,6 +216,8 @@ def explain(error: BaseException) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = [option for option in error.options if not option.startswith("base_")]
         return f"{group}={choice}: no such choice; {_suggest(choice, choices)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r}: {_one_line(error.message.partition('See https')[0])}"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         override = _quoted_override(str(error))
         if dataclasses.is_dataclass(cause.object_type) and cause.key is not None:

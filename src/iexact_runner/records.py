@@ -54,6 +54,8 @@ class RunFolder:
     def __init__(self, path: Path, *, resumed: bool = False) -> None:
         self.path = path
         self.resumed = resumed
+        for file in (path / METRICS, path / SUMMARY) if resumed else ():
+            _check_regular(file)
         taken = [name for name in (METRICS, SUMMARY) if (path / name).exists()]
         if taken and not resumed:
             raise UserError(f"{path}: already holds {' and '.join(taken)} of another run; name another folder")
@@ -163,11 +165,17 @@ class Run:
         """The lines of ``metrics.jsonl``; of a run that was not completed, without a last one that is cut off.
 
         Raises:
-            DamagedRecord: if one is not JSON.
+            DamagedRecord: if one is not JSON, or not of an epoch.
         """
         path = self.folder / METRICS
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        return [_parse(path, line) for line in (lines if self.status == "completed" else lines[: self.epochs])]
+        lines = _read(path).splitlines() if path.exists() else []
+        epochs = [_parse(path, line) for line in (lines if self.status == "completed" else lines[: self.epochs])]
+        for epoch in epochs:
+            if not isinstance(epoch, dict) or not {"run", "epoch", "loss", "test"} <= epoch.keys():
+                raise DamagedRecord(f"{path}: has a line that is not that of an epoch")
+            if not all(value is None or _is_number(value) for value in epoch.values()):
+                raise DamagedRecord(f"{path}: has a line in which something is not a number")
+        return epochs
 
 
 def run_folders(folders: Iterable[Path]) -> list[Path]:
@@ -205,7 +213,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    summary = _parse(path, path.read_bytes())
+    summary = _parse(path, _read(path))
     if not isinstance(summary, dict) or not _is_whole(summary.get("config")):
         raise DamagedRecord(f"{path}: is not the summary of a run")
     if summary.get("schema_version") != SCHEMA_VERSION:
@@ -213,8 +221,26 @@ def _read_summary(path: Path) -> dict[str, Any]:
         raise DamagedRecord(f"{path}: schema_version={version}: this version reads {SCHEMA_VERSION}")
     if summary.get("status") not in STATUSES:
         raise DamagedRecord(f"{path}: status={summary.get('status')}: must be one of {', '.join(STATUSES)}")
+    if not _is_observed(summary.get("distribution")):
+        raise DamagedRecord(f"{path}: distribution is not that of maps")
     checked: dict[str, Any] = summary
     return checked
+
+
+def _is_observed(distribution: Any) -> bool:
+    """Whether what ``task=distribution`` observed of the maps of each repeat is whole; other tasks have none of it."""
+    if distribution is None:
+        return True
+    if not isinstance(distribution, list) or not all(isinstance(repeat, list) for repeat in distribution):
+        return False
+    maps = [one for repeat in distribution for one in repeat]
+    return all(isinstance(one, dict) and _are_masses(one.get("observed"), one.get("clipped_normal")) for one in maps)
+
+
+def _are_masses(*histograms: Any) -> bool:
+    lists = [histogram for histogram in histograms if isinstance(histogram, list) and len(histogram) > 2]
+    numbers = all(_is_number(mass) for histogram in lists for mass in histogram)
+    return numbers and len(lists) == len(histograms)
 
 
 def _is_whole(config: Any) -> bool:
@@ -227,7 +253,7 @@ def _is_whole(config: Any) -> bool:
 
 def _count_lines(path: Path, *, completed: bool) -> int:
     """Lines of a JSON Lines file; the last whole one is read, for the others were written before it."""
-    data = path.read_bytes() if path.exists() else b""
+    data = _read(path) if path.exists() else b""
     if completed and data and not data.endswith(b"\n"):
         raise DamagedRecord(f"{path}: its last line is cut off")
     data = data[: data.rfind(b"\n") + 1]
@@ -236,10 +262,26 @@ def _count_lines(path: Path, *, completed: bool) -> int:
     return data.count(b"\n")
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value can be averaged; NaN is none."""
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300
+
+
+def _read(path: Path) -> bytes:
+    _check_regular(path)
+    return path.read_bytes()
+
+
+def _check_regular(path: Path) -> None:
+    """Refuses a device, which has no end, and a pipe, which may never begin."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DamagedRecord(f"{path}: is not a regular file")
+
+
 def _parse(path: Path, data: bytes) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise DamagedRecord(f"{path}: is not JSON ({error})") from error
 
 
@@ -250,8 +292,12 @@ def read_config(path: Path) -> dict[str, Any]:
         DamagedRecord: if the file cannot be read as one.
     """
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text, loader = _read(path).decode(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        # A few of them can stand for more values than memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
+            raise DamagedRecord(f"{path}: has references, which no configuration of a run has")
+        config = yaml.load(text, Loader=loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DamagedRecord(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict):
         raise DamagedRecord(f"{path}: is not the configuration of a run")

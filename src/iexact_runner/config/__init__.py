@@ -6,12 +6,13 @@ Nothing here imports torch, so that ``iexact --help`` stays fast.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from iexact_runner.config.checks import check, check_at_least, check_choice
+from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
 from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig, dataset_config
 from iexact_runner.config.model import MODEL_CONFIGS, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
@@ -62,11 +63,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_at_least("training.epochs", self.epochs, 1)
-        check(self.lr > 0, "training.lr", self.lr, "must be above 0")
+        check_above("training.lr", self.lr, 0)
         check_choice("training.optimizer", self.optimizer, OPTIMIZERS)
-        check(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "must be 0 or more")
+        decay = self.weight_decay
+        check(0 <= decay < math.inf, "training.weight_decay", decay, "must be 0 or more")
         norm = self.grad_norm
-        check(norm is None or norm > 0, "training.grad_norm", norm, "must be above 0, or null for no clipping")
+        check(
+            norm is None or 0 < norm < math.inf, "training.grad_norm", norm, "must be above 0, or null for no clipping"
+        )
         check_at_least("training.warmup_epochs", self.warmup_epochs, 0)
         check_choice("training.loss", self.loss, LOSSES)
 
