@@ -9,8 +9,9 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,6 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from iexact_runner.sweeps import Sweep
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -79,12 +83,14 @@ def app(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     debug = OmegaConf.select(composed, "debug") is True
-    sweep = hydra_config.mode == RunMode.MULTIRUN
-    job = f"job {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)}): " if sweep else ""
-    if sweep:
-        _sweeps[Path(hydra_config.sweep.dir)] = hydra_config.runtime.choices.get("experiment") or "sweep"
+    job = ""
     try:
-        run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
+        if hydra_config.mode == RunMode.MULTIRUN:
+            sweep_folder = Path(hydra_config.sweep.dir).absolute()
+            job = _job_title(os.path.relpath(folder, sweep_folder), hydra_config.overrides.task)
+            run_sweep_job(composed, folder, sweep_folder)
+        else:
+            run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
         _remove_if_empty(folder)
         _report(job + explain(error), EXIT_USAGE, debug=debug)
@@ -116,18 +122,56 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
         Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
 
 
-def show_sweep(folder: Path, title: str) -> None:
-    """Prints the table of a sweep; where no job began, and for jobs with tables of their own, there is none."""
+def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
+    """Runs one job of a sweep and records its status, unless another process does."""
+    from iexact_runner.sweeps import Job
+
+    with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
+        if mine:
+            run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
+
+
+def begin_sweep(composed: DictConfig) -> Sweep:
+    """The sweep that a command asked for; its tables end the command.
+
+    Raises:
+        ConfigError: if it is to be taken up but has a new folder.
+    """
+    from iexact_runner.sweeps import Sweep
+
+    fields, place = composed.sweep, OmegaConf.to_container(composed.hydra.sweep, resolve=False)
+    if fields.skip_completed and isinstance(place, dict) and "${now:" in place["dir"]:
+        raise ConfigError.of("sweep.skip_completed", "true", "name the sweep's folder with hydra.sweep.dir=FOLDER")
+    title = composed.hydra.runtime.choices.get("experiment") or "sweep"
+    sweep = Sweep(
+        Path(composed.hydra.sweep.dir), title=title, skip_completed=fields.skip_completed, fail_fast=fields.fail_fast
+    )
+    _sweeps.append(sweep)
+    return sweep
+
+
+def report_job(name: str, overrides: list[str], error: Exception) -> None:
+    """Tells of a job that cannot be launched."""
+    _report(_job_title(name, overrides) + explain(error), EXIT_USAGE, debug=False)
+
+
+def show_sweep(sweep: Sweep) -> None:
+    """Prints the jobs of a sweep and the table of its runs; jobs with tables of their own have none."""
     from iexact_runner.records import run_folders
     from iexact_runner.report import read_report, show, wide_console
 
-    if not run_folders([folder]):
+    console = wide_console()
+    sweep.show(console)
+    if not sweep.completed and not _failures:
+        _failures.append(EXIT_FAILED)
+    folders = [job.folder for job in sweep.jobs]
+    if not run_folders(folders):
         return
-    report, console = read_report([folder]), wide_console()
-    if not report.grids(title=title) and not report.damaged:
+    report = read_report(folders)
+    if not report.grids(title=sweep.title) and not report.damaged:
         return
-    show(report, console, title=title)
-    console.print(f"again, or as a page: iexact-report {folder} --format html", highlight=False, soft_wrap=True)
+    show(report, console, title=sweep.title)
+    console.print(f"again, or as a page: iexact-report {sweep.folder} --format html", highlight=False, soft_wrap=True)
     for line in report.damaged:
         _report(line, EXIT_FAILED, debug=False)
 
@@ -158,8 +202,8 @@ def main() -> None:
     _sweeps.clear()
     try:
         app()
-        for folder, title in _sweeps.items():
-            show_sweep(folder, title)
+        for sweep in _sweeps:
+            show_sweep(sweep)
     except KeyboardInterrupt:
         _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
     except (HydraException, OmegaConfBaseException) as error:
@@ -200,8 +244,12 @@ def _unexpected(error: Exception, *, debug: bool) -> str:
 
 # Exit statuses of the jobs of this process that did not complete.
 _failures: list[int] = []
-# Folders of the sweeps of this process, and what they are called.
-_sweeps: dict[Path, str] = {}
+# Sweeps that this process launched.
+_sweeps: list[Sweep] = []
+
+
+def _job_title(name: str, overrides: Iterable[str]) -> str:
+    return f"job {name} ({' '.join(overrides)}): "
 
 
 def _report(message: str, status: int, *, debug: bool) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "MeasureConfig",
     "ModelConfig",
     "SAGEConfig",
+    "SweepConfig",
     "SyntheticConfig",
     "TrainingConfig",
 ]
@@ -121,6 +122,19 @@ class BinsConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a sweep does with its jobs.
+
+    Args:
+        fail_fast: begin no job after one has failed.
+        skip_completed: take up the jobs that are in the sweep's folder already, and run those that did not complete.
+    """
+
+    fail_fast: bool = False
+    skip_completed: bool = False
+
+
+@dataclass
 class Config:
     """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32."""
 
@@ -139,6 +153,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     bins: BinsConfig = field(default_factory=BinsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
