@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from conftest import REPOSITORY
-from iexact_runner.bins_table import best_bins
 from iexact_runner.config import BinsConfig
+from iexact_runner.tasks.bins import best_bins
 
 BINS = (REPOSITORY / "docs" / "bins.md").read_text()
 

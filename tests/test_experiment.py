@@ -16,6 +16,7 @@ from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.experiment import Experiment, resolve_device
 from iexact_runner.records import RunFolder
+from iexact_runner.tasks import train
 
 QUICK = ("training.epochs=4", "model.hidden_channels=16", "measure.timed_epochs=3", "measure.warmup_epochs=1")
 
@@ -134,13 +135,13 @@ def test_terminal_gets_a_live_bar_and_a_pipe_plain_lines(tmp_path):
 
 
 def test_loss_that_explodes_is_recorded_as_failed(tmp_path, monkeypatch):
-    finite = experiment.train_epochs
+    finite = train.train_epochs
 
     def explodes(*args, **kwargs):
         yield from list(finite(*args, **kwargs))[:2]
         raise TrainingError(f"the training loss is {math.nan} at epoch 3")
 
-    monkeypatch.setattr(experiment, "train_epochs", explodes)
+    monkeypatch.setattr(train, "train_epochs", explodes)
     with pytest.raises(TrainingError):
         run(tmp_path)
     summary, lines = read(tmp_path)
@@ -164,7 +165,7 @@ def test_learning_rate_that_explodes_ends_the_run(tmp_path):
     ids=["interrupt", "bug"],
 )
 def test_what_was_recorded_before_the_end_is_kept(tmp_path, monkeypatch, error, status, text):
-    finite = experiment.train_epochs
+    finite = train.train_epochs
     calls = []
 
     def stops_in_the_second_run(*args, **kwargs):
@@ -174,7 +175,7 @@ def test_what_was_recorded_before_the_end_is_kept(tmp_path, monkeypatch, error, 
         if len(calls) == 2:
             raise error
 
-    monkeypatch.setattr(experiment, "train_epochs", stops_in_the_second_run)
+    monkeypatch.setattr(train, "train_epochs", stops_in_the_second_run)
     with pytest.raises(type(error)):
         run(tmp_path, "runs=3")
     summary, lines = read(tmp_path)

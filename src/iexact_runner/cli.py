@@ -113,9 +113,9 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
     screen = Screen(file=sys.stdout)
     show_messages(screen)
     if config.task == "bins":
-        from iexact_runner import bins_table
+        from iexact_runner.tasks import bins
 
-        bins_table.run(config, RunFolder(folder), screen, resolved_yaml)
+        bins.run(config, RunFolder(folder), screen, resolved_yaml)
     else:
         from iexact_runner.experiment import Experiment
 

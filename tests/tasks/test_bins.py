@@ -11,24 +11,24 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from iexact_runner import bins_table
 from iexact_runner.cli import compose_config
 from iexact_runner.compression.bins import ClippedNormal, TruncatedNormal, expected_variance, optimal_levels
 from iexact_runner.config import BinsConfig
 from iexact_runner.records import RunFolder
+from iexact_runner.tasks import bins
 
 
 def run(path, *overrides):
     screen = io.StringIO()
     config = compose_config("task=bins", *overrides)
-    bins_table.run(config, RunFolder(path), Console(file=screen, width=160), "the: config\n")
+    bins.run(config, RunFolder(path), Console(file=screen, width=160), "the: config\n")
     return pd.read_csv(path / "bins.csv"), json.loads((path / "summary.json").read_text()), screen.getvalue()
 
 
 @pytest.mark.parametrize(("clipped", "family"), [(True, ClippedNormal), (False, TruncatedNormal)])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_rows_are_those_of_the_library(bits, clipped, family):
-    table = bins_table.best_bins(BinsConfig(clipped=clipped, bits=bits))
+    table = bins.best_bins(BinsConfig(clipped=clipped, bits=bits))
     assert table["d"].tolist() == list(range(4, 2049))
     for d in (4, 100, 2048):
         row = table.set_index("d").loc[d]
@@ -42,11 +42,11 @@ def test_rows_are_those_of_the_library(bits, clipped, family):
 
 
 def test_grid_of_sigma_is_that_of_the_reference_and_scales_with_the_bits():
-    narrow, wide = (bins_table.best_bins(BinsConfig(use_d_key=False, bits=bits)) for bits in (2, 4))
+    narrow, wide = (bins.best_bins(BinsConfig(use_d_key=False, bits=bits)) for bits in (2, 4))
     assert len(narrow) == 4991 and narrow["d"].isna().all()
     assert narrow["sigma"].iloc[[0, 1, -1]].tolist() == pytest.approx([0.01, 0.011, 5.0])
     assert wide["sigma"].to_numpy() == pytest.approx(5 * narrow["sigma"].to_numpy())
-    of_blocks = bins_table.best_bins(BinsConfig()).set_index("d")
+    of_blocks = bins.best_bins(BinsConfig()).set_index("d")
     nearest = narrow.loc[(narrow["sigma"] - of_blocks.loc[128, "sigma"]).abs().idxmin()]
     assert nearest["levels"][1] == pytest.approx(of_blocks.loc[128, "levels"][1], abs=1e-3)
 
@@ -82,7 +82,7 @@ def test_failure_is_recorded(tmp_path, monkeypatch, failure, status, error):
     def fails(*_):
         raise failure
 
-    monkeypatch.setattr(bins_table, "show", fails)
+    monkeypatch.setattr(bins, "show", fails)
     with pytest.raises(type(failure)):
         run(tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -1,0 +1,76 @@
+"""What every task works with, and what it leaves for the summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from iexact_runner import measure
+from iexact_runner.compression.seeds import mix
+from iexact_runner.config import Config
+from iexact_runner.loggers import Logger
+from iexact_runner.nn import Model, build_model
+from iexact_runner.records import RunFolder
+from iexact_runner.training import Problem, Scores
+
+
+@dataclass
+class Findings:
+    """What a run has found so far; the summary is made of it, also if the run fails.
+
+    Args:
+        metric: name of the scores.
+        memory: figures of one training step.
+        completed: scores at the best validation epoch of each run that was completed.
+        throughput: of the timed epochs.
+        fidelities: figures of gradients by epoch, of each run.
+        distribution: figures of maps, of each run.
+        energy: of the timed epochs.
+    """
+
+    metric: str | None = None
+    memory: dict[str, Any] | None = None
+    completed: list[Scores] = field(default_factory=list)
+    throughput: measure.Throughput | None = None
+    fidelities: list[dict[int, dict[str, Any]]] = field(default_factory=list)
+    distribution: list[list[dict[str, Any]]] | None = None
+    energy: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run of a task.
+
+    Args:
+        config: what to run.
+        problem: what it runs on.
+        device: where.
+        folder: where the records go.
+        console: where progress is shown.
+        logger: what is told of every epoch beside the records.
+        findings: filled by the task as it goes on; its ``memory`` is there already.
+    """
+
+    config: Config
+    problem: Problem
+    device: torch.device
+    folder: RunFolder
+    console: Console
+    logger: Logger
+    findings: Findings
+
+    def new_model(self, run: int) -> tuple[Model, int]:
+        """The model of a run, its weights freshly drawn from the run's seed, and that seed."""
+        measure.reset_peak(self.device)
+        seed = mix(self.config.seed, run)
+        torch.manual_seed(seed)
+        model = build_model(
+            self.config.model,
+            in_channels=self.problem.in_channels,
+            out_channels=self.problem.num_classes,
+            compression=self.config.compression,
+        )
+        return model.to(self.device), seed

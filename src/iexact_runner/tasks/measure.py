@@ -1,0 +1,39 @@
+"""``task=measure``: what is kept for the backward pass, and epochs per second."""
+
+from __future__ import annotations
+
+import itertools
+
+from iexact_runner.compression.seeds import mix
+from iexact_runner.display import show_tensors
+from iexact_runner.energy import EnergyMeter
+from iexact_runner.measure import time_epochs
+from iexact_runner.tasks.context import Context
+from iexact_runner.training import Optimization, clock, step
+
+
+def run(context: Context) -> None:
+    """Shows the kept tensors and times epochs, with their energy if asked to."""
+    config, problem, findings, device = context.config, context.problem, context.findings, context.device
+    assert findings.memory is not None
+    show_tensors(context.console, findings.memory["tensors"])
+    model, seed = context.new_model(run=0)
+    optimization = Optimization(model, config.training, precision=config.precision)
+    numbers = itertools.count(1)
+
+    def one_epoch() -> float:
+        number = next(numbers)
+        start = clock(device)
+        step(model, optimization, problem, seed=mix(seed, number), epoch=number)
+        return clock(device) - start
+
+    meter = EnergyMeter(device, country=config.measure.country) if config.measure.energy else None
+    with context.console.status("timing epochs"):
+        findings.throughput = time_epochs(
+            one_epoch,
+            warmup_epochs=config.measure.warmup_epochs,
+            timed_epochs=config.measure.timed_epochs,
+            max_seconds=config.measure.max_seconds,
+            meter=meter,
+        )
+    findings.energy = None if meter is None else meter.record
