@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +104,21 @@ def app(composed: DictConfig) -> None:
         _report(job + _unexpected(error, debug=debug), EXIT_FAILED, debug=debug)
 
 
-def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
-    """Runs a checked configuration with its records in ``folder``."""
+def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bool = True) -> None:
+    """Runs a checked configuration with its records in ``folder``.
+
+    Args:
+        config: what to run.
+        folder: where the records go.
+        resolved_yaml: the configuration as it is recorded.
+        live: show progress as a bar if the screen is a terminal.
+    """
     # torch and rich are slow to import, and --help needs neither.
     from iexact_runner.display import Screen, show_messages
     from iexact_runner.records import RunFolder
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
-    screen = Screen(file=sys.stdout)
+    screen = Screen(file=sys.stdout, force_terminal=None if live else False)
     show_messages(screen)
     if config.task == "bins":
         from iexact_runner.tasks import bins
@@ -127,8 +135,14 @@ def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> Non
     from iexact_runner.sweeps import Job
 
     with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
-        if mine:
-            run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
+        if not mine:
+            return
+        from iexact_runner.devices import own_gpu
+
+        config = to_config(composed)
+        with own_gpu(announce=print) if config.device == "auto" else nullcontext():
+            # Without a sweep of its own this is one of several processes that share a terminal.
+            run_job(config, folder, OmegaConf.to_yaml(composed, resolve=True), live=bool(_sweeps))
 
 
 def begin_sweep(composed: DictConfig) -> Sweep:
@@ -206,8 +220,10 @@ def main() -> None:
             show_sweep(sweep)
     except KeyboardInterrupt:
         _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
         _report(explain(error), EXIT_USAGE, debug=debug)
+    except UserError as error:
+        _report(explain(error), EXIT_FAILED, debug=debug)
     except OSError as error:  # Hydra could not make the folder of the run
         reason = error.strerror or str(error)
         _report(f"output_dir: {error.filename} cannot be written ({reason}); name a folder that can", 1, debug=debug)

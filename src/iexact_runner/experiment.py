@@ -13,6 +13,7 @@ from iexact_runner import energy, environment, fidelity, loggers, measure
 from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
+from iexact_runner.devices import device_lock
 from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.memory import step_memory
@@ -60,6 +61,7 @@ class Experiment:
         loggers.check_installed(config.logger)
         if config.measure.energy:
             energy.check_installed()
+        self._lock = device_lock(self._device, announce=console.print)
         self._logger = loggers.Logger()
         self._findings = Findings()
 
@@ -72,7 +74,8 @@ class Experiment:
         status, error = "failed", None
         try:
             self._logger = loggers.open_logger(self._config, self._folder.path, asdict(self._config))
-            self._execute()
+            with self._lock:
+                self._execute()
             status = "completed"
         except KeyboardInterrupt:
             status, error = "interrupted", "interrupted by the user"
@@ -106,7 +109,9 @@ class Experiment:
             valid = f"{config.dataset.name} has several labels a node, whose loss is BCE: leave it at cross_entropy"
             raise ConfigError.of("training.loss", config.training.loss, valid)
         self._findings.metric = problem.metric
-        context = Context(config, problem, self._device, self._folder, self._console, self._logger, self._findings)
+        context = Context(
+            config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings
+        )
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             model, seed = context.new_model(run=0)
@@ -131,7 +136,7 @@ class Experiment:
             "environment": environment.describe(self._device, backend=self._backend),
             "accuracy": accuracy,
             "memory": found.memory and {**found.memory, **measure.peak_mib(self._device)},
-            "throughput": found.throughput and found.throughput.to_dict(),
+            "throughput": found.throughput and found.throughput.to_dict() | {"alone": self._lock.alone},
             "fidelity": compared or None,
             "energy": found.energy,
             "distribution": found.distribution,

@@ -70,8 +70,8 @@ class DeviceLock:
         self._path = folder / f"{name}.lock"
         self._announce = announce
         self._handle: int | None = None
-        self._began_alone = False
         self._entry = 0
+        self._alone = False
 
     def __enter__(self) -> DeviceLock:
         self._acquire(fcntl.LOCK_SH)
@@ -89,9 +89,10 @@ class DeviceLock:
 
     @property
     def alone(self) -> bool:
-        """Whether no other process has held the lock since this one acquired it."""
-        assert self._handle is not None
-        return self._began_alone and _entries(self._handle) == self._entry
+        """Whether no other process held the lock while this one did."""
+        if self._handle is not None and _entries(self._handle) != self._entry:
+            self._alone = False
+        return self._alone
 
     def _acquire(self, kind: int) -> None:
         gate = _open(self._gate)
@@ -100,13 +101,14 @@ class DeviceLock:
             if not _try(gate, fcntl.LOCK_EX, wait=False):
                 self._announce(f"waiting for {self._name}: a measurement is going on there, or about to begin")
                 _try(gate, fcntl.LOCK_EX, wait=True)
-            self._began_alone = _try(handle, fcntl.LOCK_EX, wait=False)
-            if not self._began_alone and not _try(handle, kind, wait=False):
+            self._alone = _try(handle, fcntl.LOCK_EX, wait=False)
+            if not self._alone and not _try(handle, kind, wait=False):
                 self._announce(f"waiting for {self._name}: other work is going on there")
                 _try(handle, kind, wait=True)
+                self._alone = _try(handle, fcntl.LOCK_EX, wait=False)
             self._entry = _entries(handle) + 1
             os.pwrite(handle, b"%020d" % self._entry, 0)
-            _try(handle, kind, wait=True)  # from alone to shared; nobody comes between, for the gate is held
+            _try(handle, kind, wait=True)  # what was tried is given back; nobody came between, for the gate is held
         except BaseException:
             self._release()
             raise
@@ -115,6 +117,7 @@ class DeviceLock:
 
     def _release(self) -> None:
         if self._handle is not None:
+            _ = self.alone  # the last moment to see who came
             os.close(self._handle)
             self._handle = None
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from iexact_runner.errors import ConfigError
 from iexact_runner.locks import locked
 from iexact_runner.records import ATTEMPT, SUMMARY, DamagedRecord, to_json, write_atomically
 
@@ -207,7 +208,7 @@ class Sweep:
             keep_records: leave the records of a job that is taken up where they are, to be continued.
 
         Raises:
-            FileExistsError: if the folder is somebody else's, whatever N.
+            ConfigError: if the folder is somebody else's, whatever N.
         """
         same = next((job for job in self._before if job.status().get("config_hash") == config_hash), None)
         if same is not None:
@@ -225,7 +226,9 @@ class Sweep:
         while (folder := self.folder / subfolder(number)).exists() and any(folder.iterdir()):
             number += 1
             if subfolder(number) == subfolder(number - 1):
-                raise FileExistsError(f"{folder}: holds another job; put ${{hydra.job.num}} into hydra.sweep.subdir")
+                raise ConfigError.of(
+                    "hydra.sweep.subdir", folder, "holds another job; put ${hydra.job.num} into the name"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
