@@ -47,7 +47,7 @@ class IexactSweeper(BasicSweeper):
 
             sweep.run(list(ready), launch)
             launched += len(ready)
-        sweep.wait()
+        sweep.wait(announce=print)
 
     def _place(self, sweep: Sweep, overrides: list[str]) -> tuple[Job, list[str]] | None:
         """A job with the overrides it is launched with; None if there is nothing to launch."""

@@ -30,6 +30,13 @@ from iexact_runner.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from iexact_runner.sweeps import Sweep
 
+# Launchers of Hydra's plugins, and the extras that bring them.
+LAUNCHER_EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+}
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -236,6 +243,9 @@ def main() -> None:
 def explain(error: BaseException) -> str:
     """An error in one line that names the field, the value and what is valid."""
     cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in LAUNCHER_EXTRAS:
+        extra = LAUNCHER_EXTRAS[error.missing_cfg_file]
+        return f"{error.missing_cfg_file}: is not installed: pip install 'iexact-runner[{extra}]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = [option for option in error.options if not option.startswith("base_")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import socket
 import time
 import traceback
@@ -23,12 +24,13 @@ from rich.table import Table
 
 from iexact_runner.errors import ConfigError
 from iexact_runner.locks import locked
-from iexact_runner.records import ATTEMPT, SUMMARY, DamagedRecord, to_json, write_atomically
+from iexact_runner.records import ATTEMPT, SUMMARY, DamagedRecord, read_run, to_json, write_atomically
 
 STATUS, JOB_LOCK, SWEEP_LOCK = "status.json", "job.lock", "sweep.lock"
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "running", "completed", "failed"
 # Seconds after which a folder's lock is taken to be held by a job: all others hold it for a moment only.
 PATIENCE = 2.0
+KILLED = "the job's process was killed, for example for want of memory"
 
 
 class Ended(RuntimeError):
@@ -67,12 +69,8 @@ class Job:
         """What its status file says in a word."""
         return str(self.status().get("state", QUEUED))
 
-    def is_completed(self) -> bool:
-        """Whether it completed and its records are still there."""
-        return self.state == COMPLETED and (self.folder / SUMMARY).exists()
-
     def queue(self, *, overrides: Sequence[str], config_hash: str, launch: str, keep_records: bool = False) -> bool:
-        """Makes it ready to begin; False if another process is at work on it.
+        """Makes it ready to begin; False if it completed after all or another process is at work on it.
 
         What an earlier attempt left is moved to a folder ``attempt_N``.
 
@@ -86,7 +84,11 @@ class Job:
         with locked(self.folder / JOB_LOCK, patience=PATIENCE) as mine:
             if not mine:
                 return False
-            if self.status().get("state", QUEUED) != QUEUED:
+            self._complete_if_recorded()
+            state = self.state
+            if state == COMPLETED and self._has_completed_records():
+                return False
+            if state != QUEUED:
                 self._set_aside(keep_records=keep_records)
             status = {"state": QUEUED, "error": None, "traceback": None, "overrides": list(overrides)}
             times = {"queued": time.time(), "started": None, "ended": None}
@@ -131,24 +133,40 @@ class Job:
     def bury(self, reason: str) -> None:
         """Records a failure in place of a process that ended without a word."""
         with locked(self.folder / JOB_LOCK, patience=PATIENCE) as mine:
-            if mine and self.state == RUNNING:
-                self.fail(Ended(reason))
+            if mine:
+                self._complete_if_recorded()
+                if self.state == RUNNING:
+                    self.fail(Ended(reason))
 
     def wait(self) -> None:
         """Waits until no process is at work on it."""
         with locked(self.folder / JOB_LOCK):
             pass
 
+    def _has_completed_records(self) -> bool:
+        try:
+            return (self.folder / SUMMARY).exists() and read_run(self.folder).status == COMPLETED
+        except DamagedRecord:
+            return False
+
+    def _complete_if_recorded(self) -> None:
+        """Mends the status of a job whose process was killed between writing its last two files."""
+        if self.state == RUNNING and self._has_completed_records():
+            self._write(self.status() | {"state": COMPLETED})
+
     def _set_aside(self, *, keep_records: bool) -> None:
-        names = [name for name in os.listdir(self.folder) if name != JOB_LOCK and not name.startswith(ATTEMPT)]
+        stays = (STATUS, JOB_LOCK)
+        names = [name for name in os.listdir(self.folder) if name not in stays and not name.startswith(ATTEMPT)]
         number = 1
         while (self.folder / f"{ATTEMPT}{number}").exists():
             number += 1
         aside = self.folder / f"{ATTEMPT}{number}"
         aside.mkdir()
-        # The status last: an interruption leaves a job that is set aside once more.
-        for name in sorted([STATUS] if keep_records else names, key=lambda name: name == STATUS):
-            os.rename(self.folder / name, aside / name)
+        if not keep_records:
+            for name in names:
+                os.rename(self.folder / name, aside / name)
+        # Its place is taken by the next status at one blow.
+        shutil.copy(self.folder / STATUS, aside / STATUS)
 
     def _write(self, status: dict[str, Any]) -> None:
         write_atomically(self.folder / STATUS, to_json(status, indent=2) + "\n")
@@ -193,7 +211,7 @@ class Sweep:
         with locked(self.folder / SWEEP_LOCK):
             present = jobs_below(self.folder) if self._skip_completed else []
             present = [job for job in present if job.folder not in {taken.folder for taken in self.jobs}]
-            self._before = sorted(present, key=lambda job: not job.is_completed())
+            self._before = sorted(present, key=lambda job: job.state != COMPLETED)
             yield
 
     def place(
@@ -215,10 +233,9 @@ class Sweep:
             self._before.remove(same)
         job = Job(self._free_folder(subfolder)) if same is None else same
         self.jobs.append(job)
-        if job.is_completed():
-            self._skipped.append(job)
-            return job, False
         queued = job.queue(overrides=overrides, config_hash=config_hash, launch=self._launch, keep_records=keep_records)
+        if job.state == COMPLETED:
+            self._skipped.append(job)
         return job, queued
 
     def _free_folder(self, subfolder: Callable[[int], str]) -> Path:
@@ -251,29 +268,33 @@ class Sweep:
                 problem = error
             for job in pending:
                 job.wait()
-            died = [job for job in pending if job.state == RUNNING]
-            left = [job for job in pending if job.state == QUEUED and not self._stopped()]
-            if len(left) == len(pending):
-                raise problem or Ended("the launcher returned without beginning a job")
             if len(pending) == 1:
-                for job in died:
-                    job.bury("the job's process was killed, for example for want of memory")
-            else:
-                suspects += died
+                pending[0].bury(KILLED)
+            suspects += [job for job in pending if job.state == RUNNING]
+            left = [job for job in pending if job.state == QUEUED]
+            if len(left) == len(pending) and not self._stopped():
+                raise problem or Ended("the launcher returned without beginning a job")
             pending = left
         for job in suspects:
             status = job.status()
-            names = ("overrides", "config_hash", "launch")
-            if not self._stopped() and job.queue(**{name: status[name] for name in names}):
+            again = {name: status[name] for name in ("overrides", "config_hash", "launch")}
+            if self._stopped():
+                job.bury(KILLED)
+            elif job.queue(**again):
                 self.run([job], launch)
 
     def _stopped(self) -> bool:
         return self._fail_fast and has_failed(self.folder, launch=self._launch)
 
-    def wait(self) -> None:
-        """Waits for jobs that another sweep is at work on."""
+    def wait(self, announce: Callable[[str], None]) -> None:
+        """Waits for jobs that another sweep is at work on, and says so."""
         for job in self.jobs:
-            job.wait()
+            with locked(job.folder / JOB_LOCK, patience=PATIENCE) as free:
+                pass
+            if not free:
+                announce(f"waiting for job {self.name_of(job)}: another sweep is at work on it")
+                job.wait()
+            job.bury(KILLED)
 
     @property
     def completed(self) -> bool:
