@@ -50,6 +50,7 @@ def test_records_of_a_training_run(tmp_path):
         "schema_version",
         "status",
         "error",
+        "resumed",
         "config",
         "environment",
         "accuracy",

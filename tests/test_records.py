@@ -11,6 +11,7 @@ import yaml
 
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import UserError
+from iexact_runner.files import write_atomically
 from iexact_runner.records import (
     SCHEMA_VERSION,
     DamagedRecord,
@@ -21,7 +22,6 @@ from iexact_runner.records import (
     read_run,
     run_folders,
     to_json,
-    write_atomically,
 )
 from recorded import record
 

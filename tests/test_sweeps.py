@@ -248,20 +248,27 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_sweep_ends_as_an_undisturbed_one(tmp_path, undisturbed):
+    """The first kill is followed by a new attempt, the second by one that goes on from a checkpoint."""
     draws = random.Random(0)
     for job in ("0", "1"):
-        process = subprocess.Popen(command(*SWEEP), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(*SWEEP, "checkpoint.every=5"), cwd=tmp_path, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while states(tmp_path / "sweep").get(job) != "running" and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(draws.uniform(0, 0.4))
+        while not (tmp_path / "sweep" / job / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(draws.uniform(0.1, 0.3))
         process.kill()
         process.wait()
         assert states(tmp_path / "sweep")["2"] == "queued"
-    result = run(*SWEEP, cwd=tmp_path)
+    result = run(*SWEEP, "resume=auto", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     assert "completed before" in result.stdout
     assert metrics(tmp_path / "sweep") == undisturbed
+    first, second = (tmp_path / "sweep" / job for job in ("0", "1"))
+    assert {path.name for path in (first / "attempt_1").iterdir()} > {"status.json", "metrics.jsonl"}
+    assert [path.name for path in (second / "attempt_1").iterdir()] == ["status.json"]
+    assert json.loads((second / "summary.json").read_text())["resumed"] == 1
 
 
 def test_two_sweeps_at_once_share_a_folder(tmp_path, undisturbed):

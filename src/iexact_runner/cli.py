@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,7 @@ def app(composed: DictConfig) -> None:
             job = _job_title(os.path.relpath(folder, sweep_folder), hydra_config.overrides.task)
             run_sweep_job(composed, folder, sweep_folder)
         else:
+            composed = of_resumed_run(composed, hydra_config.overrides.task)
             run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
         _remove_if_empty(folder)
@@ -109,6 +110,37 @@ def app(composed: DictConfig) -> None:
         raise
     except Exception as error:
         _report(job + _unexpected(error, debug=debug), EXIT_FAILED, debug=debug)
+
+
+def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """With ``resume=FOLDER`` the configuration that is recorded there, otherwise the one that was composed.
+
+    Raises:
+        ConfigError: if an override would change the numbers of the run.
+    """
+    resumed = OmegaConf.select(composed, "resume")
+    if resumed in (None, "", "auto"):
+        return composed
+    from iexact_runner.records import CONFIG, WITHOUT_EFFECT, read_config
+    from iexact_runner.resume import check_agreement, overridden
+
+    path = Path(resumed, CONFIG)
+    if not path.is_file():
+        raise ConfigError.of("resume", resumed, f"must be the folder of a run; {path} does not exist")
+    recorded: Any = read_config(path)
+    asked: Any = OmegaConf.to_container(composed, resolve=True)
+    check_agreement(path.parent, recorded=recorded, asked=asked, overrides=overrides)
+    own = {overridden(override).partition(".")[0] for override in overrides}
+    recorded |= {name: asked[name] for name in WITHOUT_EFFECT if name in own and name in asked}
+    typed = OmegaConf.structured(schema.Config)
+    try:
+        typed.model = schema.MODEL_CONFIGS[recorded["model"]["name"]]
+        typed.dataset = schema.dataset_config(recorded["dataset"]["name"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
+    merged = OmegaConf.merge(typed, recorded)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bool = True) -> None:
@@ -133,12 +165,17 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
         bins.run(config, RunFolder(folder), screen, resolved_yaml)
     else:
         from iexact_runner.experiment import Experiment
+        from iexact_runner.resume import place
 
-        Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
+        chosen, resumed = place(config, folder)
+        if resumed:
+            _remove_if_empty(folder)
+        Experiment(config, RunFolder(chosen, resumed=resumed), screen).run(resolved_yaml)
 
 
 def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
     """Runs one job of a sweep and records its status, unless another process does."""
+    from iexact_runner.records import METRICS, SUMMARY
     from iexact_runner.sweeps import Job
 
     with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
@@ -147,6 +184,9 @@ def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> Non
         from iexact_runner.devices import own_gpu
 
         config = to_config(composed)
+        if config.resume == "auto":
+            begun = (folder / METRICS).exists() or (folder / SUMMARY).exists()
+            config = dataclasses.replace(config, resume=str(folder) if begun else None)
         with own_gpu(announce=print) if config.device == "auto" else nullcontext():
             # Without a sweep of its own this is one of several processes that share a terminal.
             run_job(config, folder, OmegaConf.to_yaml(composed, resolve=True), live=bool(_sweeps))
@@ -156,16 +196,22 @@ def begin_sweep(composed: DictConfig) -> Sweep:
     """The sweep that a command asked for; its tables end the command.
 
     Raises:
-        ConfigError: if it is to be taken up but has a new folder.
+        ConfigError: if it is to be taken up but has a new folder, or if all jobs are to resume one run.
     """
     from iexact_runner.sweeps import Sweep
 
     fields, place = composed.sweep, OmegaConf.to_container(composed.hydra.sweep, resolve=False)
     if fields.skip_completed and isinstance(place, dict) and "${now:" in place["dir"]:
         raise ConfigError.of("sweep.skip_completed", "true", "name the sweep's folder with hydra.sweep.dir=FOLDER")
+    if composed.resume not in (None, "auto"):
+        raise ConfigError.of("resume", composed.resume, "is for one run; the jobs of a sweep take resume=auto")
     title = composed.hydra.runtime.choices.get("experiment") or "sweep"
     sweep = Sweep(
-        Path(composed.hydra.sweep.dir), title=title, skip_completed=fields.skip_completed, fail_fast=fields.fail_fast
+        Path(composed.hydra.sweep.dir),
+        title=title,
+        skip_completed=fields.skip_completed,
+        fail_fast=fields.fail_fast,
+        keep_records=composed.resume == "auto",
     )
     _sweeps.append(sweep)
     return sweep

@@ -12,6 +12,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import yaml
 
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import UserError
+from iexact_runner.files import LOCK, TEMPORARY, append_line, count_lines, cut_after, locked, sync, write_atomically
 
 SCHEMA_VERSION = 1
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -36,20 +38,26 @@ class DamagedRecord(UserError):
     """A file of a run that cannot be read as what it should hold."""
 
 
+class UnwritableFolder(UserError):
+    """The folder of a run cannot be written any more."""
+
+
 class RunFolder:
     """The folder of one run.
 
     Args:
         path: created if it does not exist.
+        resumed: whether the run that is recorded there goes on.
 
     Raises:
         UserError: if the folder cannot be written, or holds the records of another run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumed: bool = False) -> None:
         self.path = path
+        self.resumed = resumed
         taken = [name for name in (METRICS, SUMMARY) if (path / name).exists()]
-        if taken:
+        if taken and not resumed:
             raise UserError(f"{path}: already holds {' and '.join(taken)} of another run; name another folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -59,18 +67,75 @@ class RunFolder:
             reason = error.strerror or error
             raise UserError(f"output_dir={path}: cannot be written ({reason}); name a folder that can") from error
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context in which a run goes on here; a resumed one has not ended, so its summary is removed.
+
+        Raises:
+            UserError: if another process runs here.
+        """
+        with ExitStack() as stack:
+            with self._writing(LOCK):
+                if not stack.enter_context(locked(self.path)):
+                    raise UserError(f"{self.path}: another process runs in it; wait for its end")
+                if self.resumed:
+                    if self._completed():
+                        raise UserError(f"{self.path}: its run is completed; there is nothing to resume")
+                    for leftover in (*self.path.glob(f"{TEMPORARY}*"), self.path / SUMMARY):
+                        leftover.unlink(missing_ok=True)
+            yield
+
     def write_config(self, yaml: str) -> None:
-        """Writes the resolved configuration."""
-        write_atomically(self.path / CONFIG, yaml)
+        """Writes the resolved configuration; that of a resumed run stays."""
+        if not self.resumed:
+            self.write(CONFIG, yaml)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds one line to ``metrics.jsonl``, on disk when this returns."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+        """Adds one line to ``metrics.jsonl``, where others see it when this returns."""
+        with self._writing(METRICS):
+            append_line(self.path / METRICS, to_json(line))
+
+    def metrics_lines(self) -> int:
+        """Whole lines of ``metrics.jsonl``."""
+        return count_lines(self.path / METRICS)
+
+    def keep_metrics(self, lines: int) -> None:
+        """Cuts ``metrics.jsonl`` after so many lines, which it has."""
+        with self._writing(METRICS):
+            cut_after(self.path / METRICS, lines)
+
+    def sync_metrics(self) -> None:
+        """Waits until ``metrics.jsonl`` would outlive a power failure."""
+        with self._writing(METRICS):
+            sync(self.path / METRICS)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes ``summary.json`` whole or not at all."""
-        write_atomically(self.path / SUMMARY, to_json(summary, indent=2) + "\n")
+        self.write(SUMMARY, to_json(summary, indent=2) + "\n")
+
+    def write(self, name: str, content: str | bytes, *, keep_as: str | None = None) -> None:
+        """Writes a file whole or not at all; ``keep_as`` is a name under which the one before it stays.
+
+        Raises:
+            UnwritableFolder: if it cannot be written, for example because the disk is full.
+        """
+        with self._writing(name):
+            write_atomically(self.path / name, content, keep_as=None if keep_as is None else self.path / keep_as)
+
+    def _completed(self) -> bool:
+        try:
+            return bool(_read_summary(self.path / SUMMARY)["status"] == "completed")
+        except (FileNotFoundError, DamagedRecord):
+            return False
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            valid = f"make room, then go on with resume={self.path}"
+            raise UnwritableFolder(f"{self.path}: {name} cannot be written ({reason}); {valid}") from error
 
 
 @dataclass(frozen=True)
@@ -97,13 +162,14 @@ class Run:
         return value
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``.
+        """The lines of ``metrics.jsonl``; of a run that was not completed, without a last one that is cut off.
 
         Raises:
-            DamagedRecord: if one is not whole.
+            DamagedRecord: if one is not JSON.
         """
         path = self.folder / METRICS
-        return [_parse(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [_parse(path, line) for line in (lines if self.status == "completed" else lines[: self.epochs])]
 
 
 def run_folders(folders: Iterable[Path]) -> list[Path]:
@@ -127,10 +193,11 @@ def read_run(folder: Path) -> Run:
         DamagedRecord: if a file is not; the message names it.
     """
     try:
-        lines = _count_lines(folder / METRICS)
         if not (folder / SUMMARY).exists():
-            return Run(folder, "unfinished", {"config": _read_config(folder / CONFIG)}, lines)
+            config = {"config": read_config(folder / CONFIG)}
+            return Run(folder, "unfinished", config, _count_lines(folder / METRICS, completed=False))
         summary = _read_summary(folder / SUMMARY)
+        lines = _count_lines(folder / METRICS, completed=summary["status"] == "completed")
     except OSError as error:
         raise DamagedRecord(f"{error.filename}: cannot be read ({error.strerror})") from error
     config, status = summary["config"], summary["status"]
@@ -163,11 +230,12 @@ def _is_whole(config: Any) -> bool:
     return isinstance(config.get("runs"), int) and isinstance(config["training"].get("epochs"), int)
 
 
-def _count_lines(path: Path) -> int:
-    """Lines of a JSON Lines file, the last of which must be whole: the others were written before it."""
+def _count_lines(path: Path, *, completed: bool) -> int:
+    """Lines of a JSON Lines file; the last whole one is read, for the others were written before it."""
     data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
+    if completed and data and not data.endswith(b"\n"):
         raise DamagedRecord(f"{path}: its last line is cut off")
+    data = data[: data.rfind(b"\n") + 1]
     if data:
         _parse(path, data[data.rfind(b"\n", 0, -1) + 1 :])
     return data.count(b"\n")
@@ -180,7 +248,12 @@ def _parse(path: Path, data: bytes) -> Any:
         raise DamagedRecord(f"{path}: is not JSON ({error})") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of a run.
+
+    Raises:
+        DamagedRecord: if the file cannot be read as one.
+    """
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -193,7 +266,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _is_config(path: Path) -> bool:
     """Whether a ``config.yaml`` with nothing beside it is that of a run that just began: others have such files too."""
     try:
-        return {"task", "model", "dataset", "compression"} <= _read_config(path).keys()
+        return {"task", "model", "dataset", "compression"} <= read_config(path).keys()
     except DamagedRecord:
         return False
 
@@ -232,24 +305,6 @@ def compression_label(config: Mapping[str, Any]) -> str:
         usual = {"rank": None, "energy": None, "refresh": 1, "levels": "uniform"}
     words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(words)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file beside its place and renames it there, so that a reader never sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private; results are as readable as anything else the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from iexact_runner import tables
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.files import write_atomically
 from iexact_runner.grouping import METRICS, Results, check_fields, group, matches, metrics_named
-from iexact_runner.records import DamagedRecord, Run, read_run, run_folders, write_atomically
+from iexact_runner.records import DamagedRecord, Run, read_run, run_folders
 
 FORMATS = ("table", "csv", "parquet", "markdown", "latex", "html")
 EXIT_DAMAGED, EXIT_USAGE = 1, 2

@@ -23,8 +23,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from iexact_runner.errors import ConfigError
+from iexact_runner.files import write_atomically
 from iexact_runner.locks import locked
-from iexact_runner.records import ATTEMPT, SUMMARY, DamagedRecord, read_run, to_json, write_atomically
+from iexact_runner.records import ATTEMPT, SUMMARY, DamagedRecord, read_run, to_json
 
 STATUS, JOB_LOCK, SWEEP_LOCK = "status.json", "job.lock", "sweep.lock"
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "running", "completed", "failed"
@@ -69,7 +70,7 @@ class Job:
         """What its status file says in a word."""
         return str(self.status().get("state", QUEUED))
 
-    def queue(self, *, overrides: Sequence[str], config_hash: str, launch: str, keep_records: bool = False) -> bool:
+    def queue(self, *, overrides: Sequence[str], config_hash: str, launch: str, keep_records: bool) -> bool:
         """Makes it ready to begin; False if it completed after all or another process is at work on it.
 
         What an earlier attempt left is moved to a folder ``attempt_N``.
@@ -192,14 +193,18 @@ class Sweep:
         title: of its tables.
         skip_completed: take up the jobs that are there already; otherwise all are new.
         fail_fast: begin no job after one has failed.
+        keep_records: leave the records of jobs that run again where they are, to be continued.
     """
 
-    def __init__(self, folder: Path, *, title: str, skip_completed: bool, fail_fast: bool) -> None:
+    def __init__(
+        self, folder: Path, *, title: str, skip_completed: bool, fail_fast: bool, keep_records: bool = False
+    ) -> None:
         self.folder = folder
         self.title = title
         self.jobs: list[Job] = []
         self._skip_completed = skip_completed
         self._fail_fast = fail_fast
+        self._keep_records = keep_records
         self._launch = secrets.token_hex(8)
         self._before: list[Job] = []
         self._skipped: list[Job] = []
@@ -214,16 +219,13 @@ class Sweep:
             self._before = sorted(present, key=lambda job: job.state != COMPLETED)
             yield
 
-    def place(
-        self, overrides: Sequence[str], *, config_hash: str, subfolder: Callable[[int], str], keep_records: bool = False
-    ) -> tuple[Job, bool]:
+    def place(self, overrides: Sequence[str], *, config_hash: str, subfolder: Callable[[int], str]) -> tuple[Job, bool]:
         """A job in its place, and whether it is to be launched: it is not if it completed, or is going on elsewhere.
 
         Args:
             overrides: what tells the job from others.
             config_hash: of its configuration; a job with the same is taken up again.
             subfolder: name of the folder of job N.
-            keep_records: leave the records of a job that is taken up where they are, to be continued.
 
         Raises:
             ConfigError: if the folder is somebody else's, whatever N.
@@ -233,7 +235,9 @@ class Sweep:
             self._before.remove(same)
         job = Job(self._free_folder(subfolder)) if same is None else same
         self.jobs.append(job)
-        queued = job.queue(overrides=overrides, config_hash=config_hash, launch=self._launch, keep_records=keep_records)
+        queued = job.queue(
+            overrides=overrides, config_hash=config_hash, launch=self._launch, keep_records=self._keep_records
+        )
         if job.state == COMPLETED:
             self._skipped.append(job)
         return job, queued
@@ -280,7 +284,7 @@ class Sweep:
             again = {name: status[name] for name in ("overrides", "config_hash", "launch")}
             if self._stopped():
                 job.bury(KILLED)
-            elif job.queue(**again):
+            elif job.queue(**again, keep_records=self._keep_records):
                 self.run([job], launch)
 
     def _stopped(self) -> bool:

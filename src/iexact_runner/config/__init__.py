@@ -7,18 +7,20 @@ Nothing here imports torch, so that ``iexact --help`` stays fast.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
 from iexact_runner.config.checks import check, check_at_least, check_choice
 from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
-from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig
+from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig, dataset_config
 from iexact_runner.config.model import MODEL_CONFIGS, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
 
 __all__ = [
     "BACKENDS",
     "BITS",
     "BinsConfig",
+    "CheckpointConfig",
     "CompressionConfig",
     "Config",
     "DatasetConfig",
@@ -27,16 +29,20 @@ __all__ = [
     "GATConfig",
     "GCN2Config",
     "GCNConfig",
+    "MODEL_CONFIGS",
     "MeasureConfig",
     "ModelConfig",
     "SAGEConfig",
     "SweepConfig",
     "SyntheticConfig",
     "TrainingConfig",
+    "dataset_config",
 ]
 
 
 TASKS = ("train", "measure", "fidelity", "distribution", "bins")
+# Those that record every epoch, and so can go on after one.
+RESUMABLE = ("train", "distribution")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOGGERS = ("none", "tensorboard", "mlflow")
 OPTIMIZERS = ("adam", "rmsprop")
@@ -135,8 +141,26 @@ class SweepConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """How often the state of training is written: after so many epochs, ``auto``, or null for never.
+
+    ``auto`` spends at most half a percent of the time on it, and writes every 5 seconds at most.
+    """
+
+    every: Any = "auto"  # a number or a word: OmegaConf fails to merge a union
+
+    def __post_init__(self) -> None:
+        every = self.every
+        valid = every is None or every == "auto" or (type(every) is int and every >= 1)
+        check(valid, "checkpoint.every", every, "must be 1 or more epochs, auto, or null for never")
+
+
+@dataclass
 class Config:
-    """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32."""
+    """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32.
+
+    ``resume`` names the folder of a run to go on with, or is ``auto`` for the newest of this configuration.
+    """
 
     task: str = MISSING
     runs: int = 1
@@ -146,10 +170,13 @@ class Config:
     debug: bool = False
     output_dir: str = "outputs"
     logger: str = "none"
+    resume: str | None = None
+    deterministic: bool = False
     model: ModelConfig = MISSING
     dataset: DatasetConfig = MISSING
     compression: CompressionConfig = MISSING
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     bins: BinsConfig = field(default_factory=BinsConfig)
@@ -175,5 +202,8 @@ class Config:
             )
         energy = self.measure.energy
         check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
+        resumable = self.task in RESUMABLE
+        check(resumable or self.resume is None, "resume", self.resume, f"is for task={' and task='.join(RESUMABLE)}")
+        check(self.resume != "", "resume", "''", "must be the folder of a run, auto, or null")
         check_at_least("runs", self.runs, 1)
         check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")

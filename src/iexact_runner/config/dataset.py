@@ -84,3 +84,9 @@ class SyntheticConfig(DatasetConfig):
 
 # Of the datasets that need no files; the loaders check the names of the others.
 DATASET_PREFIXES: dict[type[DatasetConfig], str] = {DigitsConfig: "digits", SyntheticConfig: "synthetic"}
+
+
+def dataset_config(name: str) -> type[DatasetConfig]:
+    """The class of the fields that a dataset has."""
+    kinds = (kind for kind, prefix in DATASET_PREFIXES.items() if name.startswith(prefix))
+    return next(kinds, DatasetConfig)

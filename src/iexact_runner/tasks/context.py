@@ -26,7 +26,10 @@ class Findings:
         metric: name of the scores.
         memory: figures of one training step.
         completed: scores at the best validation epoch of each run that was completed.
-        throughput: of the timed epochs.
+        resumed: how many times the run went on after its end.
+        warmup_epochs: epochs of a run, and of what follows a resumption, that are not timed.
+        epoch_seconds: of every timed epoch of training.
+        throughput: of the timed epochs of ``task=measure``.
         fidelities: figures of gradients by epoch, of each run.
         distribution: figures of maps, of each run.
         energy: of the timed epochs.
@@ -35,10 +38,19 @@ class Findings:
     metric: str | None = None
     memory: dict[str, Any] | None = None
     completed: list[Scores] = field(default_factory=list)
+    resumed: int = 0
+    warmup_epochs: int = 0
+    epoch_seconds: list[float] = field(default_factory=list)
     throughput: measure.Throughput | None = None
     fidelities: list[dict[int, dict[str, Any]]] = field(default_factory=list)
     distribution: list[list[dict[str, Any]]] | None = None
     energy: dict[str, Any] | None = None
+
+    def timed(self) -> measure.Throughput | None:
+        """Throughput as it stands."""
+        if self.epoch_seconds:
+            return measure.Throughput.of(self.epoch_seconds, warmup_epochs=self.warmup_epochs)
+        return self.throughput
 
 
 @dataclass(frozen=True)
