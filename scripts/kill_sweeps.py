@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from iexact_runner.sweeps import jobs_below
+from iexact_runner.jobs import jobs_below
 
 JOBS = ("dataset=digits", "model.hidden_channels=8", "training.epochs=100", "seed=0,1,2", "compression=none,iexact")
 KILLS_PER_SWEEP = 5
@@ -41,13 +41,14 @@ def main() -> None:
         sys.exit("the undisturbed sweep failed")
     duration = time.monotonic() - began
     expected = recorded(arguments.out / "undisturbed")
-    tried, lost, sweeps = 0, 0, 0
+    tried, lost, sweeps, attempts = 0, 0, 0, 0
     while tried < arguments.kills:
         folder = arguments.out / f"killed_{sweeps}"
         for _ in range(min(KILLS_PER_SWEEP, arguments.kills - tried)):
             process = start(folder, overrides)
             try:
                 process.wait(draws.uniform(0, duration))
+                break  # it ended before its time
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -57,10 +58,11 @@ def main() -> None:
         found = recorded(folder)
         wrong = [name for name in expected if found.get(name) != expected[name]]
         lost += len(wrong)
-        aside = len(list(folder.rglob("attempt_*")))
-        print(f"{folder.name}: exit status {status}, {len(wrong)} jobs lost, {aside} attempts set aside", flush=True)
         lost += status != 0 and not wrong
-    print(f"{tried} kills tried, {sweeps} sweeps of {len(expected)} jobs, {lost} jobs lost")
+        again = len(list(folder.rglob("attempt_*")))
+        attempts += again
+        print(f"{folder.name}: exit status {status}, {len(wrong)} jobs lost, {again} begun again", flush=True)
+    print(f"{tried} kills, {attempts} of them in a job, {sweeps} sweeps of {len(expected)} jobs, {lost} jobs lost")
     sys.exit(1 if lost else 0)
 
 

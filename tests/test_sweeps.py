@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from iexact_runner import jobs, sweeps
 from iexact_runner.errors import ConfigError
+from iexact_runner.jobs import JOB_LOCK, Ended, Job, jobs_below
 from iexact_runner.locks import locked
-from iexact_runner.records import run_folders
-from iexact_runner.sweeps import JOB_LOCK, Ended, Job, Sweep, jobs_below
+from iexact_runner.records import config_hash, run_folders
+from iexact_runner.sweeps import Sweep
 
 KEPT = ("loss", "train", "val", "test", "run", "epoch")
 
@@ -54,13 +56,13 @@ def die(job):
 @pytest.fixture(autouse=True)
 def any_summary_is_whole(monkeypatch):
     """Lets the jobs of these tests make do with a summary of one field."""
-    real = sys.modules["iexact_runner.sweeps"].read_run
+    real = jobs.read_run
 
     def read(folder):
         summary = json.loads((folder / "summary.json").read_text())
         return real(folder) if "config" in summary else type("Run", (), {"status": summary["status"]})
 
-    monkeypatch.setattr("iexact_runner.sweeps.read_run", read)
+    monkeypatch.setattr(jobs, "read_run", read)
 
 
 def test_job_is_done_once_however_often_it_is_launched(tmp_path):
@@ -133,7 +135,8 @@ def test_kill_between_the_last_two_files_costs_nothing(tmp_path):
 
 
 def test_job_at_work_elsewhere_is_left_alone_and_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("iexact_runner.sweeps.PATIENCE", 0.1)
+    monkeypatch.setattr(jobs, "PATIENCE", 0.1)
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
     first, second, messages = make_sweep(tmp_path), make_sweep(tmp_path, skip_completed=True), []
     (job,), _ = place(first, "a")
     with job.attempt(tmp_path, fail_fast=False):
@@ -228,7 +231,11 @@ def metrics(folder):
     """What every job recorded, by its configuration, without the times."""
     found = {}
     for job in jobs_below(folder):
-        lines = (job.folder / "metrics.jsonl").read_text().splitlines() if job.state == "completed" else []
+        lines = []
+        if job.state == "completed":
+            lines = (job.folder / "metrics.jsonl").read_text().splitlines()
+            summary = json.loads((job.folder / "summary.json").read_text())
+            assert job.status()["config_hash"] == config_hash(summary["config"])
         assert job.status()["config_hash"] not in found
         found[job.status()["config_hash"]] = [[json.loads(line)[name] for name in KEPT] for line in lines]
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -14,7 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 if TYPE_CHECKING:
-    from iexact_runner.sweeps import Job, Sweep
+    from iexact_runner.jobs import Job
+    from iexact_runner.sweeps import Sweep
 
 
 class IexactSweeper(BasicSweeper):
@@ -33,7 +35,8 @@ class IexactSweeper(BasicSweeper):
         from iexact_runner import cli
 
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
-        sweep = cli.begin_sweep(self.config)
+        sweep = _begin(self.config)
+        cli.begin_sweep(sweep)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         launched = 0
@@ -71,6 +74,29 @@ class IexactSweeper(BasicSweeper):
             return None
         name = sweep.name_of(job).replace("\\", "\\\\").replace("'", "\\'")
         return (job, [*overrides, f"hydra.sweep.subdir='{name}'"]) if new else None
+
+
+def _begin(composed: DictConfig) -> Sweep:
+    """The sweep that a command asks for.
+
+    Raises:
+        ConfigError: if it is to be taken up but has a new folder, or if all jobs are to resume one run.
+    """
+    from iexact_runner.errors import ConfigError
+    from iexact_runner.sweeps import Sweep
+
+    fields, place = composed.sweep, OmegaConf.to_container(composed.hydra.sweep, resolve=False)
+    if fields.skip_completed and isinstance(place, dict) and "${now:" in place["dir"]:
+        raise ConfigError.of("sweep.skip_completed", "true", "name the sweep's folder with hydra.sweep.dir=FOLDER")
+    if composed.resume not in (None, "auto"):
+        raise ConfigError.of("resume", composed.resume, "is for one run; the jobs of a sweep take resume=auto")
+    return Sweep(
+        Path(composed.hydra.sweep.dir),
+        title=composed.hydra.runtime.choices.get("experiment") or "sweep",
+        skip_completed=fields.skip_completed,
+        fail_fast=fields.fail_fast,
+        keep_records=composed.resume == "auto",
+    )
 
 
 def _checked(composed: DictConfig) -> Mapping[str, Any]:

@@ -175,8 +175,8 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
 
 def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
     """Runs one job of a sweep and records its status, unless another process does."""
+    from iexact_runner.jobs import Job
     from iexact_runner.records import METRICS, SUMMARY
-    from iexact_runner.sweeps import Job
 
     with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
         if not mine:
@@ -192,29 +192,9 @@ def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> Non
             run_job(config, folder, OmegaConf.to_yaml(composed, resolve=True), live=bool(_sweeps))
 
 
-def begin_sweep(composed: DictConfig) -> Sweep:
-    """The sweep that a command asked for; its tables end the command.
-
-    Raises:
-        ConfigError: if it is to be taken up but has a new folder, or if all jobs are to resume one run.
-    """
-    from iexact_runner.sweeps import Sweep
-
-    fields, place = composed.sweep, OmegaConf.to_container(composed.hydra.sweep, resolve=False)
-    if fields.skip_completed and isinstance(place, dict) and "${now:" in place["dir"]:
-        raise ConfigError.of("sweep.skip_completed", "true", "name the sweep's folder with hydra.sweep.dir=FOLDER")
-    if composed.resume not in (None, "auto"):
-        raise ConfigError.of("resume", composed.resume, "is for one run; the jobs of a sweep take resume=auto")
-    title = composed.hydra.runtime.choices.get("experiment") or "sweep"
-    sweep = Sweep(
-        Path(composed.hydra.sweep.dir),
-        title=title,
-        skip_completed=fields.skip_completed,
-        fail_fast=fields.fail_fast,
-        keep_records=composed.resume == "auto",
-    )
+def begin_sweep(sweep: Sweep) -> None:
+    """Makes the tables of a sweep the end of the command."""
     _sweeps.append(sweep)
-    return sweep
 
 
 def report_job(name: str, overrides: list[str], error: Exception) -> None:
