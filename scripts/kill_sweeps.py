@@ -62,7 +62,7 @@ def main() -> None:
         again = len(list(folder.rglob("attempt_*")))
         attempts += again
         print(f"{folder.name}: exit status {status}, {len(wrong)} jobs lost, {again} begun again", flush=True)
-    print(f"{tried} kills, {attempts} of them in a job, {sweeps} sweeps of {len(expected)} jobs, {lost} jobs lost")
+    print(f"{tried} kills, {sweeps} sweeps of {len(expected)} jobs, {attempts} jobs begun again, {lost} lost")
     sys.exit(1 if lost else 0)
 
 
