@@ -41,15 +41,16 @@ def work(sweep, job, error=None, *, fail_fast=False):
     """Does a job; whether it was this call's to do."""
     with job.attempt(sweep.folder, fail_fast=fail_fast) as mine:
         if mine:
-            (job.folder / "summary.json").write_text('{"status": "completed"}')
+            status = "completed" if error is None else "failed"
+            (job.folder / "summary.json").write_text(json.dumps({"status": status}))
             if error is not None:
                 raise error
     return mine
 
 
-def die(job):
+def die(job, *, state="running"):
     """Leaves a job as a killed process does."""
-    status = job.status() | {"state": "running", "started": time.time()}
+    status = job.status() | {"state": state, "started": time.time()}
     (job.folder / "status.json").write_text(json.dumps(status))
 
 
@@ -126,11 +127,12 @@ def test_lost_records_are_made_again(tmp_path):
     assert place(make_sweep(tmp_path, skip_completed=True), "a")[1] != []
 
 
-def test_kill_between_the_last_two_files_costs_nothing(tmp_path):
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_kill_between_the_last_two_files_costs_nothing(tmp_path, state):
     sweep = make_sweep(tmp_path)
     (job,), _ = place(sweep, "a")
     work(sweep, job)
-    die(job)
+    die(job, state=state)
     assert place(make_sweep(tmp_path, skip_completed=True), "a")[1] == [] and job.state == "completed"
 
 
@@ -293,12 +295,12 @@ def test_two_sweeps_at_once_share_a_folder(tmp_path, undisturbed):
 def test_launcher_of_several_processes(tmp_path, undisturbed, launcher, plugin, seeds):
     if importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
         pytest.skip(f"{plugin} is not installed")
-    swept = f"seed={','.join(map(str, seeds))}", "compression.backend=auto,triton"
+    swept = f"seed={','.join(map(str, seeds))}", "device=auto,cuda:99"
     result = run("training.epochs=60", "hydra.sweep.dir=sweep", *swept, f"hydra/launcher={launcher}", cwd=tmp_path)
     assert result.returncode == 1
     assert list(states(tmp_path / "sweep").values()) == ["completed", "failed"] * len(seeds)
     table = result.stdout[result.stdout.index("sweep: jobs") :]
-    assert table.count("ConfigError: compression.backend=triton") == len(seeds) and "test accuracy" in table
+    assert table.count("ConfigError: device=cuda:99") == len(seeds) and "test accuracy" in table
     completed = {name: lines for name, lines in metrics(tmp_path / "sweep").items() if lines}
     assert completed.items() <= undisturbed.items() and len(completed) == len(seeds)
 

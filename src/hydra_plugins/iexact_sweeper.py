@@ -35,7 +35,7 @@ class IexactSweeper(BasicSweeper):
         from iexact_runner import cli
 
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
-        sweep = _begin(self.config)
+        launcher, sweep = self.launcher, _begin(self.config)
         cli.begin_sweep(sweep)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
@@ -46,7 +46,7 @@ class IexactSweeper(BasicSweeper):
             first = launched
 
             def launch(jobs: Sequence[Job], ready: dict[Job, list[str]] = ready, first: int = first) -> None:
-                self.launcher.launch([ready[job] for job in jobs], initial_job_idx=first)  # type: ignore[union-attr]
+                launcher.launch([ready[job] for job in jobs], initial_job_idx=first)
 
             sweep.run(list(ready), launch)
             launched += len(ready)

@@ -144,9 +144,9 @@ class Job:
             return False
 
     def _complete_if_recorded(self) -> None:
-        """Mends the status of a job whose process was killed between writing its last two files."""
-        if self.state == RUNNING and self._has_completed_records():
-            self._write(self.status() | {"state": COMPLETED})
+        """Mends the status of a job that came to grief between writing its last two files."""
+        if self.state in (RUNNING, FAILED) and self._has_completed_records():
+            self._write(self.status() | {"state": COMPLETED, "error": None, "traceback": None})
 
     def _set_aside(self, *, keep_records: bool) -> None:
         stays = (STATUS, JOB_LOCK)

@@ -40,7 +40,7 @@ class Sweep:
         self._fail_fast = fail_fast
         self._keep_records = keep_records
         self._launch = secrets.token_hex(8)
-        self._before: list[Job] = []
+        self._before: dict[str | None, list[Job]] = {}
         self._skipped: list[Job] = []
 
     @contextmanager
@@ -48,9 +48,13 @@ class Sweep:
         """Context of :meth:`place`: sweeps into one folder take their places one after another."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / SWEEP_LOCK):
-            present = jobs_below(self.folder) if self._skip_completed else []
-            present = [job for job in present if job.folder not in {taken.folder for taken in self.jobs}]
-            self._before = sorted(present, key=lambda job: job.state != COMPLETED)
+            taken = {job.folder for job in self.jobs}
+            self._before = {}
+            for job in jobs_below(self.folder) if self._skip_completed else []:
+                if job.folder not in taken:
+                    status = job.status()
+                    same = self._before.setdefault(status.get("config_hash"), [])
+                    same.insert(0 if status.get("state") == COMPLETED else len(same), job)
             yield
 
     def place(self, overrides: Sequence[str], *, config_hash: str, subfolder: Callable[[int], str]) -> tuple[Job, bool]:
@@ -64,10 +68,8 @@ class Sweep:
         Raises:
             ConfigError: if the folder is somebody else's, whatever N.
         """
-        same = next((job for job in self._before if job.status().get("config_hash") == config_hash), None)
-        if same is not None:
-            self._before.remove(same)
-        job = Job(self._free_folder(subfolder)) if same is None else same
+        same = self._before.get(config_hash)
+        job = same.pop(0) if same else Job(self._free_folder(subfolder))
         self.jobs.append(job)
         queued = job.queue(
             overrides=overrides, config_hash=config_hash, launch=self._launch, keep_records=self._keep_records
