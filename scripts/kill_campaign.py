@@ -107,7 +107,8 @@ def one_trial(
     folder = output / "run"
     command = [*RUN, *VARIANTS[name], f"output_dir={output}"]
     fresh = [*command, f"hydra.run.dir={folder}"]
-    overrides, again = fresh, True
+    overrides: list[str] = fresh
+    again: bool | None = True
     while again:
         process = begin(overrides)
         wait_for_moment(process, folder / "metrics.jsonl", draws.randrange(len(lines)), seconds, draws)
@@ -125,16 +126,19 @@ def one_trial(
             data[draws.randrange(len(data))] ^= 1 << draws.randrange(8)
             newest.write_bytes(data[: draws.choice((len(data), len(data) // 2))])
             count["damaged"] += 1
+        if status(folder) == "completed":
+            again = None
+            break
         again = draws.random() < AGAIN
         explicit = [f"resume={folder}"] if (folder / "config.yaml").exists() else fresh
         overrides = draws.choice((explicit, [*fresh, "resume=auto"]))
-        if status(folder) == "completed":
-            break
     else:
         wait(begin(overrides))
     if outcome(folder) != (lines, scores):
         return "its numbers differ"
     rest = {path.name for path in folder.iterdir()} - {"config.yaml", "metrics.jsonl", "summary.json"}
+    if again is None:  # killed after its summary, before it had removed what it needs no longer
+        rest -= {".lock", "checkpoint.pt", "checkpoint.previous.pt"}
     return f"left {', '.join(rest)}" if rest else None
 
 

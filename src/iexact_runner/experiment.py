@@ -132,8 +132,9 @@ class Experiment:
                     raise ConfigError.of("deterministic", "true", str(error).partition(".")[0]) from error
                 if not out_of_memory.is_out_of_memory(error):
                     raise
-                # What the failed step holds would count as taken.
-                traceback.clear_frames(error.__traceback__)
+                # The frames of the failed step hold its maps, which would count as taken: their text has to do.
+                error.add_note(traceback.format_exc())
+                error.__traceback__ = None
                 raise OutOfMemory(self._advice(error)) from error
 
     def _load(self) -> Problem:

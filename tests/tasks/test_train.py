@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from iexact_runner import checkpoint
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.experiment import Experiment
+from iexact_runner.files import TEMPORARY
 from iexact_runner.records import DamagedRecord, RunFolder, UnwritableFolder, read_run
-from iexact_runner.tasks import train
+from iexact_runner.tasks import progress, train
 
 EPOCHS, RUNS = 6, 2
 SMALL = (f"training.epochs={EPOCHS}", f"runs={RUNS}", "model.hidden_channels=8", "checkpoint.every=2")
@@ -74,6 +77,7 @@ def summary_of(path):
 def test_resumed_run_ends_with_the_same_numbers(tmp_path, monkeypatch, overrides):
     run(tmp_path / "whole", *overrides)
     killed_after(monkeypatch, tmp_path / "killed", EPOCHS + 3, *overrides)  # past a checkpoint of the second run
+    (tmp_path / "killed" / f"{TEMPORARY}checkpoint.pt.x").touch()  # of a kill while it was written
     run(tmp_path / "killed", *overrides, resumed=True)
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
     assert (summary_of(tmp_path / "killed")["resumed"], summary_of(tmp_path / "whole")["resumed"]) == (1, 0)
@@ -188,6 +192,22 @@ def test_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
         run(tmp_path / "run", resumed=True)
 
 
+def test_another_machine_is_noticed(tmp_path, monkeypatch, caplog):
+    killed_after(monkeypatch, tmp_path / "run", 3)
+    killed_after(monkeypatch, tmp_path / "other", 3)
+    here = progress._machine
+
+    def there(**fields):
+        monkeypatch.setattr(progress, "_machine", lambda context: here(context) | fields)
+
+    there(torch="9.9")
+    run(tmp_path / "run", resumed=True)
+    assert f"resume: torch was {torch.__version__}, is 9.9: the last bits of numbers may differ" in caplog.text
+    there(device="cuda")
+    with pytest.raises(ConfigError, match="device=auto: the run began on cpu, and goes on there"):
+        run(tmp_path / "other", resumed=True)
+
+
 def test_completed_run_is_left_alone(tmp_path, whole):
     run(tmp_path / "run")
     with pytest.raises(UserError, match="its run is completed; there is nothing to resume"):
@@ -260,3 +280,41 @@ def test_full_disk_ends_the_run_in_one_line_and_can_be_resumed(tmp_path, monkeyp
     assert str(error.value) == message
     run(path, resumed=True)
     assert numbers(path) == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this user may not mount a file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_disk_that_is_really_full(small_disk, monkeypatch, whole):
+    path, record = small_disk / "run", train.record
+
+    def fills_the_disk(folder, run, epoch):
+        record(folder, run, epoch)
+        if epoch.number == 3:
+            with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    with monkeypatch.context() as patch, pytest.raises(UnwritableFolder, match="No space left on device"):
+        patch.setattr(train, "record", fills_the_disk)
+        run(path)
+    assert read_run(path).status == "unfinished" and read_run(path).metrics() == whole_lines(path)
+    assert checkpoint.Checkpoints(RunFolder(path, resumed=True), 1).read(lines=9)["epoch"] == 2
+    (small_disk / "filler").unlink()
+    run(path, resumed=True)
+    assert numbers(path) == whole
+
+
+def whole_lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

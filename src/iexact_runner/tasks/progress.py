@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,6 +15,8 @@ from iexact_runner.errors import ConfigError
 from iexact_runner.records import DamagedRecord, config_hash, to_json
 from iexact_runner.tasks.context import Context
 from iexact_runner.training import Epoch, Optimization, Scores
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -38,11 +41,19 @@ class Progress:
         """What :meth:`state` was taken of.
 
         Raises:
-            ConfigError: if it is that of another configuration.
+            ConfigError: if it is that of another configuration or kind of device.
             DamagedRecord: if it is that of another version of this program.
         """
         if state.get("config") != config_hash(asdict(context.config)):
             raise ConfigError.of("resume", context.folder.path, "its checkpoint is of another configuration")
+        made, here = state["machine"], _machine(context)
+        if made["device"] != here["device"]:
+            raise ConfigError.of(
+                "device", context.config.device, f"the run began on {made['device']}, and goes on there"
+            )
+        for name in here:
+            if made[name] != here[name]:
+                logger.warning(f"resume: {name} was {made[name]}, is {here[name]}: the last bits of numbers may differ")
         try:
             progress = cls(context, state["run"])
             progress._restore(state)
@@ -78,6 +89,7 @@ class Progress:
             "epoch": self.epoch,
             "lines": self.lines,
             "seed": self.seed,
+            "machine": _machine(self._context),
             "best": self.best and list(self.best),
             "completed": [list(scores) for scores in findings.completed],
             "resumed": findings.resumed,
@@ -112,3 +124,8 @@ class Progress:
         findings.resumed = state["resumed"]
         if findings.distribution is not None:
             findings.distribution[:] = json.loads(state["distribution"])
+
+
+def _machine(context: Context) -> dict[str, Any]:
+    """What the last bits of sums and products depend on."""
+    return {"device": context.device.type, "torch": str(torch.__version__), "torch threads": torch.get_num_threads()}
