@@ -1,6 +1,7 @@
 """Kills sweeps at random moments, takes them up again, and compares what they end with to an undisturbed one.
 
-python scripts/kill_sweeps.py --kills 50 --out FOLDER [--launcher processes] [OVERRIDE ...]
+python scripts/kill_sweeps.py --kills 50 --out FOLDER --csv benchmarks/kill_sweeps_cpu.csv
+python scripts/kill_sweeps.py --kills 20 --out FOLDER --launcher processes resume=auto checkpoint.every=10
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
+
+from iexact_runner import environment
 from iexact_runner.jobs import jobs_below
 
 JOBS = ("dataset=digits", "model.hidden_channels=8", "training.epochs=100", "seed=0,1,2", "compression=none,iexact")
 KILLS_PER_SWEEP = 5
+ENVIRONMENT = ("device_name", "python", "torch", "git_commit")
 # Fields of metrics.jsonl that tell the time.
 TIMES = ("seconds", "time")
 
 
 def main() -> None:
-    """Prints how many kills were tried, and how many sweeps and jobs were lost; exits with 1 if one was."""
+    """Prints how often jobs began again and how many were lost; exits with 1 if one was."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="default: 50")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
     parser.add_argument("--launcher", help="hydra/launcher=NAME")
+    parser.add_argument("--csv", type=Path, help="file to write a row a sweep to")
     parser.add_argument("--out", type=Path, required=True, help="folder of the sweeps")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of the sweep's jobs, after the usual ones")
     arguments = parser.parse_args()
@@ -41,9 +48,9 @@ def main() -> None:
         sys.exit("the undisturbed sweep failed")
     duration = time.monotonic() - began
     expected = recorded(arguments.out / "undisturbed")
-    tried, lost, sweeps, attempts = 0, 0, 0, 0
-    while tried < arguments.kills:
-        folder = arguments.out / f"killed_{sweeps}"
+    rows: list[dict[str, Any]] = []
+    while (tried := sum(row["kills"] for row in rows)) < arguments.kills:
+        folder, kills = arguments.out / f"killed_{len(rows)}", 0
         for _ in range(min(KILLS_PER_SWEEP, arguments.kills - tried)):
             process = start(folder, overrides)
             try:
@@ -52,18 +59,21 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                tried += 1
-        sweeps += 1
+                kills += 1
         status = start(folder, overrides).wait()
         found = recorded(folder)
         wrong = [name for name in expected if found.get(name) != expected[name]]
-        lost += len(wrong)
-        lost += status != 0 and not wrong
-        again = len(list(folder.rglob("attempt_*")))
-        attempts += again
-        print(f"{folder.name}: exit status {status}, {len(wrong)} jobs lost, {again} begun again", flush=True)
-    print(f"{tried} kills, {sweeps} sweeps of {len(expected)} jobs, {attempts} jobs begun again, {lost} lost")
-    sys.exit(1 if lost else 0)
+        counts = {"kills": kills, "begun_again": len(list(folder.rglob("attempt_*"))), "jobs": len(expected)}
+        rows.append(counts | {"lost": len(wrong), "exit_status": status})
+        print(f"{folder.name}: {rows[-1]}", flush=True)
+    table = pd.DataFrame(rows)
+    if arguments.csv:
+        facts = environment.describe(torch.device("cpu"), backend="none")
+        options = {"launcher": arguments.launcher, "overrides": " ".join(overrides), "seed": arguments.seed}
+        table.assign(**options, **{name: facts[name] for name in ENVIRONMENT}).to_csv(arguments.csv, index=False)
+    totals = table[["kills", "begun_again", "jobs", "lost"]].sum()
+    print(f"{len(rows)} sweeps: " + ", ".join(f"{name} {total}" for name, total in totals.items()))
+    sys.exit(1 if table["lost"].any() or table["exit_status"].any() else 0)
 
 
 def start(folder: Path, overrides: list[str]) -> subprocess.Popen[bytes]:
