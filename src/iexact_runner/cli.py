@@ -9,9 +9,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -27,6 +28,16 @@ from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 
+if TYPE_CHECKING:
+    from iexact_runner.sweeps import Sweep
+
+# Launchers of Hydra's plugins, and the extras that bring them.
+LAUNCHER_EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+}
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -76,13 +87,15 @@ def app(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     debug = OmegaConf.select(composed, "debug") is True
-    sweep = hydra_config.mode == RunMode.MULTIRUN
-    job = f"job {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)}): " if sweep else ""
-    if sweep:
-        _sweeps[Path(hydra_config.sweep.dir)] = hydra_config.runtime.choices.get("experiment") or "sweep"
+    job = ""
     try:
-        composed = of_resumed_run(composed, hydra_config.overrides.task)
-        run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
+        if hydra_config.mode == RunMode.MULTIRUN:
+            sweep_folder = Path(hydra_config.sweep.dir).absolute()
+            job = _job_title(os.path.relpath(folder, sweep_folder), hydra_config.overrides.task)
+            run_sweep_job(composed, folder, sweep_folder)
+        else:
+            composed = of_resumed_run(composed, hydra_config.overrides.task)
+            run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
         _remove_if_empty(folder)
         _report(job + explain(error), EXIT_USAGE, debug=debug)
@@ -127,14 +140,21 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     return merged
 
 
-def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
-    """Runs a checked configuration with its records in ``folder``."""
+def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bool = True) -> None:
+    """Runs a checked configuration with its records in ``folder``.
+
+    Args:
+        config: what to run.
+        folder: where the records go.
+        resolved_yaml: the configuration as it is recorded.
+        live: show progress as a bar if the screen is a terminal.
+    """
     # torch and rich are slow to import, and --help needs neither.
     from iexact_runner.display import Screen, show_messages
     from iexact_runner.records import RunFolder
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
-    screen = Screen(file=sys.stdout)
+    screen = Screen(file=sys.stdout, force_terminal=None if live else False)
     show_messages(screen)
     if config.task == "bins":
         from iexact_runner.tasks import bins
@@ -150,18 +170,52 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
         Experiment(config, RunFolder(chosen, resumed=resumed), screen).run(resolved_yaml)
 
 
-def show_sweep(folder: Path, title: str) -> None:
-    """Prints the table of a sweep; where no job began, and for jobs with tables of their own, there is none."""
+def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
+    """Runs one job of a sweep and records its status, unless another process does."""
+    from iexact_runner.jobs import Job
+    from iexact_runner.records import METRICS, SUMMARY
+
+    with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
+        if not mine:
+            return
+        from iexact_runner.devices import own_gpu
+
+        config = to_config(composed)
+        if config.resume == "auto":
+            begun = (folder / METRICS).exists() or (folder / SUMMARY).exists()
+            config = dataclasses.replace(config, resume=str(folder) if begun else None)
+        with own_gpu(announce=print) if config.device == "auto" else nullcontext():
+            # Without a sweep of its own this is one of several processes that share a terminal.
+            run_job(config, folder, OmegaConf.to_yaml(composed, resolve=True), live=bool(_sweeps))
+
+
+def begin_sweep(sweep: Sweep) -> None:
+    """Makes the tables of a sweep the end of the command."""
+    _sweeps.append(sweep)
+
+
+def report_job(name: str, overrides: list[str], error: Exception) -> None:
+    """Tells of a job that cannot be launched."""
+    _report(_job_title(name, overrides) + explain(error), EXIT_USAGE, debug=False)
+
+
+def show_sweep(sweep: Sweep) -> None:
+    """Prints the jobs of a sweep and the table of its runs; jobs with tables of their own have none."""
     from iexact_runner.records import run_folders
     from iexact_runner.report import read_report, show, wide_console
 
-    if not run_folders([folder]):
+    console = wide_console()
+    sweep.show(console)
+    if not sweep.completed and not _failures:
+        _failures.append(EXIT_FAILED)
+    folders = [job.folder for job in sweep.jobs]
+    if not run_folders(folders):
         return
-    report, console = read_report([folder]), wide_console()
-    if not report.grids(title=title) and not report.damaged:
+    report = read_report(folders)
+    if not report.grids(title=sweep.title) and not report.damaged:
         return
-    show(report, console, title=title)
-    console.print(f"again, or as a page: iexact-report {folder} --format html", highlight=False, soft_wrap=True)
+    show(report, console, title=sweep.title)
+    console.print(f"again, or as a page: iexact-report {sweep.folder} --format html", highlight=False, soft_wrap=True)
     for line in report.damaged:
         _report(line, EXIT_FAILED, debug=False)
 
@@ -194,12 +248,14 @@ def main() -> None:
         parse_arguments(sys.argv[1:])
         with checked_configurations():
             app()
-        for folder, title in _sweeps.items():
-            show_sweep(folder, title)
+        for sweep in _sweeps:
+            show_sweep(sweep)
     except KeyboardInterrupt:
         _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         _report(explain(error), EXIT_USAGE, debug=debug)
+    except UserError as error:
+        _report(explain(error), EXIT_FAILED, debug=debug)
     except OSError as error:  # Hydra could not make the folder of the run
         reason = error.strerror or str(error)
         _report(f"output_dir: {error.filename} cannot be written ({reason}); name a folder that can", 1, debug=debug)
@@ -212,6 +268,9 @@ def main() -> None:
 def explain(error: BaseException) -> str:
     """An error in one line that names the field, the value and what is valid."""
     cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in LAUNCHER_EXTRAS:
+        extra = LAUNCHER_EXTRAS[error.missing_cfg_file]
+        return f"{error.missing_cfg_file}: is not installed: pip install 'iexact-runner[{extra}]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = [option for option in error.options if not option.startswith("base_")]
@@ -238,8 +297,12 @@ def _unexpected(error: Exception, *, debug: bool) -> str:
 
 # Exit statuses of the jobs of this process that did not complete.
 _failures: list[int] = []
-# Folders of the sweeps of this process, and what they are called.
-_sweeps: dict[Path, str] = {}
+# Sweeps that this process launched.
+_sweeps: list[Sweep] = []
+
+
+def _job_title(name: str, overrides: Iterable[str]) -> str:
+    return f"job {name} ({' '.join(overrides)}): "
 
 
 def _report(message: str, status: int, *, debug: bool) -> None:

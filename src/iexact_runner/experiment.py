@@ -16,6 +16,7 @@ from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.determinism import deterministic_algorithms
+from iexact_runner.devices import device_lock
 from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, OutOfMemory, UserError
 from iexact_runner.memory import step_memory
@@ -65,6 +66,7 @@ class Experiment:
         loggers.check_installed(config.logger)
         if config.measure.energy:
             energy.check_installed()
+        self._lock = device_lock(self._device, announce=console.print)
         self._logger = loggers.Logger()
         self._findings = Findings()
         self._problem: Problem | None = None
@@ -82,7 +84,8 @@ class Experiment:
         status, error = "failed", None
         try:
             self._logger = loggers.open_logger(self._config, self._folder.path, asdict(self._config))
-            self._execute()
+            with self._lock:
+                self._execute()
             status = "completed"
         except KeyboardInterrupt:
             status, error = "interrupted", "interrupted by the user"
@@ -147,7 +150,9 @@ class Experiment:
     def _run_task(self, problem: Problem) -> None:
         config = self._config
         self._findings.metric = problem.metric
-        context = Context(config, problem, self._device, self._folder, self._console, self._logger, self._findings)
+        context = Context(
+            config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings
+        )
         model, seed = context.new_model(run=0)
         self._findings.memory = step_memory(model, problem, config, device=self._device, seed=seed)
         del model
@@ -188,7 +193,7 @@ class Experiment:
             "environment": environment.describe(self._device, backend=self._backend),
             "accuracy": accuracy,
             "memory": found.memory and {**found.memory, **measure.peak_mib(self._device)},
-            "throughput": throughput and throughput.to_dict(),
+            "throughput": throughput and throughput.to_dict() | {"alone": self._lock.alone},
             "fidelity": compared or None,
             "energy": found.energy,
             "distribution": found.distribution,

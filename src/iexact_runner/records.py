@@ -26,6 +26,8 @@ from iexact_runner.files import LOCK, TEMPORARY, append_line, count_lines, cut_a
 SCHEMA_VERSION = 1
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 STATUSES = ("completed", "failed", "interrupted")
+# Folders below a job's that hold what earlier attempts at it left begin with this.
+ATTEMPT = "attempt_"
 # Fields of a configuration that say where and how it is recorded; no number depends on them.
 WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "resume", "sweep")
 
@@ -179,13 +181,16 @@ class Run:
 
 
 def run_folders(folders: Iterable[Path]) -> list[Path]:
-    """Every folder at or below ``folders`` that holds records, the jobs of a sweep in their order."""
-    found = {
-        Path(place)
-        for folder in folders
-        for place, _, names in os.walk(folder)
-        if SUMMARY in names or METRICS in names or (CONFIG in names and _is_config(Path(place, CONFIG)))
-    }
+    """Every folder at or below ``folders`` that holds records, the jobs of a sweep in their order.
+
+    Not those that a later attempt at the same job took the place of.
+    """
+    found = set()
+    for folder in folders:
+        for place, inner, names in os.walk(folder):
+            inner[:] = [name for name in inner if not name.startswith(ATTEMPT)]
+            if SUMMARY in names or METRICS in names or (CONFIG in names and _is_config(Path(place, CONFIG))):
+                found.add(Path(place))
     return sorted(found, key=lambda path: [_natural(part) for part in path.parts])
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "MeasureConfig",
     "ModelConfig",
     "SAGEConfig",
+    "SweepConfig",
     "SyntheticConfig",
     "TrainingConfig",
     "dataset_config",
@@ -131,6 +132,19 @@ class BinsConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a sweep does with its jobs.
+
+    Args:
+        fail_fast: begin no job after one has failed.
+        skip_completed: take up the jobs that are in the sweep's folder already, and run those that did not complete.
+    """
+
+    fail_fast: bool = False
+    skip_completed: bool = False
+
+
+@dataclass
 class CheckpointConfig:
     """How often the state of training is written: after so many epochs, ``auto``, or null for never.
 
@@ -170,6 +184,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     bins: BinsConfig = field(default_factory=BinsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)

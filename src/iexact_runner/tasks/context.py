@@ -11,6 +11,7 @@ from rich.console import Console
 from iexact_runner import measure
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
+from iexact_runner.locks import DeviceLock
 from iexact_runner.loggers import Logger
 from iexact_runner.nn import Model, build_model
 from iexact_runner.records import RunFolder
@@ -60,6 +61,7 @@ class Context:
         config: what to run.
         problem: what it runs on.
         device: where.
+        lock: of the device, shared with other work there.
         folder: where the records go.
         console: where progress is shown.
         logger: what is told of every epoch beside the records.
@@ -69,6 +71,7 @@ class Context:
     config: Config
     problem: Problem
     device: torch.device
+    lock: DeviceLock
     folder: RunFolder
     console: Console
     logger: Logger
