@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +63,22 @@ def tiny_dataset(
         y[::3, 0] = 1.0
     order = torch.randperm(nodes, generator=generator)
     return NodeDataset(x, y, edges.int(), order[:60], order[60:80], order[80:], classes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Locks of devices in a folder of this session, so that no test waits for other work of this user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("locks")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Takes Ctrl-C where the suite runs in the background of a shell, which lets its children ignore it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
