@@ -1,9 +1,10 @@
-"""Times a training step under compression presets against plain PyG FP32 in the same process.
+"""Time and memory of a training step under compression presets against plain PyG FP32 in the same process.
 
 python scripts/bench_epoch.py --dataset synthetic_arxiv --model sage --csv benchmarks/epoch_cpu.csv
 
 Baseline and presets take turns, round by round, and a ratio is taken within its round, so that a busy machine slows
-both alike; the median of the ratios and their 20th and 80th percentile are printed.
+both alike; the median of the ratios and their 20th and 80th percentile are printed. A step's peak counts the data and
+the model with what the step allocates beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import functools
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,19 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
-from iexact_runner import environment
 from iexact_runner.cli import compose_config
 from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.experiment import resolve_device
+from iexact_runner.loss import loss_per_node
+from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
+from iexact_runner.measure.peak import PeakMemory
 from iexact_runner.nn import build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
-from iexact_runner.training import Optimization, Problem, clock, loss_of, prepare, step, training_input
+from iexact_runner.training import Optimization, Problem, clock, prepare, step, training_input
 
 PRESETS = {
     "none": ("compression=none",),
@@ -40,9 +45,20 @@ PRESETS = {
         "compression.store_dropout_mask=false",
     ),
     "lowrank": ("compression=lowrank",),
+    "lowrank, rank 16": ("compression=lowrank", "compression.rank=16"),
 }
 
 Step = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A training step to measure: what takes it, its model, the scores of its forward pass, and the data it needs."""
+
+    step: Step
+    model: nn.Module
+    scores: Callable[[], Tensor]
+    data: list[Tensor]
 
 
 def main() -> None:
@@ -72,9 +88,10 @@ def time_presets(
     }
     first = configs["none"]
     problem = prepare(load_dataset(first.dataset), first.model, inductive=False, device=device)
-    steps: dict[str, Step] = {"baseline": _baseline_step(first, problem)}
-    steps |= {name: _preset_step(config, problem) for name, config in configs.items()}
-    seconds = _take_turns(steps, rounds, device)
+    subjects = {"baseline": _baseline(first, problem)}
+    subjects |= {name: _preset(config, problem) for name, config in configs.items()}
+    memory = {name: _memory(subject, device) for name, subject in subjects.items()}
+    seconds = _take_turns({name: subject.step for name, subject in subjects.items()}, rounds, device)
     facts = environment.describe(device, backend=backends.resolve(backend, device))
     return [
         {
@@ -84,6 +101,8 @@ def time_presets(
             "seconds_median": statistics.median(seconds[name]),
             **_ratio_figures(seconds[name], seconds["baseline"]),
             "rounds": rounds,
+            **memory[name],
+            "peak_ratio": memory[name]["peak_mib"] / memory["baseline"]["peak_mib"],
             **{key: facts[key] for key in ("device_name", "torch_threads", "python", "torch", "torch_geometric")},
             "triton": facts["triton"],
             "cuda": facts["cuda"],
@@ -95,14 +114,22 @@ def time_presets(
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Prints one table."""
+    """Prints the times and the memory."""
     first = rows[0]
-    table = Table(title=f"{first['model']} on {first['dataset']}, {first['device_name']}, {first['backend']}")
-    for name in ("preset", "seconds an epoch", "ratio to PyG FP32", "p20", "p80"):
-        table.add_column(name, justify="left" if name == "preset" else "right")
+    where = f"{first['model']} on {first['dataset']}, {first['device_name']}, {first['backend']}"
+    times = {"seconds an epoch": "seconds_median", "ratio to PyG FP32": "ratio_median"}
+    _print(f"time of a step, {where}", rows, times | {"p20": "ratio_p20", "p80": "ratio_p80"}, console, digits=3)
+    sizes = {"data + model": "resident_mib", "saved": "saved_mib", "peak": "peak_mib", "peak ratio": "peak_ratio"}
+    _print(f"MiB of a step, {where}", rows, sizes, console, digits=2)
+
+
+def _print(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, str], console: Console, digits: int) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("preset")
+    for heading in columns:
+        table.add_column(heading, justify="right")
     for row in rows:
-        figures = (row["seconds_median"], row["ratio_median"], row["ratio_p20"], row["ratio_p80"])
-        table.add_row(row["preset"], *(f"{figure:.3f}" for figure in figures))
+        table.add_row(row["preset"], *(f"{row[name]:.{digits}f}" for name in columns.values()))
     console.print(table)
 
 
@@ -112,7 +139,7 @@ def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
-def _preset_step(config: Config, problem: Problem) -> Step:
+def _preset(config: Config, problem: Problem) -> Subject:
     torch.manual_seed(0)
     model = build_model(
         config.model,
@@ -121,10 +148,16 @@ def _preset_step(config: Config, problem: Problem) -> Step:
         compression=config.compression,
     ).to(problem.whole.x.device)
     optimization = Optimization(model, config.training)
-    return lambda epoch: step(model, optimization, problem, seed=epoch, epoch=epoch)
+    view = problem.training
+    return Subject(
+        lambda epoch: step(model, optimization, problem, seed=epoch, epoch=epoch),
+        model,
+        lambda: model.train()(training_input(problem, seed=1)[0], view.graph, seed=1),
+        problem.tensors(),
+    )
 
 
-def _baseline_step(config: Config, problem: Problem) -> Step:
+def _baseline(config: Config, problem: Problem) -> Subject:
     torch.manual_seed(0)
     model = PyGBaseline(config.model, in_channels=problem.in_channels, out_channels=problem.num_classes)
     model.to(problem.whole.x.device).train()
@@ -133,11 +166,24 @@ def _baseline_step(config: Config, problem: Problem) -> Step:
 
     def run(epoch: int) -> float:
         features, nodes = training_input(problem, seed=epoch)
-        loss = loss_of(model(features, operator)[nodes], problem.training.y[nodes], kind=config.training.loss)
+        scores = model(features, operator)[nodes]
+        loss = loss_per_node(scores, problem.training.y[nodes], kind=config.training.loss).mean()
         optimization.update(model, loss, epoch=epoch)
         return loss.item()
 
-    return run
+    data = [*problem.tensors(), operator]
+    return Subject(run, model, lambda: model(training_input(problem, seed=1)[0], operator), data)
+
+
+def _memory(subject: Subject, device: torch.device) -> dict[str, float]:
+    """MiB of data and model, of what the backward pass needs, and of the most that a second step holds at once."""
+    with SavedTensors(subject.model, excluded=subject.data) as saved:
+        kept = sum(record.bytes for record in saved.kept(subject.scores()))
+    subject.step(1)  # the optimizer's state is made
+    with PeakMemory(device) as peak:
+        subject.step(2)
+    held = total_bytes([*subject.data, *subject.model.parameters(), *subject.model.buffers()])
+    return {"saved_mib": kept / MIB, "resident_mib": held / MIB, "peak_mib": (held + peak.bytes) / MIB}
 
 
 def _take_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:

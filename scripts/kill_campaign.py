@@ -1,6 +1,6 @@
 """Kills training at random moments, resumes it, and compares every number with those of a run that was left alone.
 
-python scripts/kill_campaign.py --kills 200 --csv benchmarks/kill_campaign_cpu.csv
+python scripts/kill_campaign.py --kills 80 --seed 7 --csv benchmarks/kill_campaign_cpu.csv
 
 Each trial is one command in a process of its own, which gets SIGKILL, SIGTERM or Ctrl-C at a random moment, then
 ``resume=FOLDER`` or ``resume=auto``, which may be killed again. After some kills the newest checkpoint is damaged too.
@@ -26,9 +26,11 @@ import pandas as pd
 import torch
 
 # What a trial needs, imported once: a forked process starts at once.
-from iexact_runner import cli, environment, experiment, resume  # noqa: F401
+from iexact_runner import cli, experiment  # noqa: F401
 from iexact_runner.compression import backends
-from iexact_runner.files import count_lines
+from iexact_runner.measure import environment  # noqa: F401
+from iexact_runner.runs import resume  # noqa: F401
+from iexact_runner.runs.files import count_lines
 from iexact_runner.tasks import distribution  # noqa: F401
 
 RUN = ("dataset=synthetic", "dataset.num_nodes=200", "dataset.num_features=16", "model.hidden_channels=16", "runs=2")

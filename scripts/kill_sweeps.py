@@ -13,7 +13,6 @@ import random
 import signal
 import sys
 import time
-from contextlib import redirect_stdout
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
@@ -23,8 +22,9 @@ import pandas as pd
 import torch
 
 # What a sweep needs, imported once: a forked process starts at once.
-from iexact_runner import cli, environment, experiment, report  # noqa: F401
-from iexact_runner.jobs import jobs_below
+from iexact_runner import cli, experiment, report  # noqa: F401
+from iexact_runner.measure import environment
+from iexact_runner.runs.jobs import jobs_below
 
 JOBS = ("dataset=digits", "model.hidden_channels=8", "training.epochs=100", "seed=0,1,2", "compression=none,iexact")
 KILLS_PER_SWEEP = 5
@@ -46,10 +46,8 @@ def main() -> None:
     overrides = [*JOBS, *arguments.overrides]
     overrides += [f"hydra/launcher={arguments.launcher}"] if arguments.launcher else []
     draws = random.Random(arguments.seed)
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        sweep(arguments.out / "undisturbed", overrides)  # in this process, so that its kernels are compiled
-    began = time.monotonic()
+    start(arguments.out / "undisturbed", overrides).join()
+    began = time.monotonic()  # a second time, with the kernels compiled
     start(arguments.out / "timed", overrides).join()
     duration = time.monotonic() - began
     expected = recorded(arguments.out / "undisturbed")
@@ -82,7 +80,7 @@ def main() -> None:
 
 def start(folder: Path, overrides: list[str]) -> Process:
     """The sweep as a process group of its own, so that a kill reaches the processes of a launcher too."""
-    process = get_context("fork").Process(target=sweep_apart, args=[folder, overrides])
+    process = get_context("fork").Process(target=sweep, args=[folder, overrides])
     process.start()
     return process
 
@@ -96,15 +94,10 @@ def kill(process: Process) -> None:
     process.join()
 
 
-def sweep_apart(folder: Path, overrides: list[str]) -> None:
+def sweep(folder: Path, overrides: list[str]) -> None:
     """What the process does."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sweep(folder, overrides)
-
-
-def sweep(folder: Path, overrides: list[str]) -> None:
-    """Runs a sweep; exits with its status if it fails."""
     sys.argv = ["iexact", "-m", *overrides, f"hydra.sweep.dir={folder}", "sweep.skip_completed=true"]
     cli.main()
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
-from iexact_runner import tables
 from iexact_runner.compression import reference
-from iexact_runner.report import read_report
+from iexact_runner.report import tables
+from iexact_runner.report.reading import read_report
 from recorded import edit_summary, record
 
 
@@ -36,7 +36,19 @@ def test_epoch_benchmark_takes_ratios_within_rounds(tmp_path):
     assert set(rows.index) >= {"baseline", "none", "exact", "iexact"}
     assert rows.loc["baseline", "ratio_median"] == 1.0
     assert (rows["ratio_p20"] <= rows["ratio_p80"]).all() and (rows["seconds_median"] > 0).all()
+    assert rows.loc["baseline", "peak_ratio"] == 1.0
+    assert (rows["peak_mib"] > rows["resident_mib"] + rows["saved_mib"]).all()
+    assert rows.loc["lowrank", "saved_mib"] < rows.loc["iexact", "saved_mib"] < rows.loc["baseline", "saved_mib"] / 10
     assert rows["torch"].nunique() == 1 and rows["device_name"].notna().all()
+
+
+def test_low_rank_benchmark_runs_on_digits(tmp_path):
+    """All but the step on synthetic_arxiv, in small: gradients fresh and stale, paired repeats, and their tables."""
+    options = ("--parts", "gradient", "accuracy", "--scale", 0.05, "--epochs", 1, 2, "--out", "out")
+    result = script("bench_lowrank.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "refresh 5" in result.stdout and "difference to" in result.stdout
+    assert len(list(tmp_path.glob("out/*/*/summary.json"))) == 6
 
 
 @pytest.mark.parametrize("model", ["gcn", "gcn2", "gat"])

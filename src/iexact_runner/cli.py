@@ -18,7 +18,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,9 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 
 if TYPE_CHECKING:
-    from iexact_runner.sweeps import Sweep
+    from iexact_runner.runs.sweeps import Sweep
 
 # Launchers of Hydra's plugins, and the extras that bring them.
 LAUNCHER_EXTRAS = {
@@ -38,13 +39,6 @@ LAUNCHER_EXTRAS = {
     "hydra/launcher/submitit_slurm": "slurm",
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-
-def config_dir() -> Path:
-    """``conf/``: inside an installed package, or at the root of a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "conf"
-    return installed if installed.is_dir() else here.parents[1] / "conf"
 
 
 def register_schema() -> None:
@@ -67,6 +61,8 @@ def to_config(composed: DictConfig) -> schema.Config:
     Raises:
         ConfigError: if a field is unknown or a value is not valid.
     """
+    if OmegaConf.get_type(composed) is not schema.Config:
+        raise ConfigError("--config-name: the file must build on iexact's own: its defaults begin with config")
     _check_known(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, schema.Config)
@@ -121,8 +117,8 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     resumed = OmegaConf.select(composed, "resume")
     if resumed in (None, "", "auto"):
         return composed
-    from iexact_runner.records import CONFIG, WITHOUT_EFFECT, read_config
-    from iexact_runner.resume import check_agreement, overridden
+    from iexact_runner.runs.records import CONFIG, WITHOUT_EFFECT, read_config
+    from iexact_runner.runs.resume import check_agreement, overridden
 
     path = Path(resumed, CONFIG)
     if not path.is_file():
@@ -140,6 +136,7 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
         raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
     merged = OmegaConf.merge(typed, recorded)
     assert isinstance(merged, DictConfig)
+    check_trust(OmegaConf.select(merged, "dataset.trust_pickle"), overrides)
     return merged
 
 
@@ -154,7 +151,7 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
     """
     # torch and rich are slow to import, and --help needs neither.
     from iexact_runner.display import Screen, show_messages
-    from iexact_runner.records import RunFolder
+    from iexact_runner.runs.records import RunFolder
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
     screen = Screen(file=sys.stdout, force_terminal=None if live else False)
@@ -165,7 +162,7 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
         bins.run(config, RunFolder(folder), screen, resolved_yaml)
     else:
         from iexact_runner.experiment import Experiment
-        from iexact_runner.resume import place
+        from iexact_runner.runs.resume import place
 
         chosen, resumed = place(config, folder)
         if resumed:
@@ -175,13 +172,13 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
 
 def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
     """Runs one job of a sweep and records its status, unless another process does."""
-    from iexact_runner.jobs import Job
-    from iexact_runner.records import METRICS, SUMMARY
+    from iexact_runner.runs.jobs import Job
+    from iexact_runner.runs.records import METRICS, SUMMARY
 
     with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
         if not mine:
             return
-        from iexact_runner.devices import own_gpu
+        from iexact_runner.runs.devices import own_gpu
 
         config = to_config(composed)
         if config.resume == "auto":
@@ -204,8 +201,9 @@ def report_job(name: str, overrides: list[str], error: Exception) -> None:
 
 def show_sweep(sweep: Sweep) -> None:
     """Prints the jobs of a sweep and the table of its runs; jobs with tables of their own have none."""
-    from iexact_runner.records import run_folders
-    from iexact_runner.report import read_report, show, wide_console
+    from iexact_runner.report.command import show, wide_console
+    from iexact_runner.report.reading import read_report
+    from iexact_runner.runs.records import run_folders
 
     console = wide_console()
     sweep.show(console)
@@ -248,7 +246,9 @@ def main() -> None:
     _failures.clear()
     _sweeps.clear()
     try:
-        app()
+        parse_arguments(sys.argv[1:])
+        with checked_configurations():
+            app()
         for sweep in _sweeps:
             show_sweep(sweep)
     except KeyboardInterrupt:
@@ -276,6 +276,8 @@ def explain(error: BaseException) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = [option for option in error.options if not option.startswith("base_")]
         return f"{group}={choice}: no such choice; {_suggest(choice, choices)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r}: {_one_line(error.message.partition('See https')[0])}"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         override = _quoted_override(str(error))
         if dataclasses.is_dataclass(cause.object_type) and cause.key is not None:

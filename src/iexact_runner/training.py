@@ -18,11 +18,11 @@ from iexact_runner.config import GATConfig, ModelConfig, TrainingConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.graph import Graph, training_subgraph
 from iexact_runner.errors import TrainingError
+from iexact_runner.loss import node_loss
 from iexact_runner.nn import MODELS, Model
 
 # Streams of one step seed that training itself draws from; the model counts its own from 0.
 LABEL_MASK_STREAM = 1 << 32
-LOG_LOSS_OFFSET = 1 - math.log(2)
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,6 @@ def with_labels(view: View, known: Tensor, num_classes: int) -> Tensor:
     return torch.cat([view.x, labels], dim=1)
 
 
-def loss_of(scores: Tensor, labels: Tensor, *, kind: str) -> Tensor:
-    """Training loss of the nodes of the loss: cross-entropy, or BCE with logits for several labels a node.
-
-    ``log_cross_entropy`` is mean(log(eps + CE) - log(eps)), eps = 1 - ln 2, the loss of the reference on arxiv.
-    """
-    if labels.dim() == 2:
-        return F.binary_cross_entropy_with_logits(scores, labels)
-    if kind == "cross_entropy":
-        return F.cross_entropy(scores, labels)
-    losses = F.cross_entropy(scores, labels, reduction="none")
-    return (torch.log(LOG_LOSS_OFFSET + losses) - math.log(LOG_LOSS_OFFSET)).mean()
-
-
 class Optimization:
     """What updates a model's weights over a run: optimizer, gradient scaler, precision of the forward pass.
 
@@ -214,12 +201,14 @@ def step(model: Model, optimization: Optimization, problem: Problem, *, seed: in
     return value
 
 
-def training_loss(model: Model, problem: Problem, *, kind: str, precision: str, seed: int) -> Tensor:
+def training_loss(
+    model: Model, problem: Problem, *, kind: str, precision: str, seed: int, map_seed: int | None = None
+) -> Tensor:
     """Loss of one forward pass over the training view."""
     features, nodes = training_input(problem, seed=seed)
     with autocast(precision, features.device):
-        scores = model(features, problem.training.graph, seed=seed)
-    return loss_of(scores[nodes].float(), problem.training.y[nodes], kind=kind)
+        scores = model(features, problem.training.graph, seed=seed, map_seed=map_seed)
+    return node_loss(scores, problem.training.y, nodes, kind=kind)
 
 
 @torch.no_grad()

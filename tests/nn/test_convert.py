@@ -15,7 +15,7 @@ from torch_geometric.nn.models import GAT, GCN, GraphSAGE
 
 from conftest import FP32, assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import DigitsConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
+from iexact_runner.config import CompressionConfig, DigitsConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
 from iexact_runner.data import load_dataset
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.measure import SavedTensors
@@ -205,6 +205,41 @@ def test_pygs_layers_compressed_keep_the_bytes_of_our_own_model(name, share_maps
     assert totals[0] == totals[1]
 
 
+def low_rank(**fields):
+    return CompressionConfig(**(dict(scheme="lowrank", bits=4, rank=4, col_size=8, share_maps=True) | fields))
+
+
+@architectures
+def test_gradients_are_pygs_with_all_directions_and_no_rounding(name):
+    model, twin = make(name), make(name)
+    compress(twin, low_rank(rank=99, bits=None))
+    expected, exact = gradients(model)
+    output, grad = gradients(twin)
+    assert_close(output, expected)
+    assert_close(grad, exact, tolerance=5e-4)
+
+
+# PyG's BatchNorm comes before a residual as ours does, but the sum has then no sketch until a layer needs one.
+@pytest.mark.parametrize("name", ["sage", "gcn", "gcn2", "gcn2-shared", "gat"])
+def test_pygs_layers_keep_the_sketches_of_our_own_model(name):
+    """The same coefficients and masks in the same order: no more bytes, and the same gradients."""
+    model, baseline, pairs, graph, adjacency, dataset = our_twin(name, low_rank(bits=None))
+    baseline(dataset.x, adjacency)
+    patterns = baseline._compression.graphs.edges(adjacency, dataset.num_nodes).tensors()
+    totals = []
+    for network, operator, resident in ((model, graph, graph.tensors()), (baseline, adjacency, [adjacency, *patterns])):
+        with SavedTensors(network, excluded=[dataset.x, *resident]) as saved:
+            totals.append(sum(record.bytes for record in saved.kept(network(dataset.x, operator))))
+    assert totals[1] <= totals[0]
+    scores, output = model(dataset.x, graph, seed=mix(0, 3)), baseline(dataset.x, adjacency)
+    assert_close(output, scores)
+    F.cross_entropy(scores, dataset.y).backward()
+    F.cross_entropy(output, dataset.y).backward()
+    for key, other in pairs.items():
+        ours, theirs = baseline.get_parameter(key).grad, model.get_parameter(other).grad
+        assert (ours - theirs).abs().max() < 1e-6 or relative_error(ours, theirs) < 1e-4, key
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_the_same_masks_give_the_same_gradients_as_our_own_model(name):
     model, baseline, pairs, graph, adjacency, dataset = our_twin(name, projected())
@@ -299,8 +334,10 @@ def test_a_model_of_which_a_part_is_compressed_is_refused_and_stays_as_it_is():
 
 
 def test_plain_schemes_and_two_devices_are_refused():
-    with pytest.raises(ConfigError, match="^compression.scheme=none: must be projected to compress a model$"):
+    with pytest.raises(ConfigError, match="^compression.scheme=none: must be projected or lowrank to compress"):
         compress(OneReLU(), FP32)
+    with pytest.raises(ConfigError, match="^compression.refresh=2: must be 1 to compress a model, whose passes"):
+        compress(OneReLU(), low_rank(refresh=2))
     model = OneReLU()
     model.lin.to("meta")
     with pytest.raises(ConfigError, match="^model=OneReLU: is on cpu and meta; must be on one device$"):

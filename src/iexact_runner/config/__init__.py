@@ -6,12 +6,13 @@ Nothing here imports torch, so that ``iexact --help`` stays fast.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from iexact_runner.config.checks import check, check_at_least, check_choice
+from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
 from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig, dataset_config
 from iexact_runner.config.model import MODEL_CONFIGS, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
@@ -63,11 +64,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_at_least("training.epochs", self.epochs, 1)
-        check(self.lr > 0, "training.lr", self.lr, "must be above 0")
+        check_above("training.lr", self.lr, 0)
         check_choice("training.optimizer", self.optimizer, OPTIMIZERS)
-        check(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "must be 0 or more")
+        decay = self.weight_decay
+        check(0 <= decay < math.inf, "training.weight_decay", decay, "must be 0 or more")
         norm = self.grad_norm
-        check(norm is None or norm > 0, "training.grad_norm", norm, "must be above 0, or null for no clipping")
+        check(
+            norm is None or 0 < norm < math.inf, "training.grad_norm", norm, "must be above 0, or null for no clipping"
+        )
         check_at_least("training.warmup_epochs", self.warmup_epochs, 0)
         check_choice("training.loss", self.loss, LOSSES)
 
@@ -76,6 +80,8 @@ class TrainingConfig:
 class MeasureConfig:
     """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs.
 
+    Epochs are timed while no other job is at work on the device, or after ``max_wait`` seconds beside those that are.
+
     ``energy`` also records kWh and gCO2e of the timed epochs, on the grid of ``country`` (ISO 3166 code of three
     letters; null is the world's average).
     """
@@ -83,6 +89,7 @@ class MeasureConfig:
     warmup_epochs: int = 10
     timed_epochs: int = 100
     max_seconds: float = 60.0
+    max_wait: float = 600.0
     energy: bool = False
     country: str | None = None
 
@@ -90,6 +97,7 @@ class MeasureConfig:
         check_at_least("measure.warmup_epochs", self.warmup_epochs, 0)
         check_at_least("measure.timed_epochs", self.timed_epochs, 1)
         check(self.max_seconds > 0, "measure.max_seconds", self.max_seconds, "must be above 0")
+        check(0 <= self.max_wait < math.inf, "measure.max_wait", self.max_wait, "must be 0 or more")
         country = self.country
         letters = country is None or (len(country) == 3 and country.isascii() and country.isupper())
         check(letters, "measure.country", country, "must be an ISO 3166 code of three letters such as DNK, or null")

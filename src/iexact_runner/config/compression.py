@@ -35,6 +35,8 @@ class CompressionConfig:
         energy: share of each map's variance that the directions of ``lowrank`` hold.
         refresh: training passes between new directions.
         sample_rows: rows that new directions are found from.
+        residual: columns [k] of each of two random sketches of what the directions miss, which make ``lowrank``
+            unbiased and noisy; 0 leaves it out of the gradient.
         backend: who runs the quantizer.
     """
 
@@ -51,6 +53,7 @@ class CompressionConfig:
     energy: float | None = None
     refresh: int = 1
     sample_rows: int = 4096
+    residual: int = 0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -109,6 +112,7 @@ class CompressionConfig:
         check((rank is None) != (energy is None), "compression.rank", "null" if rank is None else rank, both)
         check_at_least("compression.refresh", self.refresh, 1)
         check_at_least("compression.sample_rows", self.sample_rows, 1)
+        check_at_least("compression.residual", self.residual, 0)
         check(
             self.share_maps, "compression.share_maps", "false", "compression=lowrank shares its maps; leave it at true"
         )
@@ -122,7 +126,7 @@ class CompressionConfig:
             check(value == unused, f"compression.{name}", value, valid)
 
 
-_LOW_RANK = (("rank", None), ("energy", None), ("refresh", 1), ("sample_rows", 4096))
+_LOW_RANK = (("rank", None), ("energy", None), ("refresh", 1), ("sample_rows", 4096), ("residual", 0))
 _QUANTIZED = (
     ("bits", None),
     ("kept_frac", 1.0),

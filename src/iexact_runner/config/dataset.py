@@ -6,14 +6,25 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from iexact_runner.config.checks import check, check_at_least
+from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
+
+SOURCES = ("ogb", "pyg", "digits", "synthetic")
+# What is in the sources that need files.
+NAMES = {
+    "ogb": ("arxiv", "products"),
+    "pyg": (
+        *("flickr", "reddit", "reddit2", "yelp", "amazon_computers", "amazon_photo", "coauthor_cs", "coauthor_physics"),
+        *("cora", "citeseer", "pubmed", "tolokers"),
+    ),
+}
 
 
 @dataclass
 class DatasetConfig:
     """Fields that every dataset has.
 
-    ``source`` picks the loader; ``split_seed`` draws the 60/20/20 split where no split is published.
+    ``source`` picks the loader; ``split_seed`` draws the 60/20/20 split where no split is published;
+    ``trust_pickle`` lets files that are pickles run what they say.
     """
 
     name: str = MISSING
@@ -23,8 +34,15 @@ class DatasetConfig:
     undirected: bool = False
     standardize: bool = False
     split_seed: int = 0
+    trust_pickle: bool = False
 
     def __post_init__(self) -> None:
+        check_choice("dataset.source", self.source, SOURCES)
+        own = None if self.source in NAMES else self.source
+        valid = f"needs its own fields; start from dataset={own}" if own else "choose one with dataset=NAME"
+        check(DATASET_PREFIXES.get(type(self)) == own, "dataset.source", self.source, valid)
+        if self.source in NAMES:
+            check_choice("dataset.name", self.name, NAMES[self.source])
         check(bool(self.root), "dataset.root", repr(self.root), "must be a folder")
         check_at_least("dataset.split_seed", self.split_seed, 0)
 
@@ -73,7 +91,7 @@ class SyntheticConfig(DatasetConfig):
         classes = self.num_classes
         check(2 <= classes <= nodes, "dataset.num_classes", classes, "must be between 2 and num_nodes")
         check(0.0 <= self.homophily <= 1.0, "dataset.homophily", self.homophily, "must be between 0 and 1")
-        check(self.degree_exponent > 1, "dataset.degree_exponent", self.degree_exponent, "must be above 1")
+        check_above("dataset.degree_exponent", self.degree_exponent, 1)
         check_at_least("dataset.graph_seed", self.graph_seed, 0)
         sizes = (self.num_train, self.num_val, self.num_test)
         given = [size for size in sizes if size is not None]
@@ -82,7 +100,7 @@ class SyntheticConfig(DatasetConfig):
         check(sum(given) <= nodes, "dataset.num_train", self.num_train, valid)
 
 
-# Of the datasets that need no files; the loaders check the names of the others.
+# Of the datasets that need no files; the names of the others are in NAMES.
 DATASET_PREFIXES: dict[type[DatasetConfig], str] = {DigitsConfig: "digits", SyntheticConfig: "synthetic"}
 
 

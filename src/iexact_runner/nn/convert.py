@@ -19,9 +19,9 @@ from iexact_runner.errors import ConfigError
 from iexact_runner.nn.interception import Compression
 from iexact_runner.nn.pyg_convs import CONVOLUTIONS
 
-_PRODUCT = "its input, projected and quantized, once for all its consumers"
+_PRODUCT = "its input, compressed once for all its consumers"
 _SIGN = "the sign of its input in 1 bit"
-_QUANTIZED = "its input, quantized"
+_QUANTIZED = "its input, compressed"
 FUNCTIONS: dict[type[Any], str] = {
     nn.Linear: _PRODUCT,
     pyg.Linear: _PRODUCT,
@@ -111,8 +111,9 @@ def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> R
 
     In training mode a forward pass keeps its maps compressed: those of torch's linear products, ReLU, LeakyReLU, ELU,
     dropout and BatchNorm1d, whether called as modules or as functions, and of PyG's GCNConv, GCN2Conv, SAGEConv,
-    GraphConv, GENConv and GATConv. Everything else stays as it is, and the report lists it. Classes of layers change to
-    subclasses of theirs, so that ``isinstance``, optimizers and references hold.
+    GraphConv, GENConv and GATConv. Under the low-rank scheme BatchNorm, ReLU, dropout and the layers after them share
+    one sketch wherever they follow each other. Everything else stays as it is, and the report lists it. Classes of
+    layers change to subclasses of theirs, so that ``isinstance``, optimizers and references hold.
 
     Functions are caught while a module of the model runs. Code that calls parts of the model and functions in turn runs
     in :func:`compressed_pass`. Under ``torch.compile`` training passes run as they are.
@@ -126,8 +127,11 @@ def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> R
         ConfigError: a ValueError of one line, if the scheme keeps plain maps, or the model is compressed already or on
             more than one device.
     """
-    if config.scheme != "projected":
-        raise ConfigError.of("compression.scheme", config.scheme, "must be projected to compress a model")
+    if config.scheme == "none":
+        raise ConfigError.of("compression.scheme", config.scheme, "must be projected or lowrank to compress a model")
+    if config.refresh > 1:
+        valid = "must be 1 to compress a model, whose passes need not be alike"
+        raise ConfigError.of("compression.refresh", config.refresh, valid)
     model_name = type(model).__name__
     if compressed := [name for name, module in model.named_modules() if isinstance(module, Compressed)]:
         layer = f" (layer {compressed[0]})" if compressed[0] else ""

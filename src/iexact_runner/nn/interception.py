@@ -26,7 +26,7 @@ from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn.graph_cache import GraphCache, written
-from iexact_runner.schemes import Activation, Projected
+from iexact_runner.schemes import Activation, Projected, start_pass
 from iexact_runner.schemes.activation import Kept, Resident
 
 
@@ -75,7 +75,9 @@ class Pass(TorchFunctionMode):
     def __init__(self, model: Compression, inputs: Iterable[Any]) -> None:
         super().__init__()
         self.model = model
-        self.ops = Projected(model.config, seed=mix(model.seed, model.passes))
+        ops = start_pass(model.config, training=True, seed=mix(model.seed, model.passes))
+        assert isinstance(ops, Projected)
+        self.ops = ops
         self._sources = WeakIdKeyDictionary()
         self._token: Token[Pass | None] | None = None
         for value in inputs:
@@ -111,6 +113,11 @@ class Pass(TorchFunctionMode):
             source = Kept()
             self._sources[x] = (written(x), source)
         return Activation(x, source)
+
+    def remember(self, x: Activation) -> Tensor:
+        """The tensor of an activation, whose source later consumers will find."""
+        self._sources[x.value] = (written(x.value), x.source)
+        return x.value
 
     def takes(self, what: str, x: Any, *, rank: int | None = None) -> bool:
         """Whether a map is of a kind that can be kept compressed; counts the call as compressed or left."""
@@ -160,13 +167,13 @@ def _addmm(run: Pass, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float 
 def _leaky_relu(run: Pass, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not input.requires_grad or not run.takes("leaky_relu", input):
         return NotImplemented
-    return run.ops.leaky_relu(input, negative_slope, inplace=inplace)
+    return run.remember(run.ops.rectified(run.activation(input), negative_slope, inplace=inplace))
 
 
 def _relu(run: Pass, input: Tensor, inplace: bool = False) -> Any:
     if not input.requires_grad or not run.takes("relu", input):
         return NotImplemented
-    return run.ops.leaky_relu(input, 0.0, inplace=inplace)
+    return run.remember(run.ops.rectified(run.activation(input), 0.0, inplace=inplace))
 
 
 def _elu(run: Pass, input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Any:
@@ -181,8 +188,8 @@ def _elu(run: Pass, input: Tensor, alpha: float = 1.0, inplace: bool = False) ->
 def _dropout(run: Pass, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not training or not 0 < p < 1 or not run.takes("dropout", input):
         return NotImplemented
-    dropped = run.ops.dropout(input, p)
-    return input.copy_(dropped) if inplace else dropped
+    dropped = run.ops.drop(run.activation(input), p)
+    return run.remember(Activation(input.copy_(dropped.value), dropped.source) if inplace else dropped)
 
 
 def _batch_norm(
@@ -200,7 +207,8 @@ def _batch_norm(
     # torch refuses statistics of one row, and should.
     if not training or not needed or input.size(0) < 2 or not run.takes("batch_norm", input, rank=2):
         return NotImplemented
-    return run.ops.normalize(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+    x, statistics = run.activation(input), (running_mean, running_var)
+    return run.remember(run.ops.normalized(x, weight, bias, *statistics, momentum=momentum, eps=eps))
 
 
 def _is_weight(x: Any) -> bool:

@@ -29,8 +29,8 @@ REDUCTIONS = {
     aggr.SoftmaxAggregation: "softmax",
 }
 KEPT = {
-    "sum": "nothing; its input, projected and quantized, for edge weights that need gradients",
-    "mean": "nothing; its input, projected and quantized, for edge weights that need gradients",
+    "sum": "nothing; its input, compressed, for edge weights that need gradients",
+    "mean": "nothing; its input, compressed, for edge weights that need gradients",
     "max": "which neighbour it was",
     "min": "which neighbour it was",
     "softmax": "its messages once a node, quantized",
@@ -257,7 +257,7 @@ class GATConv(Convolution):
     @classmethod
     def kept(cls, conv: Any) -> str:
         """No coefficient of an edge."""
-        return "W x, quantized, and the scores of the nodes"
+        return "W x, or x, compressed, and the scores of the nodes"
 
     def forward(
         self, x: Any, edge_index: Any, edge_attr: Any = None, size: Any = None, return_attention_weights: Any = None
@@ -272,7 +272,13 @@ class GATConv(Convolution):
         h = self.lin(x).unflatten(1, (self.heads, self.out_channels))  # [N, H, C]
         dropout = self.dropout if self.training else 0.0
         out = run.ops.attention(
-            h, self.att_src, self.att_dst, edges, negative_slope=self.negative_slope, dropout=dropout
+            h,
+            self.att_src,
+            self.att_dst,
+            edges,
+            negative_slope=self.negative_slope,
+            dropout=dropout,
+            product=(run.activation(x), self.lin.weight),
         )
         out = out.flatten(1) if self.concat else out.mean(dim=1)
         out = out if self.res is None else out + self.res(x)

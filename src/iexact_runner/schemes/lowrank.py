@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from iexact_runner.compression import ops
 from iexact_runner.compression.maps import KeptMap, MapLayout
 from iexact_runner.compression.sketch import (
     Directions,
@@ -20,12 +19,13 @@ from iexact_runner.compression.sketch import (
     SketchLayout,
     keep_coefficients,
     leading_directions,
+    residual_directions,
     sampled_rows,
 )
 from iexact_runner.config import CompressionConfig
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
-from iexact_runner.schemes.projected import Projected
+from iexact_runner.schemes.projected import Projected, momentum_of
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,7 @@ class LowRank(Projected):
 
     def input(self, features: Tensor, *, dropout: float) -> Activation:
         """The activation a model starts from: the features are referenced, dropout on them is regenerated."""
-        if not dropout:
-            layout = ResidentLayout(tuple(features.shape))
-            return Activation(features, Resident(KeptMap(layout, (features,))))
-        backend, seed, fixed, seeds = self._format.backend, *self._mask_seed()
-        layout = ResidentLayout(tuple(features.shape), dropout, fixed, backend)
-        value = ops.dropout(features, p=dropout, seed=seed, backend=backend)
-        return Activation(value, Kept(KeptMap(layout, (features, *seeds))))
+        return self.drop(Activation(features, Resident()), dropout)
 
     def finish(
         self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float
@@ -80,27 +74,37 @@ class LowRank(Projected):
             return super().finish(convolve, norm=norm, residual=residual, dropout=dropout)
         h = convolve()
         self._normalized = None
-        if norm is not None:
+        signs: list[Tensor] = []
+        backend = self._format.backend
+        seed, fixed, seeds = self._mask_seed() if dropout else (0, 0, [])
+        value: Tensor | None = None
+        if norm is not None and norm.affine and residual is None and not self._config.residual:
+            value = self._normalize_relu_dropout(h, norm, dropout, seed, signs)
+        elif norm is not None:
             h = self.batch_norm(h, norm)
         if residual is not None:
             h, self._normalized = h + residual, None
-        sketch = self._normalized
-        if sketch is None:
-            mean = h.detach().float().mean(0)
-            sketch = self._sketch(h.detach(), mean, torch.ones_like(mean))
-        signs: list[Tensor] = []
-        backend = self._format.backend
-        fixed: int | None = 0
-        seeds: list[Tensor] = []
-        value: Tensor
-        if dropout:
-            seed, fixed, seeds = self._mask_seed()
+        layout, tensors = self._kept_sketch(h, self._normalized)
+        if value is None and dropout:
             value = functions.LeakyReLUDropout.apply(h, 0.0, dropout, seed, False, backend, signs)
-        else:
+        elif value is None:
             value = functions.LeakyReLU.apply(h, 0.0, backend, False, signs)
-        layout = SketchLayout(sketch.layout, tuple(h.shape), True, dropout, fixed, backend)
-        tensors = (*sketch.tensors, sketch.directions, sketch.shift, *signs, *seeds)
-        return Activation(value, Kept(KeptMap(layout, tensors)))
+        layout = replace(layout, relu=True, dropout=dropout, seed=fixed)
+        return Activation(value, Kept(KeptMap(layout, (*tensors, *signs, *seeds))))
+
+    def _normalize_relu_dropout(
+        self, h: Tensor, norm: nn.BatchNorm1d, p: float, seed: int | Tensor, signs: list[Tensor]
+    ) -> Tensor:
+        """BatchNorm, ReLU and dropout in one pass over h (N, D), and in two backwards."""
+
+        def keep(mean: Tensor, inverse_std: Tensor) -> KeptMap:
+            return self._keep_normalized(h, mean, inverse_std, norm.weight, norm.bias)
+
+        parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum_of(norm), norm.eps)
+        finished: Tensor = functions.BatchNormReLUDropout.apply(
+            h, *parameters, p, seed, self._format.backend, keep, signs
+        )
+        return finished
 
     def drop(self, x: Activation, p: float) -> Activation:
         """Dropout of an activation that has other consumers; both are decoded from one sketch."""
@@ -108,11 +112,46 @@ class LowRank(Projected):
             return x
         seed, fixed, seeds = self._mask_seed()
         value: Tensor = functions.Dropout.apply(x.value, p, seed, self._format.backend)
-        kept = x.source.kept
-        if kept is None or not isinstance(kept.layout, SketchLayout):
+        kept = self._shared(x) if isinstance(x.source, Resident) else x.source.kept
+        if kept is None or not isinstance(kept.layout, (SketchLayout, ResidentLayout)) or kept.layout.dropout:
             return Activation(value, Kept())
         layout = replace(kept.layout, dropout=p, seed=fixed)
         return Activation(value, Kept(KeptMap(layout, (*kept.tensors, *seeds))))
+
+    def normalized(
+        self,
+        x: Activation,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *,
+        momentum: float,
+        eps: float,
+    ) -> Activation:
+        """BatchNorm1d, whose sketch its consumers share."""
+        value = self.normalize(x.value, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+        return Activation(value, Kept(KeptMap(*self._kept_sketch(value, self._normalized))))
+
+    def rectified(self, x: Activation, negative_slope: float, *, inplace: bool = False) -> Activation:
+        """LeakyReLU; after ReLU of a sketched map the mask is added to its sketch."""
+        if negative_slope:
+            return super().rectified(x, negative_slope, inplace=inplace)
+        layout, tensors = x.source.kept or (None, ())
+        if not isinstance(layout, SketchLayout) or layout.relu or layout.dropout:
+            layout, tensors = self._kept_sketch(x.value)
+        signs: list[Tensor] = []
+        value: Tensor = functions.LeakyReLU.apply(x.value, 0.0, self._format.backend, inplace, signs)
+        return Activation(value, Kept(KeptMap(replace(layout, relu=True), (*tensors, *signs))))
+
+    def _shared(self, x: Activation) -> KeptMap:
+        """The one kept map of an activation: of the features a reference, of a map with no sketch yet its own."""
+        if x.source.kept is None:
+            if isinstance(x.source, Resident):
+                x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._format.backend), (x.value,))
+            else:
+                x.source.kept = KeptMap(*self._kept_sketch(x.value))
+        return x.source.kept
 
     def _keep_product(self, h: Tensor, product: tuple[Activation, Tensor] | None) -> KeptMap:
         """Keeps nothing of h = x W^T but W: x is kept already."""
@@ -130,8 +169,19 @@ class LowRank(Projected):
         gamma = torch.ones_like(mean) if weight is None else weight.detach()
         beta = torch.zeros_like(mean) if bias is None else bias.detach().clone()
         self._normalized = replace(sketch, directions=sketch.directions * gamma.unsqueeze(1), shift=beta)
-        layout = SketchLayout(sketch.layout, tuple(h.shape))
+        residual = self._config.residual
+        layout = SketchLayout(sketch.layout, tuple(h.shape), residual=residual, half=0 if residual else None)
         return KeptMap(layout, (*sketch.tensors, sketch.directions / inverse_std.unsqueeze(1), mean))
+
+    def _kept_sketch(self, z: Tensor, sketch: Sketch | None = None) -> tuple[SketchLayout, tuple[Tensor, ...]]:
+        """A map z (N, D) as its sketch, which is made here if there is none."""
+        if sketch is None:
+            mean = z.detach().float().mean(0)
+            sketch = self._sketch(z.detach(), mean, torch.ones_like(mean))
+        layout = SketchLayout(
+            sketch.layout, tuple(z.shape), backend=self._format.backend, residual=self._config.residual
+        )
+        return layout, (*sketch.tensors, sketch.directions, sketch.shift)
 
     def _sketch(self, z: Tensor, mean: Tensor, scale: Tensor) -> Sketch:
         """The sketch of (z - mean) * scale for a map z (N, D) with columns of this mean; its shift is the mean."""
@@ -145,10 +195,21 @@ class LowRank(Projected):
             sample = (z[rows].float() - mean) * scale
             state.vectors, state.age = leading_directions(sample, rank=config.rank, energy=config.energy), 0
         state.age += 1
+        directions, residual = state.vectors, config.residual
+        if residual:
+            halves = [self._residual_directions(state.vectors) for _ in range(2)]
+            directions = torch.cat([directions, *halves], dim=1)
         (layout, tensors), directions = keep_coefficients(
-            z, mean, scale, state.vectors, self._format, seed=self._next_map_seed()
+            z, mean, scale, directions, self._format, seed=self._next_map_seed()
         )
+        if residual:
+            directions[:, -2 * residual :] /= 2  # the mean of two estimates
         return Sketch(layout, tensors[: layout.parts], directions, mean)
+
+    def _residual_directions(self, directions: Tensor) -> Tensor:
+        return residual_directions(
+            directions, self._config.residual, seed=self._next_map_seed(), backend=self._format.backend
+        )
 
     def _mask_seed(self) -> tuple[int | Tensor, int | None, list[Tensor]]:
         """Seed of the next mask; what a layout holds of it, and the tensors that a map holds of it."""

@@ -10,7 +10,7 @@ from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes import functions
-from iexact_runner.schemes.activation import Activation, Resident
+from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import Extremum, SoftmaxAggregation, WeightedSpMM
 from iexact_runner.schemes.attention import Attention
 from iexact_runner.schemes.plain import Plain
@@ -121,7 +121,7 @@ class Projected(Plain):
         if not torch.is_grad_enabled():
             return super().batch_norm(h, norm)
         parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return self.normalize(h, *parameters, momentum=_momentum(norm), eps=norm.eps)
+        return self.normalize(h, *parameters, momentum=momentum_of(norm), eps=norm.eps)
 
     def normalize(
         self,
@@ -149,6 +149,25 @@ class Projected(Plain):
     ) -> KeptMap:
         """Keeps the input of BatchNorm, whose output is (h - mean) * inverse_std * weight + bias."""
         return self._keep(h, project=False)
+
+    def normalized(
+        self,
+        x: Activation,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        *,
+        momentum: float,
+        eps: float,
+    ) -> Activation:
+        """:meth:`normalize` of an activation; what it keeps is of no use to a later consumer."""
+        statistics = (running_mean, running_var)
+        return Activation(self.normalize(x.value, weight, bias, *statistics, momentum=momentum, eps=eps), Kept())
+
+    def rectified(self, x: Activation, negative_slope: float, *, inplace: bool = False) -> Activation:
+        """:meth:`leaky_relu` of an activation."""
+        return Activation(self.leaky_relu(x.value, negative_slope, inplace=inplace), Kept())
 
     def relu(self, h: Tensor) -> Tensor:
         """ReLU, its mask in 1 bit an element."""
@@ -204,7 +223,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _momentum(norm: nn.BatchNorm1d) -> float:
+def momentum_of(norm: nn.BatchNorm1d) -> float:
     """Weight of the new batch in the running statistics, counted as ``nn.BatchNorm1d`` does."""
     if norm.num_batches_tracked is None:
         return 0.0

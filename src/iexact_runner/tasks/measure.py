@@ -6,8 +6,8 @@ import itertools
 
 from iexact_runner.compression.seeds import mix
 from iexact_runner.display import show_tensors
-from iexact_runner.energy import EnergyMeter
 from iexact_runner.measure import time_epochs
+from iexact_runner.measure.energy import EnergyMeter
 from iexact_runner.tasks.context import Context
 from iexact_runner.training import Optimization, clock, step
 
@@ -27,7 +27,7 @@ def run(context: Context) -> None:
         step(model, optimization, problem, seed=mix(seed, number), epoch=number)
         return clock(device) - start
 
-    context.lock.exclude_others()
+    context.lock.exclude_others(patience=config.measure.max_wait)
     meter = EnergyMeter(device, country=config.measure.country) if config.measure.energy else None
     with context.console.status("timing epochs"):
         findings.throughput = time_epochs(

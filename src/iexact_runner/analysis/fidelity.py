@@ -1,0 +1,174 @@
+"""How far the gradient of a scheme is from the exact one, at the same weights and with the same dropout masks.
+
+With g the exact gradient, g_t the t-th of T draws of the scheme's projections and roundings, e_t = g_t - g and
+m = mean(e_t):
+
+- relative error: mean of ||e_t|| / ||g||
+- cosine: mean of <g_t, g> / (||g_t|| ||g||)
+- bias: ||m|| / ||g||, and its standard error sqrt(sum ||e_t - m||^2 / (T (T - 1))) / ||g||, which is what ||m|| / ||g||
+  comes to if there is no bias
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iexact_runner.compression.seeds import mix
+from iexact_runner.compression.sketch import Directions
+from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.nn import Model
+from iexact_runner.training import Optimization, Problem, step, training_loss
+
+FIGURES = ("relative_error", "cosine", "bias", "bias_standard_error")
+# A gradient this much smaller than the whole is zero but for rounding, such as that of a bias before BatchNorm.
+NEGLIGIBLE = 1e-6
+
+
+def exact_twin(compression: CompressionConfig) -> CompressionConfig:
+    """The configuration that keeps maps as they are, but draws the same dropout masks from the same seed."""
+    return CompressionConfig(
+        scheme="projected",
+        bits=None,
+        kept_frac=1.0,
+        share_maps=compression.share_maps,
+        store_dropout_mask=compression.store_dropout_mask,
+        backend=compression.backend,
+    )
+
+
+class Deviations:
+    """Draws of one gradient against the exact one, summed as they come.
+
+    Args:
+        exact: the exact gradient, of any shape.
+    """
+
+    def __init__(self, exact: Tensor) -> None:
+        self._exact = exact.flatten().double()
+        self._norm = self._exact.norm().item()
+        self._sum = torch.zeros_like(self._exact)
+        self._squares: list[float] = []
+        self._cosines: list[float] = []
+
+    def add(self, drawn: Tensor) -> None:
+        """Counts one more draw."""
+        drawn = drawn.flatten().double()
+        error = drawn - self._exact
+        self._sum += error
+        self._squares.append(error.square().sum().item())
+        length = drawn.norm().item() * self._norm
+        self._cosines.append((drawn @ self._exact).item() / length if length else 0.0)
+
+    def figures(self, *, whole: float) -> dict[str, float | None]:
+        """Error, cosine and bias of two draws or more; None next to ``whole``, the norm of all gradients together."""
+        if self._norm <= NEGLIGIBLE * whole:
+            return dict.fromkeys(FIGURES)
+        draws = len(self._squares)
+        mean_square = (self._sum / draws).square().sum().item()
+        variance = max(0.0, statistics.fmean(self._squares) - mean_square) * draws / (draws - 1)
+        return {
+            "relative_error": statistics.fmean(square**0.5 for square in self._squares) / self._norm,
+            "cosine": statistics.fmean(self._cosines),
+            "bias": mean_square**0.5 / self._norm,
+            "bias_standard_error": (variance / draws) ** 0.5 / self._norm,
+        }
+
+
+def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Trains ``model`` exactly and yields, after each of ``config.fidelity.epochs``, that epoch and its figures.
+
+    Training and the exact gradient are in float32, the draws in ``config.precision``. FP32 maps are compared as their
+    exact twin: an error of 0 in float32, for they are what the others are held against. Directions of the low-rank
+    scheme are as old as they become in training, ``refresh`` - 1 epochs, or as old as the model is.
+    """
+    twin = exact_twin(config.compression)
+    compared = twin if config.compression.scheme == "none" else config.compression
+    model.compression = twin
+    optimization = Optimization(model, config.training)
+    names = [name for name, _ in model.named_parameters()]
+    found: dict[int, list[Directions]] = {}
+    for epoch in range(config.fidelity.epochs[-1] + 1):
+        if epoch > 0:
+            step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
+        for later in config.fidelity.epochs:
+            if compared.refresh > 1 and epoch == max(0, later + 1 - compared.refresh):
+                found[later] = _directions(model, compared, problem, config, seed=mix(seed, epoch + 1))
+        if epoch in config.fidelity.epochs:
+            # A copy, for a forward pass also moves the running statistics of BatchNorm.
+            probe = copy.deepcopy(model)
+            exact = gradients(probe, problem, kind=config.training.loss, seed=mix(seed, epoch + 1))
+            probe.compression = compared
+            draws = _draws(probe, problem, config, found.get(epoch, []), seeds=(seed, epoch + 1))
+            yield epoch, compare(exact, draws, names=names)
+
+
+def _directions(
+    model: Model, compared: CompressionConfig, problem: Problem, config: Config, *, seed: int
+) -> list[Directions]:
+    """The directions that a training pass finds at these weights, at the age at which they are last used."""
+    probe = copy.deepcopy(model).train()
+    probe.compression = compared
+    training_loss(probe, problem, kind=config.training.loss, precision=config.precision, seed=seed)
+    for directions in probe.directions:
+        directions.age = compared.refresh - 1
+    return probe.directions
+
+
+def _draws(
+    probe: Model, problem: Problem, config: Config, directions: list[Directions], *, seeds: tuple[int, int]
+) -> Iterator[list[Tensor]]:
+    """Gradients with the same dropout masks and directions, and other projections and roundings."""
+    kind, precision = config.training.loss, config.precision
+    for draw in range(config.fidelity.draws):
+        probe.directions = copy.deepcopy(directions)
+        map_seed = mix(*seeds, draw)
+        yield gradients(probe, problem, kind=kind, precision=precision, seed=mix(*seeds), map_seed=map_seed)
+
+
+def gradients(
+    model: Model, problem: Problem, *, kind: str, seed: int, precision: str = "float32", map_seed: int | None = None
+) -> list[Tensor]:
+    """Gradient of every parameter in one training step that is not taken; ``seed`` draws the dropout masks."""
+    model.train()
+    loss = training_loss(model, problem, kind=kind, precision=precision, seed=seed, map_seed=map_seed)
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def compare(exact: Sequence[Tensor], draws: Iterator[list[Tensor]], *, names: Sequence[str]) -> dict[str, Any]:
+    """Figures of all parameters together, and in ``parameters`` of each."""
+    whole = Deviations(_joined(exact))
+    single = [Deviations(gradient) for gradient in exact]
+    for drawn in draws:
+        whole.add(_joined(drawn))
+        for deviations, gradient in zip(single, drawn, strict=True):
+            deviations.add(gradient)
+    norm = _joined(exact).double().norm().item()
+    parameters = {
+        name: {"share": gradient.double().norm().item() / norm, **deviations.figures(whole=norm)}
+        for name, gradient, deviations in zip(names, exact, single, strict=True)
+    }
+    return {**whole.figures(whole=0.0), "parameters": parameters}
+
+
+def pooled(runs: Sequence[dict[int, dict[str, Any]]], *, draws: int) -> dict[str, Any]:
+    """The record of some runs: every figure as the list of its values, a run each, by epoch and parameter."""
+    epochs = [epoch for epoch in runs[0] if all(epoch in run for run in runs)] if runs else []
+    after = {str(epoch): _listed([run[epoch] for run in runs]) for epoch in epochs}
+    return {"draws": draws, "after": after}
+
+
+def _listed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: _listed([record[name] for record in records]) if isinstance(value, dict) else [r[name] for r in records]
+        for name, value in records[0].items()
+    }
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
