@@ -13,6 +13,7 @@ from torch import Tensor
 
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data.dataset import NodeDataset
+from iexact_runner.runs.locks import FOLDER_VARIABLE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -85,6 +86,14 @@ def interruptible() -> None:
 def seeded() -> None:
     """The same random inputs on every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Device locks apart from those of anything else that runs on this machine, also in the processes of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(tmp_path_factory.mktemp("locks")))
+        yield
 
 
 @pytest.fixture

@@ -80,6 +80,8 @@ class TrainingConfig:
 class MeasureConfig:
     """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs.
 
+    Epochs are timed while no other job is at work on the device, or after ``max_wait`` seconds beside those that are.
+
     ``energy`` also records kWh and gCO2e of the timed epochs, on the grid of ``country`` (ISO 3166 code of three
     letters; null is the world's average).
     """
@@ -87,6 +89,7 @@ class MeasureConfig:
     warmup_epochs: int = 10
     timed_epochs: int = 100
     max_seconds: float = 60.0
+    max_wait: float = 600.0
     energy: bool = False
     country: str | None = None
 
@@ -94,6 +97,7 @@ class MeasureConfig:
         check_at_least("measure.warmup_epochs", self.warmup_epochs, 0)
         check_at_least("measure.timed_epochs", self.timed_epochs, 1)
         check(self.max_seconds > 0, "measure.max_seconds", self.max_seconds, "must be above 0")
+        check(0 <= self.max_wait < math.inf, "measure.max_wait", self.max_wait, "must be 0 or more")
         country = self.country
         letters = country is None or (len(country) == 3 and country.isascii() and country.isupper())
         check(letters, "measure.country", country, "must be an ISO 3166 code of three letters such as DNK, or null")
