@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,15 +63,6 @@ def tiny_dataset(
         y[::3, 0] = 1.0
     order = torch.randperm(nodes, generator=generator)
     return NodeDataset(x, y, edges.int(), order[:60], order[60:80], order[80:], classes)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Locks of devices in a folder of this session, so that no test waits for other work of this user."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("locks")))
-        patch.setattr(tempfile, "tempdir", None)
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
