@@ -106,22 +106,59 @@ def kernel_runs(kernels: ModuleType, x: Tensor) -> dict[str, KernelRun]:
     random: dict[str, Any] = {"p": 0.5, "seed": 0}
     mask = kernels.leaky_relu(x, negative_slope=0.0)[1]
     maps = 2 * x.nbytes
-    return runs | {
-        "relu": KernelRun(lambda: kernels.leaky_relu(x, negative_slope=0.0), maps + mask.nbytes),
-        "leaky_relu": KernelRun(lambda: kernels.leaky_relu(x, negative_slope=0.2), maps + mask.nbytes),
-        "relu backward": KernelRun(
-            lambda: kernels.leaky_relu_backward(x, mask, negative_slope=0.0), maps + mask.nbytes
+    return (
+        runs
+        | _block_runs(kernels, x)
+        | {
+            "relu": KernelRun(lambda: kernels.leaky_relu(x, negative_slope=0.0), maps + mask.nbytes),
+            "leaky_relu": KernelRun(lambda: kernels.leaky_relu(x, negative_slope=0.2), maps + mask.nbytes),
+            "relu backward": KernelRun(
+                lambda: kernels.leaky_relu_backward(x, mask, negative_slope=0.0), maps + mask.nbytes
+            ),
+            "dropout": KernelRun(lambda: kernels.dropout(x, **random), maps),
+            "dropout_mask": KernelRun(lambda: kernels.dropout_mask(x.numel(), **random, device=x.device), mask.nbytes),
+            "apply_dropout_mask": KernelRun(lambda: kernels.apply_dropout_mask(x, mask, p=0.5), maps + mask.nbytes),
+            "relu_dropout": KernelRun(
+                lambda: kernels.leaky_relu_dropout(x, negative_slope=0.0, **random), maps + mask.nbytes
+            ),
+            "relu_dropout backward": KernelRun(
+                lambda: kernels.leaky_relu_dropout_backward(x, mask, negative_slope=0.0, **random), maps + mask.nbytes
+            ),
+            "rademacher": KernelRun(
+                lambda: kernels.rademacher(*x.shape, seed=0, dtype=x.dtype, device=x.device), x.nbytes
+            ),
+        }
+    )
+
+
+def _block_runs(kernels: ModuleType, x: Tensor) -> dict[str, KernelRun]:
+    """The passes of a block of the low-rank scheme, with 8 directions."""
+    random: dict[str, Any] = {"p": 0.5, "seed": 0}
+    vector = torch.rand(x.size(1), device=x.device)
+    directions = torch.randn(x.size(1), 8, device=x.device)
+    coefficients = torch.randn(x.size(0), 8, device=x.device)
+    mask = kernels.leaky_relu(x, negative_slope=0.0)[1]
+    form: dict[str, Any] = {"bits": 4, "block_size": 128, "levels": None, "seed": 0}
+    kept = sum(part.nbytes for part in kernels.quantize(coefficients, **form))
+    decoded = mask.nbytes + coefficients.nbytes
+    return {
+        "normalize_relu_dropout": KernelRun(
+            lambda: kernels.normalize_relu_dropout(x, vector, vector, vector, vector, **random),
+            2 * x.nbytes + mask.nbytes,
         ),
-        "dropout": KernelRun(lambda: kernels.dropout(x, **random), maps),
-        "dropout_mask": KernelRun(lambda: kernels.dropout_mask(x.numel(), **random, device=x.device), mask.nbytes),
-        "apply_dropout_mask": KernelRun(lambda: kernels.apply_dropout_mask(x, mask, p=0.5), maps + mask.nbytes),
-        "relu_dropout": KernelRun(
-            lambda: kernels.leaky_relu_dropout(x, negative_slope=0.0, **random), maps + mask.nbytes
+        "quantize_product int4/128": KernelRun(
+            lambda: kernels.quantize_product(x, directions, vector[:8], **form), x.nbytes + kept
         ),
-        "relu_dropout backward": KernelRun(
-            lambda: kernels.leaky_relu_dropout_backward(x, mask, negative_slope=0.0, **random), maps + mask.nbytes
+        "decode_relu_dropout": KernelRun(
+            lambda: kernels.decode_relu_dropout(coefficients, directions, vector, mask, **random), x.nbytes + decoded
         ),
-        "rademacher": KernelRun(lambda: kernels.rademacher(*x.shape, seed=0, dtype=x.dtype, device=x.device), x.nbytes),
+        "gated_sums": KernelRun(
+            lambda: kernels.gated_sums(x, mask, coefficients, directions, **random), x.nbytes + decoded
+        ),
+        "gated_gradient": KernelRun(
+            lambda: kernels.gated_gradient(x, mask, coefficients, directions, vector, vector, **random),
+            2 * x.nbytes + decoded,
+        ),
     }
 
 

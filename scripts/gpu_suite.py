@@ -20,8 +20,9 @@ from typing import Any
 NEEDED = ("torch", "triton", "torch_geometric", "numpy", "pandas", "hydra", "omegaconf", "rich", "iexact_runner")
 DATASETS = ("synthetic_arxiv", "synthetic_flickr")
 MODELS = ("sage", "gcn", "gcn2", "gat")
-# The targets that the table is read against.
-BANDWIDTH_TARGET, EPOCH_TARGET = 0.80, 1.05
+# The targets that the tables are read against; that of a preset is a ratio to plain PyG FP32.
+BANDWIDTH_TARGET = 0.80
+EPOCH_TARGETS = {"iexact": 1.05, "lowrank": 0.90}
 
 
 def main() -> None:
@@ -130,8 +131,9 @@ def time_epochs(device: Any, out: Path, *, rounds: int, deadline: float) -> None
             show(rows, Console(width=120))
             append_rows(rows, path)
             for row in rows:
-                if row["preset"] == "iexact" and row["ratio_median"] > EPOCH_TARGET:
-                    print(f"{model} on {dataset}: {row['ratio_median']:.3f} is above the target of {EPOCH_TARGET}")
+                target = EPOCH_TARGETS.get(row["preset"])
+                if target and row["ratio_median"] > target:
+                    print(f"{model} on {dataset}, {row['preset']}: {row['ratio_median']:.3f} is above {target}")
 
 
 def _write(rows: list[dict[str, Any]], path: Path, device: Any) -> None:

@@ -54,3 +54,27 @@ def test_readme_states_the_reduction_of_the_committed_rows():
     chosen = rows[(rows["setting"] == "iexact") & (rows["bits"] == 2) & (rows["dataset"] == "amazon_computers")]
     low, high = (100 * figure for figure in chosen["optimal_reduction"].agg(["min", "max"]))
     assert f"by {low:.0f} to {high:.0f} %" in (REPOSITORY / "README.md").read_text()
+
+
+RESUME = (REPOSITORY / "docs" / "resume.md").read_text()
+
+
+def test_costs_of_checkpoints_stand_in_the_committed_rows():
+    for _, row in pd.read_csv(REPOSITORY / "benchmarks" / "checkpoint_cpu.csv").iterrows():
+        figures = f"{row.seconds:.0f} | {row.checkpoints} | {100 * row.share:.2f} % | {row.bytes:,} |"
+        assert f"| {row.job} | {figures}" in RESUME and row.share < 0.01
+
+
+def test_soak_stands_in_the_committed_rows():
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "soak_cpu.csv")
+    memory, files = (rows.loc[rows["epoch"] >= 100, name] for name in ("resident_mib", "files"))
+    shown = f"was {memory.iloc[0]:.0f} MiB at epoch 100 and {memory.min():.0f} to {memory.max():.0f}"
+    assert shown in RESUME and f"{files.min()} to {files.max()} open files" in RESUME
+
+
+def test_kill_campaign_stands_in_the_committed_rows():
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "kill_campaign_cpu.csv")
+    total = rows[["kills", "in training", "damaged", "tried", "survived", "lost"]].sum()
+    killed = f"{total['kills']} kills, {total['in training']} in training, {total['damaged']} damaged checkpoints"
+    runs = f"{total['tried']} runs tried, {total['survived']} survived, {total['lost']} lost"
+    assert f"{killed}: {runs}" in " ".join(RESUME.split())

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from conftest import tiny_dataset
-from iexact_runner import experiment
+from iexact_runner import devices, experiment
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.experiment import Experiment, resolve_device
@@ -49,6 +49,7 @@ def test_records_of_a_training_run(tmp_path):
         "schema_version",
         "status",
         "error",
+        "resumed",
         "config",
         "environment",
         "accuracy",
@@ -105,6 +106,36 @@ def test_records_of_a_training_run(tmp_path):
     assert environment["torch"] == torch.__version__ and environment["compression_backend"]
     assert {"python", "torch_geometric", "triton", "git_commit", "device_name", "cpu_count"} <= set(environment)
     assert "run 3/3" in screen and "saved" in screen and "epochs/s" in screen
+
+
+def test_memory_of_a_job_does_not_show_the_jobs_before_it(tmp_path, monkeypatch):
+    (alone, _), _ = run(tmp_path / "alone")
+    (large, _), _ = run(tmp_path / "large", "model.hidden_channels=256")
+    monkeypatch.setattr(train, "record", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "failed", "model.hidden_channels=256")
+    monkeypatch.undo()
+    (after, _), _ = run(tmp_path / "after")
+    for name in ("step_peak_mib", "peak_allocated_mib", "peak_reserved_mib", "saved_mib", "tensors"):
+        assert after["memory"][name] == alone["memory"][name]
+    assert large["memory"]["step_peak_mib"] > 4 * alone["memory"]["step_peak_mib"] > 0
+
+
+@pytest.mark.parametrize("task", ["train", "measure"])
+def test_record_says_whether_others_used_the_device(tmp_path, monkeypatch, task):
+    monkeypatch.setattr(devices, "lock_folder", lambda: tmp_path)
+    (alone, _), _ = run(tmp_path / "alone", f"task={task}")
+    other = devices.device_lock(resolve_device("auto"), announce=pytest.fail)
+
+    def make_way(device, *, announce):
+        return devices.device_lock(device, announce=lambda line: (announce(line), other.__exit__(None, None, None)))
+
+    monkeypatch.setattr(experiment, "device_lock", make_way)
+    with other:
+        (shared, _), screen = run(tmp_path / "shared", f"task={task}")
+    assert alone["throughput"]["alone"] is True
+    assert shared["throughput"]["alone"] is (task == "measure")
+    assert ("waiting for" in screen) is (task == "measure")
 
 
 def test_same_seed_same_numbers(tmp_path):

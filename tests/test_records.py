@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from dataclasses import asdict
 
@@ -11,6 +12,7 @@ import yaml
 
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import UserError
+from iexact_runner.files import write_atomically
 from iexact_runner.records import (
     SCHEMA_VERSION,
     DamagedRecord,
@@ -21,7 +23,6 @@ from iexact_runner.records import (
     read_run,
     run_folders,
     to_json,
-    write_atomically,
 )
 from recorded import record
 
@@ -184,3 +185,29 @@ def test_hash_leaves_out_only_what_changes_no_number():
         assert config_hash(asdict(compose_config(override))) == expected
     for override in ("seed=1", "runs=2", "training.lr=0.02", "model.dropout=0.4", "dataset.split_seed=1"):
         assert config_hash(asdict(compose_config(override))) != expected
+
+
+def test_references_and_devices_are_refused(tmp_path):
+    path = record(tmp_path / "run", status="unfinished") / "config.yaml"
+    path.write_text("a: &a [1]\nb: *a\n")
+    with pytest.raises(DamagedRecord, match="has references"):
+        read_run(tmp_path / "run")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DamagedRecord, match="is not a regular file"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", ['"words"', "NaN", "1e400", "[1]"])
+def test_words_in_the_place_of_numbers_are_noticed_when_the_lines_are_read(tmp_path, value):
+    path = record(tmp_path / "run") / "metrics.jsonl"
+    path.write_text(re.sub('"loss": [^,]*', f'"loss": {value}', path.read_text(), count=1))
+    with pytest.raises(DamagedRecord, match="something is not a number"):
+        read_run(tmp_path / "run").metrics()
+
+
+def test_deeply_nested_json_is_damage(tmp_path):
+    path = record(tmp_path / "run") / "summary.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DamagedRecord, match="is not JSON"):
+        read_run(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -140,3 +141,26 @@ def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
         assert found and all("the runs say" in problem for problem in found)
     fewer = "\n".join(line for line in text.splitlines() if "col_size" not in line)
     assert list(quick_experiments.differences(fewer, tmp_path))[0] == "1 rows for 2 configurations"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks")
+def test_killed_runs_end_with_the_numbers_of_those_left_alone(tmp_path):
+    variants = ("--variants", "FP32", "lowrank")
+    result = script("kill_campaign.py", "--kills", 10, "--seed", 3, *variants, "--csv", "kills.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = pd.read_csv(tmp_path / "kills.csv")
+    assert rows["kills"].sum() >= 10 and rows["lost"].sum() == 0 and (rows["survived"] == rows["tried"]).all()
+    assert (rows["in training"] > 0).all()
+
+
+def test_soak_watches_memory_and_files(tmp_path):
+    result = script("soak.py", "--epochs", 120, "--every", 10, "--compression", "none", "--csv", "s.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "open files" in result.stdout and (pd.read_csv(tmp_path / "s.csv")["resident_mib"] > 50).all()
+
+
+def test_checkpoint_benchmark_measures_the_share(tmp_path):
+    result = script("bench_checkpoint.py", "--jobs", "digits", "--epochs", 30, "--csv", "c.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    row = pd.read_csv(tmp_path / "c.csv").loc[0]
+    assert 0 <= row["checkpoint_seconds"] < row["seconds"] and row["job"] == "digits"

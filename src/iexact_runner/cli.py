@@ -9,14 +9,16 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,15 +26,19 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 
+if TYPE_CHECKING:
+    from iexact_runner.sweeps import Sweep
+
+# Launchers of Hydra's plugins, and the extras that bring them.
+LAUNCHER_EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+}
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-
-def config_dir() -> Path:
-    """``conf/``: inside an installed package, or at the root of a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "conf"
-    return installed if installed.is_dir() else here.parents[1] / "conf"
 
 
 def register_schema() -> None:
@@ -55,6 +61,8 @@ def to_config(composed: DictConfig) -> schema.Config:
     Raises:
         ConfigError: if a field is unknown or a value is not valid.
     """
+    if OmegaConf.get_type(composed) is not schema.Config:
+        raise ConfigError("--config-name: the file must build on iexact's own: its defaults begin with config")
     _check_known(composed)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, schema.Config)
@@ -79,12 +87,15 @@ def app(composed: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     debug = OmegaConf.select(composed, "debug") is True
-    sweep = hydra_config.mode == RunMode.MULTIRUN
-    job = f"job {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)}): " if sweep else ""
-    if sweep:
-        _sweeps[Path(hydra_config.sweep.dir)] = hydra_config.runtime.choices.get("experiment") or "sweep"
+    job = ""
     try:
-        run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
+        if hydra_config.mode == RunMode.MULTIRUN:
+            sweep_folder = Path(hydra_config.sweep.dir).absolute()
+            job = _job_title(os.path.relpath(folder, sweep_folder), hydra_config.overrides.task)
+            run_sweep_job(composed, folder, sweep_folder)
+        else:
+            composed = of_resumed_run(composed, hydra_config.overrides.task)
+            run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
         _remove_if_empty(folder)
         _report(job + explain(error), EXIT_USAGE, debug=debug)
@@ -97,14 +108,53 @@ def app(composed: DictConfig) -> None:
         _report(job + _unexpected(error, debug=debug), EXIT_FAILED, debug=debug)
 
 
-def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
-    """Runs a checked configuration with its records in ``folder``."""
+def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """With ``resume=FOLDER`` the configuration that is recorded there, otherwise the one that was composed.
+
+    Raises:
+        ConfigError: if an override would change the numbers of the run.
+    """
+    resumed = OmegaConf.select(composed, "resume")
+    if resumed in (None, "", "auto"):
+        return composed
+    from iexact_runner.records import CONFIG, WITHOUT_EFFECT, read_config
+    from iexact_runner.resume import check_agreement, overridden
+
+    path = Path(resumed, CONFIG)
+    if not path.is_file():
+        raise ConfigError.of("resume", resumed, f"must be the folder of a run; {path} does not exist")
+    recorded: Any = read_config(path)
+    asked: Any = OmegaConf.to_container(composed, resolve=True)
+    check_agreement(path.parent, recorded=recorded, asked=asked, overrides=overrides)
+    own = {overridden(override).partition(".")[0] for override in overrides}
+    recorded |= {name: asked[name] for name in WITHOUT_EFFECT if name in own and name in asked}
+    typed = OmegaConf.structured(schema.Config)
+    try:
+        typed.model = schema.MODEL_CONFIGS[recorded["model"]["name"]]
+        typed.dataset = schema.dataset_config(recorded["dataset"]["name"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
+    merged = OmegaConf.merge(typed, recorded)
+    assert isinstance(merged, DictConfig)
+    check_trust(OmegaConf.select(merged, "dataset.trust_pickle"), overrides)
+    return merged
+
+
+def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bool = True) -> None:
+    """Runs a checked configuration with its records in ``folder``.
+
+    Args:
+        config: what to run.
+        folder: where the records go.
+        resolved_yaml: the configuration as it is recorded.
+        live: show progress as a bar if the screen is a terminal.
+    """
     # torch and rich are slow to import, and --help needs neither.
     from iexact_runner.display import Screen, show_messages
     from iexact_runner.records import RunFolder
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
-    screen = Screen(file=sys.stdout)
+    screen = Screen(file=sys.stdout, force_terminal=None if live else False)
     show_messages(screen)
     if config.task == "bins":
         from iexact_runner.tasks import bins
@@ -112,22 +162,60 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str) -> None:
         bins.run(config, RunFolder(folder), screen, resolved_yaml)
     else:
         from iexact_runner.experiment import Experiment
+        from iexact_runner.resume import place
 
-        Experiment(config, RunFolder(folder), screen).run(resolved_yaml)
+        chosen, resumed = place(config, folder)
+        if resumed:
+            _remove_if_empty(folder)
+        Experiment(config, RunFolder(chosen, resumed=resumed), screen).run(resolved_yaml)
 
 
-def show_sweep(folder: Path, title: str) -> None:
-    """Prints the table of a sweep; where no job began, and for jobs with tables of their own, there is none."""
+def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
+    """Runs one job of a sweep and records its status, unless another process does."""
+    from iexact_runner.jobs import Job
+    from iexact_runner.records import METRICS, SUMMARY
+
+    with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
+        if not mine:
+            return
+        from iexact_runner.devices import own_gpu
+
+        config = to_config(composed)
+        if config.resume == "auto":
+            begun = (folder / METRICS).exists() or (folder / SUMMARY).exists()
+            config = dataclasses.replace(config, resume=str(folder) if begun else None)
+        with own_gpu(announce=print) if config.device == "auto" else nullcontext():
+            # Without a sweep of its own this is one of several processes that share a terminal.
+            run_job(config, folder, OmegaConf.to_yaml(composed, resolve=True), live=bool(_sweeps))
+
+
+def begin_sweep(sweep: Sweep) -> None:
+    """Makes the tables of a sweep the end of the command."""
+    _sweeps.append(sweep)
+
+
+def report_job(name: str, overrides: list[str], error: Exception) -> None:
+    """Tells of a job that cannot be launched."""
+    _report(_job_title(name, overrides) + explain(error), EXIT_USAGE, debug=False)
+
+
+def show_sweep(sweep: Sweep) -> None:
+    """Prints the jobs of a sweep and the table of its runs; jobs with tables of their own have none."""
     from iexact_runner.records import run_folders
     from iexact_runner.report import read_report, show, wide_console
 
-    if not run_folders([folder]):
+    console = wide_console()
+    sweep.show(console)
+    if not sweep.completed and not _failures:
+        _failures.append(EXIT_FAILED)
+    folders = [job.folder for job in sweep.jobs]
+    if not run_folders(folders):
         return
-    report, console = read_report([folder]), wide_console()
-    if not report.grids(title=title) and not report.damaged:
+    report = read_report(folders)
+    if not report.grids(title=sweep.title) and not report.damaged:
         return
-    show(report, console, title=title)
-    console.print(f"again, or as a page: iexact-report {folder} --format html", highlight=False, soft_wrap=True)
+    show(report, console, title=sweep.title)
+    console.print(f"again, or as a page: iexact-report {sweep.folder} --format html", highlight=False, soft_wrap=True)
     for line in report.damaged:
         _report(line, EXIT_FAILED, debug=False)
 
@@ -157,13 +245,17 @@ def main() -> None:
     _failures.clear()
     _sweeps.clear()
     try:
-        app()
-        for folder, title in _sweeps.items():
-            show_sweep(folder, title)
+        parse_arguments(sys.argv[1:])
+        with checked_configurations():
+            app()
+        for sweep in _sweeps:
+            show_sweep(sweep)
     except KeyboardInterrupt:
         _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
         _report(explain(error), EXIT_USAGE, debug=debug)
+    except UserError as error:
+        _report(explain(error), EXIT_FAILED, debug=debug)
     except OSError as error:  # Hydra could not make the folder of the run
         reason = error.strerror or str(error)
         _report(f"output_dir: {error.filename} cannot be written ({reason}); name a folder that can", 1, debug=debug)
@@ -176,10 +268,15 @@ def main() -> None:
 def explain(error: BaseException) -> str:
     """An error in one line that names the field, the value and what is valid."""
     cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in LAUNCHER_EXTRAS:
+        extra = LAUNCHER_EXTRAS[error.missing_cfg_file]
+        return f"{error.missing_cfg_file}: is not installed: pip install 'iexact-runner[{extra}]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = [option for option in error.options if not option.startswith("base_")]
         return f"{group}={choice}: no such choice; {_suggest(choice, choices)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r}: {_one_line(error.message.partition('See https')[0])}"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         override = _quoted_override(str(error))
         if dataclasses.is_dataclass(cause.object_type) and cause.key is not None:
@@ -200,8 +297,12 @@ def _unexpected(error: Exception, *, debug: bool) -> str:
 
 # Exit statuses of the jobs of this process that did not complete.
 _failures: list[int] = []
-# Folders of the sweeps of this process, and what they are called.
-_sweeps: dict[Path, str] = {}
+# Sweeps that this process launched.
+_sweeps: list[Sweep] = []
+
+
+def _job_title(name: str, overrides: Iterable[str]) -> str:
+    return f"job {name} ({' '.join(overrides)}): "
 
 
 def _report(message: str, status: int, *, debug: bool) -> None:

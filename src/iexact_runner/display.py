@@ -117,9 +117,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
             spread = f" +- {100 * figures['std']:.2f}" if len(figures["values"]) > 1 else ""
             table.add_row(f"{split} {accuracy['metric']}", f"{100 * figures['mean']:.2f}{spread} %")
     if memory is not None:
-        against = memory["saved_mib_fp32"]
-        ratio = f"  ({against / memory['saved_mib']:.1f}x less than {against:.2f} in FP32)"
-        table.add_row("saved", f"{memory['saved_mib']:.2f} MiB" + (ratio if memory["saved_mib"] < against else ""))
+        saved, against = memory["saved_mib"], memory["saved_mib_fp32"]
+        ratio = f"  ({against / saved:.1f}x less than {against:.2f} in FP32)" if 0 < saved < against else ""
+        table.add_row("saved", f"{saved:.2f} MiB{ratio}")
         for name in ("loss", "data", "model", "peak_allocated", "peak_reserved", "reference_activation"):
             if memory[f"{name}_mib"] is not None:
                 table.add_row(name.replace("_", " "), f"{memory[f'{name}_mib']:.2f} MiB")

@@ -28,3 +28,7 @@ class DatasetError(UserError, RuntimeError):
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot go on, for example because the loss stopped being finite."""
+
+
+class OutOfMemory(UserError, MemoryError):
+    """The run does not fit into the memory of its device."""

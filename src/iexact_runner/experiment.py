@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from iexact_runner import energy, environment, fidelity, loggers, measure
+from iexact_runner import checkpoint, energy, environment, fidelity, loggers, measure, out_of_memory
 from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
+from iexact_runner.determinism import deterministic_algorithms
+from iexact_runner.devices import device_lock
 from iexact_runner.display import show_summary
-from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.errors import ConfigError, OutOfMemory, UserError
 from iexact_runner.memory import step_memory
-from iexact_runner.records import SCHEMA_VERSION, RunFolder, mean_std
+from iexact_runner.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, mean_std
 from iexact_runner.tasks import TASKS
 from iexact_runner.tasks.context import Context, Findings
-from iexact_runner.training import Scores, prepare
+from iexact_runner.training import Problem, Scores, prepare
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -60,19 +66,26 @@ class Experiment:
         loggers.check_installed(config.logger)
         if config.measure.energy:
             energy.check_installed()
+        self._lock = device_lock(self._device, announce=console.print)
         self._logger = loggers.Logger()
         self._findings = Findings()
+        self._problem: Problem | None = None
 
     def run(self, resolved_yaml: str) -> dict[str, Any]:
         """Runs the task, writes the records and returns the summary.
 
         A failure or an interruption is recorded with all that was measured before it, then raised again.
         """
+        with self._folder.in_use():
+            return self._recorded(resolved_yaml)
+
+    def _recorded(self, resolved_yaml: str) -> dict[str, Any]:
         self._folder.write_config(resolved_yaml)
         status, error = "failed", None
         try:
             self._logger = loggers.open_logger(self._config, self._folder.path, asdict(self._config))
-            self._execute()
+            with self._lock:
+                self._execute()
             status = "completed"
         except KeyboardInterrupt:
             status, error = "interrupted", "interrupted by the user"
@@ -85,11 +98,23 @@ class Experiment:
             raise
         finally:
             summary = self._summary(status, error)
-            self._folder.write_summary(summary)
+            self._write(summary)
             self._logger.close(summary)
             if summary["memory"] is not None:
                 show_summary(self._console, summary, folder=_shown(self._folder.path))
         return summary
+
+    def _write(self, summary: dict[str, Any]) -> None:
+        try:
+            self._folder.write_summary(summary)
+        except UnwritableFolder as unwritable:
+            if summary["status"] == "completed":
+                raise
+            # What ended the run is the error to show.
+            logger.warning(str(unwritable))
+            return
+        if summary["status"] == "completed":
+            checkpoint.remove(self._folder.path)
 
     def _execute(self) -> None:
         """Loads the data, measures a training step, and does the task.
@@ -97,22 +122,57 @@ class Experiment:
         Dropout of the FP32 scheme and the initial weights use torch's generators, hence the fork: the caller's
         random state is the same afterwards.
         """
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), deterministic_algorithms(self._config.deterministic):
+            try:
+                self._problem = self._load()
+                self._run_task(self._problem)
+            except (MemoryError, RuntimeError) as error:
+                if "deterministic implementation" in str(error):
+                    raise ConfigError.of("deterministic", "true", str(error).partition(".")[0]) from error
+                if not out_of_memory.is_out_of_memory(error):
+                    raise
+                # The frames of the failed step hold its maps, which would count as taken: their text has to do.
+                error.add_note(traceback.format_exc())
+                error.__traceback__ = None
+                raise OutOfMemory(self._advice(error)) from error
+
+    def _load(self) -> Problem:
         config = self._config
         with self._console.status(f"loading {config.dataset.name}"):
             dataset = load_dataset(config.dataset)
             problem = prepare(dataset, config.model, inductive=config.dataset.inductive, device=self._device)
-            del dataset  # two copies of a large graph would not fit
         if problem.multilabel and config.training.loss != "cross_entropy":
             valid = f"{config.dataset.name} has several labels a node, whose loss is BCE: leave it at cross_entropy"
             raise ConfigError.of("training.loss", config.training.loss, valid)
+        return problem
+
+    def _run_task(self, problem: Problem) -> None:
+        config = self._config
         self._findings.metric = problem.metric
-        context = Context(config, problem, self._device, self._folder, self._console, self._logger, self._findings)
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            model, seed = context.new_model(run=0)
-            self._findings.memory = step_memory(model, problem, config, device=self._device, seed=seed)
-            del model
-            TASKS[config.task](context)
+        context = Context(
+            config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings
+        )
+        model, seed = context.new_model(run=0)
+        self._findings.memory = step_memory(model, problem, config, device=self._device, seed=seed)
+        del model
+        TASKS[config.task](context)
+
+    def _advice(self, error: BaseException) -> str:
+        """What ran out, and which preset would fit; also completes the record of the memory."""
+        amount = out_of_memory.requested(error)
+        failed = f"out of memory on {self._device}" + (f" when allocating {amount}" if amount else "")
+        if self._problem is None:
+            return f"{failed} for {self._config.dataset.name}, before training: a smaller graph is needed"
+        available = out_of_memory.available_bytes(self._device)
+        try:
+            memory, smaller, widest = out_of_memory.memory_by_preset(self._problem, self._config)
+        except (MemoryError, RuntimeError) as again:
+            if not out_of_memory.is_out_of_memory(again):
+                raise
+            return f"{failed}; not even the model without its maps fits"
+        self._findings.memory = self._findings.memory or memory
+        return f"{failed}: {out_of_memory.advice(memory, smaller, widest, available=available)}"
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""
@@ -123,15 +183,17 @@ class Experiment:
             for split in Scores._fields:
                 accuracy[split] = mean_std([getattr(scores, split) for scores in found.completed])
         compared = found.fidelities and fidelity.pooled(found.fidelities, draws=self._config.fidelity.draws)
+        throughput = found.timed()
         return {
             "schema_version": SCHEMA_VERSION,
             "status": status,
             "error": error,
+            "resumed": found.resumed,
             "config": asdict(self._config),
             "environment": environment.describe(self._device, backend=self._backend),
             "accuracy": accuracy,
             "memory": found.memory and {**found.memory, **measure.peak_mib(self._device)},
-            "throughput": found.throughput and found.throughput.to_dict(),
+            "throughput": throughput and throughput.to_dict() | {"alone": self._lock.alone},
             "fidelity": compared or None,
             "energy": found.energy,
             "distribution": found.distribution,

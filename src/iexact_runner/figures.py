@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iexact_runner.errors import UserError
+from iexact_runner.files import write_atomically
 from iexact_runner.grouping import METRICS, Metric, Row
-from iexact_runner.records import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

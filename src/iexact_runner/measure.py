@@ -114,7 +114,7 @@ class SavedTensors:
     def _items(self, node: Any) -> Iterable[tuple[list[_Packed], Any]]:
         """Groups of packed tensors of a node, each with the node's own description of it."""
         self._seen = []
-        saved_map = getattr(node, "saved_map", None)
+        saved_map = getattr(node, "saved_map", ())
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             _ = node.saved_tensors
         else:
@@ -122,9 +122,9 @@ class SavedTensors:
                 if name.startswith("_saved_"):
                     getattr(node, name)
         seen, self._seen = self._seen, []
-        if saved_map is not None:
-            yield seen[: saved_map.parts], saved_map
-            seen = seen[saved_map.parts :]
+        for described in saved_map if isinstance(saved_map, tuple) else (saved_map,):
+            yield seen[: described.parts], described
+            seen = seen[described.parts :]
         for packed in seen:
             yield [packed], None
 

@@ -12,10 +12,14 @@ from iexact_runner import measure
 from iexact_runner.config import CompressionConfig, Config, GATConfig, ModelConfig
 from iexact_runner.data.sparse import CSR
 from iexact_runner.loss import node_loss
+from iexact_runner.measure import TensorRecord
 from iexact_runner.nn import Model, build_model
 from iexact_runner.peak import PeakMemory
 from iexact_runner.schemes import Plain
 from iexact_runner.training import Problem, autocast, training_input, training_loss
+
+# Figures that only a step that is run can give.
+UNKNOWN = ("loss_mib", "step_peak_mib", "data_mib", "model_mib", "reference_activation_mib")
 
 
 def step_memory(model: Model, problem: Problem, config: Config, *, device: torch.device, seed: int) -> dict[str, Any]:
@@ -42,12 +46,13 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
     if before is not None and after is not None:
         reference = (after - before - scores.nbytes - loss.nbytes) / measure.MIB
     saved_bytes = sum(record.bytes for record in kept)
+    plain = kept_tensors(config.model, problem, CompressionConfig(scheme="none"))
     del scores, loss
     with PeakMemory(device) as peak:
         training_loss(model, problem, kind=config.training.loss, precision=config.precision, seed=seed).backward()
     return {
         "saved_mib": saved_bytes / measure.MIB,
-        "saved_mib_fp32": fp32_bytes(config.model, problem) / measure.MIB,
+        "saved_mib_fp32": sum(record.bytes for record in plain) / measure.MIB,
         "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / measure.MIB,
         "step_peak_mib": peak.bytes / measure.MIB,
         "data_mib": measure.total_bytes(problem.tensors()) / measure.MIB,
@@ -57,8 +62,8 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
     }
 
 
-def fp32_bytes(config: ModelConfig, problem: Problem) -> int:
-    """What FP32 training of a model keeps, measured on its forward pass with tensors that have no memory."""
+def kept_tensors(config: ModelConfig, problem: Problem, compression: CompressionConfig) -> list[TensorRecord]:
+    """What training of a model keeps, found by a forward pass over tensors that have no memory."""
     features, graph = training_input(problem, seed=0)[0], problem.training.graph
     if isinstance(config, GATConfig) and isinstance(graph, CSR):
         # How many edges are left is a number, which tensors without memory do not have.
@@ -66,10 +71,9 @@ def fp32_bytes(config: ModelConfig, problem: Problem) -> int:
         config = replace(config, edge_dropout=0.0)
     with FakeTensorMode() as fake:
         features, graph = fake.from_tensor(features), graph.map(fake.from_tensor)
-        plain = CompressionConfig(scheme="none")
         with torch.device(features.device):
             model = build_model(
-                config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=plain
+                config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=compression
             )
         with measure.SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
-            return sum(record.bytes for record in saved.kept(model(features, graph)))
+            return saved.kept(model(features, graph))

@@ -12,6 +12,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ import yaml
 
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import UserError
+from iexact_runner.files import LOCK, TEMPORARY, append_line, count_lines, cut_after, locked, sync, write_atomically
 
 SCHEMA_VERSION = 1
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 STATUSES = ("completed", "failed", "interrupted")
+# Folders below a job's that hold what earlier attempts at it left begin with this.
+ATTEMPT = "attempt_"
 # Fields of a configuration that say where and how it is recorded; no number depends on them.
 WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "resume", "sweep")
 
@@ -34,20 +38,28 @@ class DamagedRecord(UserError):
     """A file of a run that cannot be read as what it should hold."""
 
 
+class UnwritableFolder(UserError):
+    """The folder of a run cannot be written any more."""
+
+
 class RunFolder:
     """The folder of one run.
 
     Args:
         path: created if it does not exist.
+        resumed: whether the run that is recorded there goes on.
 
     Raises:
         UserError: if the folder cannot be written, or holds the records of another run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumed: bool = False) -> None:
         self.path = path
+        self.resumed = resumed
+        for file in (path / METRICS, path / SUMMARY) if resumed else ():
+            _check_regular(file)
         taken = [name for name in (METRICS, SUMMARY) if (path / name).exists()]
-        if taken:
+        if taken and not resumed:
             raise UserError(f"{path}: already holds {' and '.join(taken)} of another run; name another folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -57,18 +69,75 @@ class RunFolder:
             reason = error.strerror or error
             raise UserError(f"output_dir={path}: cannot be written ({reason}); name a folder that can") from error
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context in which a run goes on here; a resumed one has not ended, so its summary is removed.
+
+        Raises:
+            UserError: if another process runs here.
+        """
+        with ExitStack() as stack:
+            with self._writing(LOCK):
+                if not stack.enter_context(locked(self.path)):
+                    raise UserError(f"{self.path}: another process runs in it; wait for its end")
+                if self.resumed:
+                    if self._completed():
+                        raise UserError(f"{self.path}: its run is completed; there is nothing to resume")
+                    for leftover in (*self.path.glob(f"{TEMPORARY}*"), self.path / SUMMARY):
+                        leftover.unlink(missing_ok=True)
+            yield
+
     def write_config(self, yaml: str) -> None:
-        """Writes the resolved configuration."""
-        write_atomically(self.path / CONFIG, yaml)
+        """Writes the resolved configuration; that of a resumed run stays."""
+        if not self.resumed:
+            self.write(CONFIG, yaml)
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds one line to ``metrics.jsonl``, on disk when this returns."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+        """Adds one line to ``metrics.jsonl``, where others see it when this returns."""
+        with self._writing(METRICS):
+            append_line(self.path / METRICS, to_json(line))
+
+    def metrics_lines(self) -> int:
+        """Whole lines of ``metrics.jsonl``."""
+        return count_lines(self.path / METRICS)
+
+    def keep_metrics(self, lines: int) -> None:
+        """Cuts ``metrics.jsonl`` after so many lines, which it has."""
+        with self._writing(METRICS):
+            cut_after(self.path / METRICS, lines)
+
+    def sync_metrics(self) -> None:
+        """Waits until ``metrics.jsonl`` would outlive a power failure."""
+        with self._writing(METRICS):
+            sync(self.path / METRICS)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes ``summary.json`` whole or not at all."""
-        write_atomically(self.path / SUMMARY, to_json(summary, indent=2) + "\n")
+        self.write(SUMMARY, to_json(summary, indent=2) + "\n")
+
+    def write(self, name: str, content: str | bytes, *, keep_as: str | None = None) -> None:
+        """Writes a file whole or not at all; ``keep_as`` is a name under which the one before it stays.
+
+        Raises:
+            UnwritableFolder: if it cannot be written, for example because the disk is full.
+        """
+        with self._writing(name):
+            write_atomically(self.path / name, content, keep_as=None if keep_as is None else self.path / keep_as)
+
+    def _completed(self) -> bool:
+        try:
+            return bool(_read_summary(self.path / SUMMARY)["status"] == "completed")
+        except (FileNotFoundError, DamagedRecord):
+            return False
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            valid = f"make room, then go on with resume={self.path}"
+            raise UnwritableFolder(f"{self.path}: {name} cannot be written ({reason}); {valid}") from error
 
 
 @dataclass(frozen=True)
@@ -95,23 +164,33 @@ class Run:
         return value
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``.
+        """The lines of ``metrics.jsonl``; of a run that was not completed, without a last one that is cut off.
 
         Raises:
-            DamagedRecord: if one is not whole.
+            DamagedRecord: if one is not JSON, or not of an epoch.
         """
         path = self.folder / METRICS
-        return [_parse(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        lines = _read(path).splitlines() if path.exists() else []
+        epochs = [_parse(path, line) for line in (lines if self.status == "completed" else lines[: self.epochs])]
+        for epoch in epochs:
+            if not isinstance(epoch, dict) or not {"run", "epoch", "loss", "test"} <= epoch.keys():
+                raise DamagedRecord(f"{path}: has a line that is not that of an epoch")
+            if not all(value is None or _is_number(value) for value in epoch.values()):
+                raise DamagedRecord(f"{path}: has a line in which something is not a number")
+        return epochs
 
 
 def run_folders(folders: Iterable[Path]) -> list[Path]:
-    """Every folder at or below ``folders`` that holds records, the jobs of a sweep in their order."""
-    found = {
-        Path(place)
-        for folder in folders
-        for place, _, names in os.walk(folder)
-        if SUMMARY in names or METRICS in names or (CONFIG in names and _is_config(Path(place, CONFIG)))
-    }
+    """Every folder at or below ``folders`` that holds records, the jobs of a sweep in their order.
+
+    Not those that a later attempt at the same job took the place of.
+    """
+    found = set()
+    for folder in folders:
+        for place, inner, names in os.walk(folder):
+            inner[:] = [name for name in inner if not name.startswith(ATTEMPT)]
+            if SUMMARY in names or METRICS in names or (CONFIG in names and _is_config(Path(place, CONFIG))):
+                found.add(Path(place))
     return sorted(found, key=lambda path: [_natural(part) for part in path.parts])
 
 
@@ -122,10 +201,11 @@ def read_run(folder: Path) -> Run:
         DamagedRecord: if a file is not; the message names it.
     """
     try:
-        lines = _count_lines(folder / METRICS)
         if not (folder / SUMMARY).exists():
-            return Run(folder, "unfinished", {"config": _read_config(folder / CONFIG)}, lines)
+            config = {"config": read_config(folder / CONFIG)}
+            return Run(folder, "unfinished", config, _count_lines(folder / METRICS, completed=False))
         summary = _read_summary(folder / SUMMARY)
+        lines = _count_lines(folder / METRICS, completed=summary["status"] == "completed")
     except OSError as error:
         raise DamagedRecord(f"{error.filename}: cannot be read ({error.strerror})") from error
     config, status = summary["config"], summary["status"]
@@ -138,7 +218,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    summary = _parse(path, path.read_bytes())
+    summary = _parse(path, _read(path))
     if not isinstance(summary, dict) or not _is_whole(summary.get("config")):
         raise DamagedRecord(f"{path}: is not the summary of a run")
     if summary.get("schema_version") != SCHEMA_VERSION:
@@ -146,8 +226,26 @@ def _read_summary(path: Path) -> dict[str, Any]:
         raise DamagedRecord(f"{path}: schema_version={version}: this version reads {SCHEMA_VERSION}")
     if summary.get("status") not in STATUSES:
         raise DamagedRecord(f"{path}: status={summary.get('status')}: must be one of {', '.join(STATUSES)}")
+    if not _is_observed(summary.get("distribution")):
+        raise DamagedRecord(f"{path}: distribution is not that of maps")
     checked: dict[str, Any] = summary
     return checked
+
+
+def _is_observed(distribution: Any) -> bool:
+    """Whether what ``task=distribution`` observed of the maps of each repeat is whole; other tasks have none of it."""
+    if distribution is None:
+        return True
+    if not isinstance(distribution, list) or not all(isinstance(repeat, list) for repeat in distribution):
+        return False
+    maps = [one for repeat in distribution for one in repeat]
+    return all(isinstance(one, dict) and _are_masses(one.get("observed"), one.get("clipped_normal")) for one in maps)
+
+
+def _are_masses(*histograms: Any) -> bool:
+    lists = [histogram for histogram in histograms if isinstance(histogram, list) and len(histogram) > 2]
+    numbers = all(_is_number(mass) for histogram in lists for mass in histogram)
+    return numbers and len(lists) == len(histograms)
 
 
 def _is_whole(config: Any) -> bool:
@@ -158,27 +256,53 @@ def _is_whole(config: Any) -> bool:
     return isinstance(config.get("runs"), int) and isinstance(config["training"].get("epochs"), int)
 
 
-def _count_lines(path: Path) -> int:
-    """Lines of a JSON Lines file, the last of which must be whole: the others were written before it."""
-    data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
+def _count_lines(path: Path, *, completed: bool) -> int:
+    """Lines of a JSON Lines file; the last whole one is read, for the others were written before it."""
+    data = _read(path) if path.exists() else b""
+    if completed and data and not data.endswith(b"\n"):
         raise DamagedRecord(f"{path}: its last line is cut off")
+    data = data[: data.rfind(b"\n") + 1]
     if data:
         _parse(path, data[data.rfind(b"\n", 0, -1) + 1 :])
     return data.count(b"\n")
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value can be averaged; NaN is none."""
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300
+
+
+def _read(path: Path) -> bytes:
+    _check_regular(path)
+    return path.read_bytes()
+
+
+def _check_regular(path: Path) -> None:
+    """Refuses a device, which has no end, and a pipe, which may never begin."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DamagedRecord(f"{path}: is not a regular file")
+
+
 def _parse(path: Path, data: bytes) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise DamagedRecord(f"{path}: is not JSON ({error})") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of a run.
+
+    Raises:
+        DamagedRecord: if the file cannot be read as one.
+    """
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text, loader = _read(path).decode(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        # A few of them can stand for more values than memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
+            raise DamagedRecord(f"{path}: has references, which no configuration of a run has")
+        config = yaml.load(text, Loader=loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DamagedRecord(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict):
         raise DamagedRecord(f"{path}: is not the configuration of a run")
@@ -188,7 +312,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _is_config(path: Path) -> bool:
     """Whether a ``config.yaml`` with nothing beside it is that of a run that just began: others have such files too."""
     try:
-        return {"task", "model", "dataset", "compression"} <= _read_config(path).keys()
+        return {"task", "model", "dataset", "compression"} <= read_config(path).keys()
     except DamagedRecord:
         return False
 
@@ -227,24 +351,6 @@ def compression_label(config: Mapping[str, Any]) -> str:
         usual = {"rank": None, "energy": None, "refresh": 1, "residual": 0, "levels": "uniform"}
     words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(words)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file beside its place and renames it there, so that a reader never sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # A temporary file is private; results are as readable as anything else the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from iexact_runner import tables
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.files import write_atomically
 from iexact_runner.grouping import METRICS, Results, check_fields, group, matches, metrics_named
 from iexact_runner.paired import with_differences
-from iexact_runner.records import DamagedRecord, Run, read_run, run_folders, write_atomically
+from iexact_runner.records import DamagedRecord, Run, read_run, run_folders
 
 FORMATS = ("table", "csv", "parquet", "markdown", "latex", "html")
 EXIT_DAMAGED, EXIT_USAGE = 1, 2
@@ -50,7 +51,12 @@ class Report:
 
 
 def read_report(
-    folders: Sequence[Path], *, where: Sequence[str] = (), by: Sequence[str] = (), metrics: Sequence[str] = ()
+    folders: Sequence[Path],
+    *,
+    where: Sequence[str] = (),
+    by: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    epochs: bool = False,
 ) -> Report:
     """Reads every run at or below some folders.
 
@@ -59,6 +65,7 @@ def read_report(
         where: conditions ``field=value`` that a run must meet.
         by: fields that the runs of one row agree in; by default all but those that repeats differ in.
         metrics: names of the figures, or dotted paths in ``summary.json``; by default the usual ones.
+        epochs: also check every line of ``metrics.jsonl``, which figures are drawn of.
 
     Raises:
         ConfigError: if a field or a metric does not exist.
@@ -67,7 +74,10 @@ def read_report(
     runs, damaged = [], []
     for folder in run_folders(folders):
         try:
-            runs.append(read_run(folder))
+            run = read_run(folder)
+            if epochs:
+                run.metrics()
+            runs.append(run)
         except DamagedRecord as error:
             damaged.append(str(error))
     if not runs and not damaged:
@@ -101,7 +111,11 @@ def main() -> None:
     options = make_parser().parse_args()
     try:
         report = read_report(
-            options.folders, where=options.where, by=_split(options.group_by), metrics=_split(options.metric)
+            options.folders,
+            where=options.where,
+            by=_split(options.group_by),
+            metrics=_split(options.metric),
+            epochs=options.figures is not None or options.format == "html",
         )
         if not report.completed and not report.incomplete and not report.damaged:
             raise UserError(f"no run with a dataset at or below {', '.join(map(str, options.folders))}")

@@ -167,14 +167,16 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype if precision != "float32" else None, enabled=precision != "float32")
 
 
-def train_epochs(model: Model, problem: Problem, optimization: Optimization, *, seed: int) -> Iterator[Epoch]:
-    """Trains for as many epochs as the configuration says, yielding each as it ends.
+def train_epochs(
+    model: Model, problem: Problem, optimization: Optimization, *, seed: int, done: int = 0
+) -> Iterator[Epoch]:
+    """Trains for as many epochs as the configuration says, yielding each as it ends; ``done`` of them are over.
 
     Raises:
         TrainingError: if the loss or the model's output stops being finite.
     """
     device = problem.whole.x.device
-    for epoch in range(1, optimization.config.epochs + 1):
+    for epoch in range(done + 1, optimization.config.epochs + 1):
         start = clock(device)
         loss = step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
         seconds = clock(device) - start

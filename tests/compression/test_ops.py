@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iexact_runner.compression import ops, reference
+from iexact_runner.compression import block_ops, ops, reference
 
 X = torch.randn(37, 63)
 SEED = torch.tensor(7)
 MASK = reference.pack((X > 0).flatten().byte(), 1)
 CODES = reference.quantize(X, bits=4, block_size=63, levels=None, seed=7)
+VECTOR, COEFFICIENTS, DIRECTIONS = torch.randn(63), torch.randn(37, 8), torch.randn(63, 8)
 LEVELS = [0.0, 0.7, 2.3, 3.0]
 
 CALLS = {
@@ -25,6 +26,21 @@ CALLS = {
     "apply_dropout_mask": (ops._apply_dropout_mask, (X, MASK, 0.3, "torch")),
     "leaky_relu_dropout": (ops._leaky_relu_dropout, (X, SEED, 0.0, 0.3, 0, "torch")),
     "leaky_relu_dropout_backward": (ops._leaky_relu_dropout_backward, (X, MASK, SEED, 0.0, 0.3, 0, "torch")),
+    "normalize_relu_dropout": (block_ops._normalize_relu_dropout, (X, *[VECTOR] * 4, SEED, 0.3, "torch")),
+    "decode_relu_dropout": (
+        block_ops._decode_relu_dropout,
+        (COEFFICIENTS, DIRECTIONS, VECTOR, MASK, SEED, 0.3, 0, "torch"),
+    ),
+    "decode_relu_dropout no relu": (
+        block_ops._decode_relu_dropout,
+        (COEFFICIENTS, DIRECTIONS, VECTOR, None, SEED, 0.0, 8, "torch"),
+    ),
+    "gated_sums": (block_ops._gated_sums, (X, MASK, COEFFICIENTS, DIRECTIONS, SEED, 0.3, "torch")),
+    "gated_gradient": (
+        block_ops._gated_gradient,
+        (X.bfloat16(), MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR, SEED, 0.3, "torch"),
+    ),
+    "quantize_product": (block_ops._quantize_product, (X, DIRECTIONS, VECTOR[:8], SEED, 4, 16, None, "torch")),
     "rademacher": (ops._rademacher, (X, SEED, 63, 8, "torch")),
 }
 
@@ -39,7 +55,8 @@ def test_operator_is_registered_soundly(name):
 
 
 def test_every_operator_is_checked():
-    defined = {value for value in vars(ops).values() if isinstance(value, torch.library.CustomOpDef)}
+    values = [*vars(ops).values(), *vars(block_ops).values()]
+    defined = {value for value in values if isinstance(value, torch.library.CustomOpDef)}
     assert defined == {operator for operator, _ in CALLS.values()}
 
 

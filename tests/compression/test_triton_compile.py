@@ -21,7 +21,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402  (after importorski
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from iexact_runner.compression import triton_elementwise, triton_kernels  # noqa: E402
+from iexact_runner.compression import (  # noqa: E402
+    triton_blocks,
+    triton_elementwise,
+    triton_kernels,
+    triton_product,
+)
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
@@ -39,6 +44,8 @@ MANY_LEVELS = tuple(level * level / 255 for level in range(256))
 SPILLS: dict[tuple[str, str, str], str] = {}
 # The floor of h >= 0: flushing a subnormal h to 0 first changes nothing.
 HARMLESS = ("cvt.rmi.ftz.f32.f32",)
+# Kernels with a matrix product, which has a tolerance; what follows it may not be fused.
+MULTIPLYING = {"_quantize_product_kernel"}
 
 
 class Launch(NamedTuple):
@@ -94,6 +101,7 @@ def calls() -> Iterator[tuple[str, Any]]:
                 *stored, **form, shape=tuple(x.shape), dtype=x.dtype
             ),
         )
+    yield from block_calls()
     slope, random = {"negative_slope": 0.1}, {"p": 0.3, "seed": 1}
     mask = torch.empty(COUNT // 8, dtype=torch.uint8, device="meta")
     yield "float32", lambda: triton_kernels.dropout_mask(COUNT, device=mask.device, **random)
@@ -107,6 +115,42 @@ def calls() -> Iterator[tuple[str, Any]]:
         yield name, lambda x=x: triton_kernels.leaky_relu_dropout(x, **slope, **random)
         yield name, lambda x=x: triton_kernels.leaky_relu_dropout_backward(x, mask, **slope, **random)
         yield name, lambda x=x: triton_kernels.rademacher(128, 128, seed=1, dtype=x.dtype, device=x.device)
+
+
+def block_calls() -> Iterator[tuple[str, Any]]:
+    """Calls of the fused passes of a block, at usual and at awkward widths."""
+    for width, rank, dtype, p in (
+        (128, 8, torch.float32, 0.5),
+        (512, 16, torch.float32, 0.0),
+        (63, 5, torch.float32, 0.5),
+        (256, 64, torch.bfloat16, 0.5),
+    ):
+        h, mask = (
+            torch.empty(1024, width, dtype=dtype, device="meta"),
+            torch.empty(128 * width, dtype=torch.uint8, device="meta"),
+        )
+        vector, directions = torch.empty(width, device="meta"), torch.empty(width, rank, device="meta")
+        c, random = torch.empty(1024, rank, device="meta"), {"p": p, "seed": 1}
+        name = f"{str(dtype).removeprefix('torch.')} {width}{' odd' if width % 8 else ''} rank {rank} p {p}"
+        calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
+            (triton_kernels.normalize_relu_dropout, (h, *[vector] * 4)),
+            (triton_kernels.decode_relu_dropout, (c, directions, vector, mask)),
+            (triton_kernels.decode_relu_dropout, (c, directions, vector, None)),
+            (triton_kernels.gated_sums, (h, mask, c, directions)),
+            (triton_kernels.gated_gradient, (h, mask, c, directions, vector, vector)),
+        )
+        for call, tensors in calls:
+            yield name, lambda call=call, tensors=tensors, random=random: call(*tensors, **random)
+    for width, rank, rows, bits, levels in ((128, 8, 16, 4, None), (500, 8, 1, 2, LEVELS), (512, 64, 64, 8, None)):
+        z, matrix = torch.empty(1024, width, device="meta"), torch.empty(width, rank, device="meta")
+        form = {"bits": bits, "block_size": rows * rank, "levels": levels, "seed": 1}
+        shift = torch.empty(rank, device="meta")
+        yield (
+            f"{width} rank {rank} rows {rows} int{bits}",
+            lambda z=z, matrix=matrix, shift=shift, form=form: triton_kernels.quantize_product(
+                z, matrix, shift, **form
+            ),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +212,7 @@ def re_find(text: str, *patterns: str) -> list[re.Match[str]]:
 def test_every_kernel_is_compiled(launches: list[Launch]) -> None:
     kernels = {
         name
-        for module in (triton_elementwise, triton_kernels)
+        for module in (triton_blocks, triton_elementwise, triton_kernels, triton_product)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
@@ -199,12 +243,14 @@ def test_nvidia_arithmetic_is_ieee(compiled: list[Compiled]) -> None:
             assembly = item.assembly
             for harmless in HARMLESS:
                 assembly = assembly.replace(harmless, "")
+            if item.launch.kernel.__name__ in MULTIPLYING:
+                assembly = assembly.replace("fma.rn.f32", "")
             assert not re.findall(r"div\.full|\bfma\.|\bmad\.\w+\.f32|\.ftz|\.approx", assembly), item
 
 
 def test_only_divisions_multiply_and_add_at_once(compiled: list[Compiled]) -> None:
     # An IEEE division is expanded into them, so this shows nothing of the kernels that divide.
-    dividing = {"_quantize_kernel", "_extrema_kernel", "_codes_kernel"}
+    dividing = {"_quantize_kernel", "_extrema_kernel", "_codes_kernel", "_quantize_product_kernel"}
     for item in compiled:
         if item.launch.kernel.__name__ not in dividing:
             assert not re.findall(r"\bFFMA|\bv_(?:pk_)?(?:fma|fmac|mac|mad)_f32", item.machine_code), item
@@ -225,6 +271,10 @@ def test_float32_maps_move_16_bytes_at_once(compiled: list[Compiled]) -> None:
         "_dequantize_kernel": r"st\.global\.v4\.b32",
         "_dropout_kernel": r"ld\.global\.v4\.b32",
         "_leaky_relu_kernel": r"ld\.global\.v4\.b32",
+        "_normalize_relu_dropout_kernel": r"ld\.global\.v4\.b32",
+        "_gated_sums_kernel": r"ld\.global\.v4\.b32",
+        "_gated_gradient_kernel": r"st\.global\.v4\.b32",
+        "_decode_relu_dropout_kernel": r"st\.global\.v4\.b32",
     }
     for item in compiled:
         pattern = streaming.get(item.launch.kernel.__name__)

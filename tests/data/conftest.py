@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pickle
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +131,33 @@ def write_amazon(raw: Path, file: str = "amazon_electronics_computers.npz") -> P
     return raw / file
 
 
+def write_planetoid(raw: Path, subset: str = "cora", *, isolated: bool = False) -> Path:
+    """The pickles of Planetoid: 600 known nodes and 20 test nodes, among which ``isolated`` leaves out two."""
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    test = rng.permutation(600 + np.setdiff1d(np.arange(22 if isolated else 20), [3, 9] if isolated else []))
+    x = sp.random_array((620, 30), density=0.2, rng=rng, dtype=np.float32).tocsr()
+    y = np.eye(CLASSES, dtype=np.int32)[rng.integers(CLASSES, size=620)]
+    nodes = int(test.max()) + 1
+    graph = defaultdict(list, {node: rng.integers(nodes, size=3).tolist() + [node] for node in range(nodes)})
+    parts: dict[str, Any] = {"x": x[:20], "tx": x[600:], "allx": x[:600], "y": y[:20], "ty": y[600:], "ally": y[:600]}
+    for name, part in {**parts, "graph": graph}.items():
+        part = sp.csr_matrix(part) if sp.issparse(part) else part
+        (raw / f"ind.{subset}.{name}").write_bytes(pickle.dumps(part, protocol=2))
+    (raw / f"ind.{subset}.test.index").write_text("".join(f"{node}\n" for node in test))
+    return raw
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
 def truncate(path: Path) -> None:
     size = path.stat().st_size
     os.chmod(path, 0o644)
@@ -153,6 +183,8 @@ def tiny() -> SimpleNamespace:
         ogb=write_ogb,
         saint=write_saint,
         amazon=write_amazon,
+        planetoid=write_planetoid,
+        payload=Payload,
         csv=write_csv,
         truncate=truncate,
         zip=zip_folder,

@@ -11,32 +11,35 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from conftest import projected, tiny_dataset
 from iexact_runner.compression.maps import MapFormat
-from iexact_runner.config import SAGEConfig
+from iexact_runner.config import CompressionConfig, SAGEConfig
 from iexact_runner.data.graph import mean_adjacency
 from iexact_runner.measure import SavedTensors
 from iexact_runner.nn import build_model
 
 
-@pytest.mark.parametrize(
-    ("share_maps", "store_dropout_mask", "levels"),
-    [
-        (False, True, "uniform"),
-        (False, False, "uniform"),
-        (True, True, "uniform"),
-        (True, False, "uniform"),
-        (True, False, "optimal"),
-    ],
-    ids=["two maps stored", "two maps regenerated", "one map stored", "one map regenerated", "optimal levels"],
-)
-def test_compiled_step_keeps_numbers_and_memory(share_maps, store_dropout_mask, levels):
+def layout(*, share_maps, store_dropout_mask, levels="uniform"):
+    masks_and_maps = dict(store_dropout_mask=store_dropout_mask, share_maps=share_maps)
+    return projected(bits=2, kept_frac=0.125, col_size=8, levels=levels, **masks_and_maps)
+
+
+LAYOUTS = {
+    "two maps stored": layout(share_maps=False, store_dropout_mask=True),
+    "two maps regenerated": layout(share_maps=False, store_dropout_mask=False),
+    "one map stored": layout(share_maps=True, store_dropout_mask=True),
+    "one map regenerated": layout(share_maps=True, store_dropout_mask=False),
+    "optimal levels": layout(share_maps=True, store_dropout_mask=False, levels="optimal"),
+    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=16, share_maps=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_compiled_step_keeps_numbers_and_memory(name):
     torch._dynamo.reset()
     dataset = tiny_dataset(nodes=512)
     graph = mean_adjacency(dataset.edge_index, dataset.num_nodes)
     config = SAGEConfig(name="sage", num_layers=3, hidden_channels=32, dropout=0.5)
-    masks_and_maps = dict(store_dropout_mask=store_dropout_mask, share_maps=share_maps)
-    compression = projected(bits=2, kept_frac=0.125, col_size=8, levels=levels, **masks_and_maps)
     torch.manual_seed(0)
-    model = build_model(config, in_channels=13, out_channels=3, compression=compression)
+    model = build_model(config, in_channels=13, out_channels=3, compression=LAYOUTS[name])
     # aot_eager traces and partitions the step as every compiler does, and needs no compiler on the machine.
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -57,7 +60,9 @@ def test_compiled_step_keeps_numbers_and_memory(share_maps, store_dropout_mask, 
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
     assert counter.frame_count == 1
     kept = kept_bytes(model)
-    assert 0.98 * kept <= kept_bytes(compiled) <= kept
+    # Of directions that a block keeps under two scales, the compiler keeps one.
+    least = 0.8 if name == "lowrank" else 0.98
+    assert least * kept <= kept_bytes(compiled) <= kept
 
 
 def test_levels_are_chosen_where_the_number_of_rows_varies():

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from conftest import assert_close, bin_widths, relative_error
 from iexact_runner.compression import reference
-from iexact_runner.compression.maps import MapFormat
+from iexact_runner.compression.maps import KeptMap, MapFormat
 from iexact_runner.compression.seeds import mix
+from iexact_runner.compression.sketch import SketchLayout
 from iexact_runner.schemes import functions
 
 SIZES = [(1, 1), (37, 63), (101, 100), (64, 128)]
@@ -96,6 +97,44 @@ def test_batch_norm_in_chunks_of_rows_is_that_of_torch(affine, monkeypatch):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize(("p", "seed"), [(0.0, 0), (0.4, 7), (0.4, torch.tensor(7))], ids=str)
+@pytest.mark.parametrize("nodes_and_columns", SIZES[1:], ids=str)
+def test_batch_norm_relu_dropout(nodes_and_columns, p, seed, backend):
+    if backend == "numba":
+        pytest.importorskip("numba")
+    nodes, columns = nodes_and_columns
+    x = (3 + 2 * torch.randn(nodes, columns)).requires_grad_()
+    weight, bias = torch.randn(columns, requires_grad=True), torch.randn(columns, requires_grad=True)
+    grad, running = torch.randn(nodes, columns), [torch.zeros(columns), torch.ones(columns)]
+    ours, signs = [part.clone() for part in running], []
+
+    def keep_all(mean, inverse_std):
+        """All directions: coefficients that are the centred map itself."""
+        layout, tensors = keep(x.detach() - mean, None)
+        return KeptMap(SketchLayout(layout, tuple(x.shape)), (*tensors, torch.eye(columns), mean))
+
+    actual = functions.BatchNormReLUDropout.apply(x, weight, bias, *ours, 0.3, 1e-5, p, seed, backend, keep_all, signs)
+    normalised = F.batch_norm(x, *running, weight, bias, training=True, momentum=0.3, eps=1e-5)
+    expected = functions.LeakyReLUDropout.apply(normalised, 0.0, p, seed, False, backend)
+    assert_close(actual, expected, tolerance=1e-6)
+    assert_close(torch.cat(ours), torch.cat(running))
+    assert torch.equal(reference.unpack(signs[0], x.numel(), 1).bool(), normalised.flatten() > 0)
+    found, exact = (gradients(output, (x, weight, bias), grad) for output in (actual, expected))
+    for got, right in zip(found, exact, strict=True):
+        assert_close(got, right)
+
+
+def test_batch_norm_relu_dropout_says_what_it_keeps():
+    x, vector = torch.randn(16, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    kept = keep(x, 4)
+    arguments = (x, vector, vector, None, None, 0.1, 1e-5, 0.5, 1, "torch", lambda *_: kept, [])
+    norm, mask = functions.BatchNormReLUDropout.apply(*arguments).grad_fn.saved_map
+    assert (norm.stored_type, norm.fp32_bytes, norm.parts) == ("int4", 4 * 16 * 8, 3)
+    # The output of ReLU, and a mask of floats.
+    assert (mask.stored_type, mask.fp32_bytes, mask.parts) == ("mask", 2 * 4 * 16 * 8, 1)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.2])

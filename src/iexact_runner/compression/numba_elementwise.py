@@ -35,14 +35,14 @@ _ZERO = np.float32(0.0)
 
 
 @jit
-def _passes(x: Array, codes: Array) -> None:
+def passes(x: Array, codes: Array) -> None:
     """Codes = not x <= 0, so 1 for a NaN."""
     for index in range(len(x)):
         codes[index] = np.uint8(not x[index] <= _ZERO)
 
 
 @jit
-def _activate(x: Array, slope: np.float32, y: Array) -> None:
+def activate(x: Array, slope: np.float32, y: Array) -> None:
     """With the slope s, y = x if x > 0 else s * x; at slope 0, y = 0 if x < 0 else x, which keeps -0.0 and NaN."""
     if slope == _ZERO:
         for index in range(len(x)):
@@ -53,7 +53,7 @@ def _activate(x: Array, slope: np.float32, y: Array) -> None:
 
 
 @jit
-def _gate(grad: Array, codes: Array, slope: np.float32, out: Array) -> None:
+def gate(grad: Array, codes: Array, slope: np.float32, out: Array) -> None:
     """Gradient where the code is set, slope * gradient elsewhere; at slope 0 that is 0 whatever the gradient."""
     if slope == _ZERO:
         for index in range(len(grad)):
@@ -71,7 +71,7 @@ def _scale_kept(x: Array, codes: Array, factor: np.float32, out: Array) -> None:
 
 
 @jit
-def _drop(x: Array, draws: Array, threshold: np.uint16, factor: np.float32, out: Array) -> None:
+def drop(x: Array, draws: Array, threshold: np.uint16, factor: np.float32, out: Array) -> None:
     """Product x * factor where draw >= threshold, 0 elsewhere."""
     for index in range(len(x)):
         out[index] = x[index] * factor if draws[index] >= threshold else _ZERO
@@ -83,9 +83,9 @@ def _leaky_relu_kernel(x: Array, slope: np.float32, y: Array, mask: Array) -> No
     for chunk in numba.prange(-(-len(x) // CHUNK)):
         start, stop = chunk_bounds(chunk, len(x))
         codes = np.zeros(CHUNK, np.uint8)
-        _passes(x[start:stop], codes)
+        passes(x[start:stop], codes)
         pack(codes, 1, mask[start // 8 : -(-stop // 8)])
-        _activate(x[start:stop], slope, y[start:stop])
+        activate(x[start:stop], slope, y[start:stop])
 
 
 @parallel
@@ -95,7 +95,7 @@ def _leaky_relu_backward_kernel(grad: Array, mask: Array, slope: np.float32, out
         start, stop = chunk_bounds(chunk, len(grad))
         codes = np.empty(CHUNK, np.uint8)
         unpack(mask[start // 8 : -(-stop // 8)], 1, codes)
-        _gate(grad[start:stop], codes, slope, out[start:stop])
+        gate(grad[start:stop], codes, slope, out[start:stop])
 
 
 @parallel
@@ -130,7 +130,7 @@ def _dropout_kernel(
     for chunk in numba.prange(-(-len(x) // CHUNK)):
         start, stop = chunk_bounds(chunk, len(x))
         draws = draw16(offset + start, stop - start, DROPOUT, key0, key1)
-        _drop(x[start:stop], draws, threshold, factor, y[start:stop])
+        drop(x[start:stop], draws, threshold, factor, y[start:stop])
 
 
 @parallel
@@ -151,10 +151,10 @@ def _leaky_relu_dropout_kernel(
         # A buffer of its own: loops that write what they read are not vectorised.
         codes, activated = np.zeros(CHUNK, np.uint8), np.empty(stop - start, np.float32)
         draws = draw16(offset + start, stop - start, DROPOUT, key0, key1)
-        _passes(x[start:stop], codes)
+        passes(x[start:stop], codes)
         pack(codes, 1, mask[start // 8 : -(-stop // 8)])
-        _activate(x[start:stop], slope, activated)
-        _drop(activated, draws, threshold, factor, y[start:stop])
+        activate(x[start:stop], slope, activated)
+        drop(activated, draws, threshold, factor, y[start:stop])
 
 
 @parallel
@@ -175,8 +175,8 @@ def _leaky_relu_dropout_backward_kernel(
         codes, dropped = np.empty(CHUNK, np.uint8), np.empty(stop - start, np.float32)
         draws = draw16(offset + start, stop - start, DROPOUT, key0, key1)
         unpack(mask[start // 8 : -(-stop // 8)], 1, codes)
-        _drop(grad[start:stop], draws, threshold, factor, dropped)
-        _gate(dropped, codes, slope, out[start:stop])
+        drop(grad[start:stop], draws, threshold, factor, dropped)
+        gate(dropped, codes, slope, out[start:stop])
 
 
 @parallel
@@ -192,7 +192,7 @@ def _rademacher_kernel(size: np.float32, key0: np.uint64, key1: np.uint64, signs
 
 def leaky_relu(x: Tensor, *, negative_slope: float) -> tuple[Tensor, Tensor]:
     """See :func:`iexact_runner.compression.reference.leaky_relu`."""
-    y, mask = torch.empty(x.shape, dtype=torch.float32), _empty_mask(x.numel())
+    y, mask = torch.empty(x.shape, dtype=torch.float32), empty_mask(x.numel())
     with torch_threads():
         _leaky_relu_kernel(flat32(x), np.float32(negative_slope), flat32(y), mask.numpy())
     return y.to(x.dtype), mask
@@ -208,7 +208,7 @@ def leaky_relu_backward(grad: Tensor, packed_mask: Tensor, *, negative_slope: fl
 
 def dropout_mask(count: int, *, p: float, seed: int | Tensor, device: torch.device, offset: int = 0) -> Tensor:
     """See :func:`iexact_runner.compression.reference.dropout_mask`; ``device`` is the CPU."""
-    mask = _empty_mask(count)
+    mask = empty_mask(count)
     with torch_threads():
         _dropout_mask_kernel(count, np.uint16(dropout_threshold(p)), *keys(seed), offset, mask.numpy())
     return mask
@@ -226,7 +226,7 @@ def dropout(x: Tensor, *, p: float, seed: int | Tensor, offset: int = 0) -> Tens
     """See :func:`iexact_runner.compression.reference.dropout`."""
     y = torch.empty(x.shape, dtype=torch.float32)
     with torch_threads():
-        _dropout_kernel(flat32(x), *_dropout_numbers(p), *keys(seed), offset, flat32(y))
+        _dropout_kernel(flat32(x), *dropout_numbers(p), *keys(seed), offset, flat32(y))
     return y.to(x.dtype)
 
 
@@ -237,8 +237,8 @@ def leaky_relu_dropout(
     if x.dtype != torch.float32:  # then the activation is rounded before dropout scales it
         activated, mask = leaky_relu(x, negative_slope=negative_slope)
         return dropout(activated, p=p, seed=seed, offset=offset), mask
-    y, mask = torch.empty(x.shape, dtype=torch.float32), _empty_mask(x.numel())
-    slope, numbers = np.float32(negative_slope), (*_dropout_numbers(p), *keys(seed))
+    y, mask = torch.empty(x.shape, dtype=torch.float32), empty_mask(x.numel())
+    slope, numbers = np.float32(negative_slope), (*dropout_numbers(p), *keys(seed))
     with torch_threads():
         _leaky_relu_dropout_kernel(flat32(x), slope, *numbers, offset, flat32(y), mask.numpy())
     return y, mask
@@ -252,7 +252,7 @@ def leaky_relu_dropout_backward(
         dropped = dropout(grad, p=p, seed=seed, offset=offset)
         return leaky_relu_backward(dropped, packed_mask, negative_slope=negative_slope)
     out = torch.empty(grad.shape, dtype=torch.float32)
-    slope, numbers = np.float32(negative_slope), (*_dropout_numbers(p), *keys(seed))
+    slope, numbers = np.float32(negative_slope), (*dropout_numbers(p), *keys(seed))
     with torch_threads():
         _leaky_relu_dropout_backward_kernel(flat32(grad), packed_mask.numpy(), slope, *numbers, offset, flat32(out))
     return out
@@ -266,10 +266,11 @@ def rademacher(rows: int, columns: int, *, seed: int | Tensor, dtype: torch.dtyp
     return signs.to(dtype)
 
 
-def _empty_mask(count: int) -> Tensor:
+def empty_mask(count: int) -> Tensor:
+    """Room for a packed mask."""
     return torch.empty(-(-count // 8), dtype=torch.uint8)
 
 
-def _dropout_numbers(p: float) -> tuple[np.uint16, np.float32]:
+def dropout_numbers(p: float) -> tuple[np.uint16, np.float32]:
     """Threshold of the draws and factor of the elements that stay."""
     return np.uint16(dropout_threshold(p)), np.float32(dropout_factor(p))

@@ -13,6 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iexact_runner.compression.numba_blocks import (
+    decode_relu_dropout,
+    gated_gradient,
+    gated_sums,
+    normalize_relu_dropout,
+)
 from iexact_runner.compression.numba_common import (
     CHUNK,
     Array,
@@ -40,14 +46,19 @@ from iexact_runner.compression.reference import DRAWS, ROUNDING, SMALLEST_SCALE,
 
 __all__ = [
     "apply_dropout_mask",
+    "decode_relu_dropout",
     "dequantize",
     "dropout",
     "dropout_mask",
+    "gated_gradient",
+    "gated_sums",
     "leaky_relu",
     "leaky_relu_backward",
     "leaky_relu_dropout",
     "leaky_relu_dropout_backward",
+    "normalize_relu_dropout",
     "quantize",
+    "quantize_product",
     "rademacher",
 ]
 
@@ -260,6 +271,21 @@ def quantize(
             flat, zeros, scales, table, inverse_width, lowest, size, bits, key0, key1, offset, packed.numpy()
         )
     return packed, _stored(zero, dtype), _stored(scale, dtype)
+
+
+def quantize_product(
+    z: Tensor,
+    matrix: Tensor,
+    shift: Tensor,
+    *,
+    bits: int,
+    block_size: int,
+    levels: tuple[float, ...] | None,
+    seed: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`iexact_runner.compression.reference.quantize_product`; torch's product is the fastest here."""
+    product = torch.addmm(shift, z, matrix)
+    return quantize(product, bits=bits, block_size=block_size, levels=levels, seed=seed)
 
 
 def dequantize(

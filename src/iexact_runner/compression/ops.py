@@ -16,19 +16,22 @@ from iexact_runner.compression.backends import select
 _LIBRARY = "iexact"
 
 
-def _operator(name: str, schema: str):  # type: ignore[no-untyped-def]  # a decorator factory over any signature
+def operator(name: str, schema: str):  # type: ignore[no-untyped-def]  # a decorator factory over any signature
+    """Registers a function without side effects as a custom operator of this library."""
     return torch.library.custom_op(f"{_LIBRARY}::{name}", mutates_args=(), schema=schema)
 
 
-def _seed_tensor(seed: int | Tensor) -> Tensor:
+def seed_tensor(seed: int | Tensor) -> Tensor:
+    """A seed as a 0-d int64 tensor."""
     return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64)
 
 
-def _bytes(x: Tensor, count: int, bits: int = 1) -> Tensor:
+def packed_bytes(x: Tensor, count: int, bits: int = 1) -> Tensor:
+    """Room for the packed codes of ``count`` elements, where ``x`` is."""
     return x.new_empty((count * bits + 7) // 8, dtype=torch.uint8)
 
 
-@_operator(
+@operator(
     "quantize",
     "(Tensor x, Tensor seed, int bits, int block_size, float[]? levels, SymInt offset, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -49,7 +52,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     count, dtype = x.numel(), reference.stored_dtype(x.dtype)
     blocks = (count + block_size - 1) // block_size
-    return _bytes(x, count, bits), x.new_empty(blocks, dtype=dtype), x.new_empty(blocks, dtype=dtype)
+    return packed_bytes(x, count, bits), x.new_empty(blocks, dtype=dtype), x.new_empty(blocks, dtype=dtype)
 
 
 def quantize(
@@ -64,11 +67,11 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, zero and scale of a map."""
     table = None if levels is None else list(levels)
-    kept: tuple[Tensor, Tensor, Tensor] = _quantize(x, _seed_tensor(seed), bits, block_size, table, offset, backend)
+    kept: tuple[Tensor, Tensor, Tensor] = _quantize(x, seed_tensor(seed), bits, block_size, table, offset, backend)
     return kept
 
 
-@_operator(
+@operator(
     "dequantize",
     "(Tensor packed, Tensor zero, Tensor scale, int bits, int block_size, float[]? levels, SymInt[] shape,"
     " ScalarType dtype, str backend) -> Tensor",
@@ -124,7 +127,7 @@ def dequantize(
     return decoded
 
 
-@_operator("leaky_relu", "(Tensor x, float negative_slope, str backend) -> (Tensor, Tensor)")
+@operator("leaky_relu", "(Tensor x, float negative_slope, str backend) -> (Tensor, Tensor)")
 def _leaky_relu(x: Tensor, negative_slope: float, backend: str) -> tuple[Tensor, Tensor]:
     activated: tuple[Tensor, Tensor] = select(backend, x.device).leaky_relu(x, negative_slope=negative_slope)
     return activated
@@ -132,7 +135,7 @@ def _leaky_relu(x: Tensor, negative_slope: float, backend: str) -> tuple[Tensor,
 
 @_leaky_relu.register_fake
 def _(x: Tensor, negative_slope: float, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _bytes(x, x.numel())
+    return x.new_empty(x.shape), packed_bytes(x, x.numel())
 
 
 def leaky_relu(x: Tensor, *, negative_slope: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -141,7 +144,7 @@ def leaky_relu(x: Tensor, *, negative_slope: float, backend: str) -> tuple[Tenso
     return activated
 
 
-@_operator("leaky_relu_backward", "(Tensor grad, Tensor mask, float negative_slope, str backend) -> Tensor")
+@operator("leaky_relu_backward", "(Tensor grad, Tensor mask, float negative_slope, str backend) -> Tensor")
 def _leaky_relu_backward(grad: Tensor, mask: Tensor, negative_slope: float, backend: str) -> Tensor:
     kernels = select(backend, grad.device)
     result: Tensor = kernels.leaky_relu_backward(grad, mask, negative_slope=negative_slope)
@@ -159,7 +162,7 @@ def leaky_relu_backward(grad: Tensor, mask: Tensor, *, negative_slope: float, ba
     return result
 
 
-@_operator("dropout", "(Tensor x, Tensor seed, float p, SymInt offset, str backend) -> Tensor")
+@operator("dropout", "(Tensor x, Tensor seed, float p, SymInt offset, str backend) -> Tensor")
 def _dropout(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
     dropped: Tensor = select(backend, x.device).dropout(x, p=p, seed=seed, offset=offset)
     return dropped
@@ -172,11 +175,11 @@ def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
 
 def dropout(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Dropout, and its own backward."""
-    dropped: Tensor = _dropout(x.contiguous(), _seed_tensor(seed), p, offset, backend)
+    dropped: Tensor = _dropout(x.contiguous(), seed_tensor(seed), p, offset, backend)
     return dropped
 
 
-@_operator("dropout_mask", "(Tensor x, Tensor seed, float p, SymInt offset, str backend) -> Tensor")
+@operator("dropout_mask", "(Tensor x, Tensor seed, float p, SymInt offset, str backend) -> Tensor")
 def _dropout_mask(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
     kernels = select(backend, x.device)
     mask: Tensor = kernels.dropout_mask(x.numel(), p=p, seed=seed, device=x.device, offset=offset)
@@ -185,16 +188,16 @@ def _dropout_mask(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) 
 
 @_dropout_mask.register_fake
 def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
-    return _bytes(x, x.numel())
+    return packed_bytes(x, x.numel())
 
 
 def dropout_mask(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Packed mask of what :func:`dropout` keeps of ``x``, of which only size and device are used."""
-    mask: Tensor = _dropout_mask(x, _seed_tensor(seed), p, offset, backend)
+    mask: Tensor = _dropout_mask(x, seed_tensor(seed), p, offset, backend)
     return mask
 
 
-@_operator("apply_dropout_mask", "(Tensor x, Tensor mask, float p, str backend) -> Tensor")
+@operator("apply_dropout_mask", "(Tensor x, Tensor mask, float p, str backend) -> Tensor")
 def _apply_dropout_mask(x: Tensor, mask: Tensor, p: float, backend: str) -> Tensor:
     dropped: Tensor = select(backend, x.device).apply_dropout_mask(x, mask, p=p)
     return dropped
@@ -211,7 +214,7 @@ def apply_dropout_mask(x: Tensor, mask: Tensor, *, p: float, backend: str) -> Te
     return dropped
 
 
-@_operator(
+@operator(
     "leaky_relu_dropout",
     "(Tensor x, Tensor seed, float negative_slope, float p, SymInt offset, str backend) -> (Tensor, Tensor)",
 )
@@ -226,7 +229,7 @@ def _leaky_relu_dropout(
 
 @_leaky_relu_dropout.register_fake
 def _(x: Tensor, seed: Tensor, negative_slope: float, p: float, offset: int, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _bytes(x, x.numel())
+    return x.new_empty(x.shape), packed_bytes(x, x.numel())
 
 
 def leaky_relu_dropout(
@@ -234,12 +237,12 @@ def leaky_relu_dropout(
 ) -> tuple[Tensor, Tensor]:
     """LeakyReLU and dropout in one pass, and the packed mask of the former."""
     dropped: tuple[Tensor, Tensor] = _leaky_relu_dropout(
-        x.contiguous(), _seed_tensor(seed), negative_slope, p, offset, backend
+        x.contiguous(), seed_tensor(seed), negative_slope, p, offset, backend
     )
     return dropped
 
 
-@_operator(
+@operator(
     "leaky_relu_dropout_backward",
     "(Tensor grad, Tensor mask, Tensor seed, float negative_slope, float p, SymInt offset, str backend) -> Tensor",
 )
@@ -268,12 +271,12 @@ def leaky_relu_dropout_backward(
     offset: int = 0,
 ) -> Tensor:
     """Gradient of :func:`leaky_relu_dropout`."""
-    seed = _seed_tensor(seed)
+    seed = seed_tensor(seed)
     result: Tensor = _leaky_relu_dropout_backward(grad.contiguous(), mask, seed, negative_slope, p, offset, backend)
     return result
 
 
-@_operator("rademacher", "(Tensor like, Tensor seed, int rows, int columns, str backend) -> Tensor")
+@operator("rademacher", "(Tensor like, Tensor seed, int rows, int columns, str backend) -> Tensor")
 def _rademacher(like: Tensor, seed: Tensor, rows: int, columns: int, backend: str) -> Tensor:
     kernels = select(backend, like.device)
     projection: Tensor = kernels.rademacher(rows, columns, seed=seed, dtype=like.dtype, device=like.device)
@@ -287,5 +290,5 @@ def _(like: Tensor, seed: Tensor, rows: int, columns: int, backend: str) -> Tens
 
 def rademacher(like: Tensor, rows: int, columns: int, *, seed: int | Tensor, backend: str) -> Tensor:
     """Random projection (rows, columns), of the type and on the device of ``like``."""
-    projection: Tensor = _rademacher(like, _seed_tensor(seed), rows, columns, backend)
+    projection: Tensor = _rademacher(like, seed_tensor(seed), rows, columns, backend)
     return projection

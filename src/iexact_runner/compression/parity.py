@@ -25,6 +25,11 @@ SHAPES = ((), (0,), (3, 0), (1,), (7,), (8,), (9,), (63,), (64,), (100,), (1000,
 LONG = (4099, 5)
 BLOCK_SIZES = (1, 3, 7, 63, 64, 100, 1008, 1024, 10000)
 SEEDS = (0, 1, -1, -(1 << 40) - 7, 0x0123456789ABCDEF, (1 << 63) - 1)
+# Nodes, features and directions: tiles that are full and that are not, bytes that rows share and that they do not.
+WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16))
+QUICK_WIDTHS = ((9, 7, 2), (17, 24, 8))
+# Of sums in float32, relative to them all.
+SUM_TOLERANCE = 1e-5
 OFFSETS = (0, 3, 8, (1 << 33) + 5)
 SLOPES = (0.0, 0.2)
 PROBABILITIES = (0.0, 0.1, 0.5, 0.999999)
@@ -53,12 +58,14 @@ class Case:
         tensors: its positional arguments.
         options: its keyword arguments.
         label: what is special about it, for people.
+        tolerance: largest relative error of its results; None for the same bits.
     """
 
     function: str
     tensors: tuple[Any, ...]
     options: dict[str, Any]
     label: str
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         """Function, label and options, as a mismatch is reported."""
@@ -93,7 +100,8 @@ def differences(case: Case, kernels: ModuleType, device: torch.device) -> list[s
     lines = []
     for position, (right, got) in enumerate(zip(expected, found, strict=True)):
         # Zero and scale are part of the format, so their NaN is a certain one.
-        difference = _difference(right, got.cpu(), exact=case.function == "quantize")
+        exact = case.function in ("quantize", "quantize_product")
+        difference = _difference(right, got.cpu(), exact=exact, tolerance=case.tolerance)
         if difference:
             lines.append(f"{case} result {position}: {difference}")
     return lines
@@ -109,6 +117,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from _mask_cases(quick)
     yield from _dropout_cases(quick)
     yield from _rademacher_cases(quick)
+    yield from _block_cases(quick)
+    yield from _product_cases(quick)
 
 
 def filled(fill: str, shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0) -> Tensor:
@@ -213,6 +223,52 @@ def _rademacher_cases(quick: bool) -> Iterator[Case]:
         yield Case("rademacher", (rows, columns), {"seed": seed, "dtype": dtype}, f"{rows}x{columns}")
 
 
+def _block_cases(quick: bool) -> Iterator[Case]:
+    """Calls of the passes of a block; sums are the same in any order where all numbers are small integers."""
+    seeds, probabilities = cycle(_seeds()), cycle((0.5, 0.0, 0.1))
+    shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, 24, 8))
+    fills = ("zeros", "nan") if quick else ("normal", "nan", "huge", "strided")
+    for (nodes, width, rank), dtype, fill in product(shapes, DTYPES[: 1 if quick else None], fills):
+        h, p, seed = filled(fill, (nodes, width), dtype), next(probabilities), next(seeds)
+        vectors = [filled("normal", (width,), torch.float32, seed=number) for number in range(4)]
+        coefficients = filled("normal", (nodes, rank), torch.float32, seed=4)
+        directions = filled("normal", (width, rank), torch.float32, seed=5)
+        random, label = {"p": p, "seed": seed}, f"{_label(h, fill)} rank {rank}"
+        yield Case("normalize_relu_dropout", (h, *vectors), random, label)
+        mask = reference.leaky_relu(filled("normal", (nodes, width), dtype, seed=6), negative_slope=0.0)[1]
+        factors = (coefficients, directions)
+        yield Case("decode_relu_dropout", (*factors, vectors[0], mask), {**random, "offset": 8 * width}, label)
+        yield Case("decode_relu_dropout", (*factors, vectors[0], None), {**random, "offset": OFFSETS[3]}, label)
+        yield Case("gated_gradient", (h, mask, *factors, *vectors[:2]), random, label)
+        if fill in ("zeros", "normal"):
+            whole = [_integers(part) for part in (filled("normal", (nodes, width), dtype), *factors)]
+            exact = {"p": 0.5 if p else 0.0, "seed": seed}
+            yield Case("gated_sums", (whole[0], mask, *whole[1:]), exact, f"integers {label}")
+            gradient = filled("normal", (nodes, width), dtype)
+            yield Case("gated_sums", (gradient, mask, *factors), random, label, tolerance=SUM_TOLERANCE)
+
+
+def _product_cases(quick: bool) -> Iterator[Case]:
+    """Calls of quantize_product with small integers, whose products have one result in any order."""
+    seeds = cycle(_seeds())
+    forms = ((8, 16, 4),) if quick else ((8, 16, 4), (8, 1, 2), (16, 64, 8), (24, 2, 1), (5, 3, 4), (8, 12, 2))
+    shapes = ((37, 63),) if quick else ((0, 8), (1, 1), (37, 63), (200, 128), (1031, 500))
+    for (nodes, width), (rank, rows, bits) in product(shapes, forms):
+        # Up to 12 bits: a product in TF32, which has 11, would show.
+        z = _integers(400 * filled("normal", (nodes, width), torch.float32))
+        matrix, shift = (
+            _integers(filled("normal", shape, torch.float32, seed=1)) for shape in ((width, rank), (rank,))
+        )
+        levels = uneven_levels(bits) if rows == 12 else None
+        form = {"bits": bits, "block_size": rows * rank, "levels": levels, "seed": next(seeds)}
+        yield Case("quantize_product", (z, matrix, shift), form, f"integers {nodes}x{width}")
+
+
+def _integers(x: Tensor) -> Tensor:
+    """Its numbers, rounded to integers."""
+    return (4 * x).round()
+
+
 def _maps(quick: bool) -> list[tuple[tuple[int, ...], str, torch.dtype]]:
     """Shapes, fills and types of element-wise cases."""
     if quick:
@@ -240,12 +296,15 @@ def _move(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _difference(expected: Tensor, found: Tensor, *, exact: bool) -> str:
+def _difference(expected: Tensor, found: Tensor, *, exact: bool, tolerance: float | None) -> str:
     """What differs between two tensors on the CPU, in words; empty if nothing does."""
     for name in ("dtype", "shape"):
         right, got = getattr(expected, name), getattr(found, name)
         if right != got:
             return f"{name} {got} instead of {right}"
+    if tolerance is not None:
+        error = ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+        return "" if error <= tolerance else f"relative error {error:.3g} exceeds {tolerance}"
     as_integers = _INTEGERS[expected.element_size()]
     differs = expected.contiguous().view(as_integers) != found.contiguous().view(as_integers)
     if expected.is_floating_point() and not exact:

@@ -17,11 +17,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import ops
+from iexact_runner.compression import block_ops, ops
 from iexact_runner.compression.maps import Layout, MapFormat, MapLayout
 
 # Elements of a map that are decoded at once, in runs of whole rows whose masks begin with a byte.
 CHUNK_ELEMENTS = 1 << 17
+# The same on a GPU: 16 MiB of float32 stay in its cache, and each run is worth a launch.
+GPU_CHUNK_ELEMENTS = 1 << 22
+# Rows that the deviations of coefficients are estimated from.
+DEVIATION_ROWS = 4096
 
 
 class _Chunked(ABC):
@@ -61,10 +65,11 @@ class _Chunked(ABC):
         """Two maps whose rows' inner products are those of ``grad`` (N, D) with the map."""
         return grad, self.decode(tensors).to(grad.dtype)
 
-    def _row_chunks(self) -> Iterator[slice]:
+    def _row_chunks(self, device: torch.device) -> Iterator[slice]:
         nodes, width = self.shape
+        elements = CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
         # A multiple of 8 rows: masks then begin with a byte.
-        rows = max(8, CHUNK_ELEMENTS // max(1, width) // 8 * 8)
+        rows = max(8, elements // max(1, width) // 8 * 8)
         return (slice(start, min(start + rows, nodes)) for start in range(0, nodes, rows))
 
 
@@ -104,25 +109,38 @@ class SketchLayout(_Chunked):
         """The other half, whose error has nothing to do with that of this one."""
         return self if self.half is None else replace(self, half=1 - self.half)
 
-    def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of rows, and the activation there."""
+    def factors(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Coefficients c (N, R) and directions V (D, R): the map before its shift and ReLU is c V^T."""
         parts = self.coefficients.parts
-        directions, shift, *rest = tensors[parts:]
+        directions = tensors[parts]
         if self.half is not None:
             weights = directions.new_ones(directions.size(1))
-            first, second = (weights[-2 * self.residual : -self.residual], weights[-self.residual :])
-            first.fill_(2.0 * (1 - self.half)), second.fill_(2.0 * self.half)
+            weights[-2 * self.residual : -self.residual] = 2.0 * (1 - self.half)
+            weights[-self.residual :] = 2.0 * self.half
             directions = directions * weights
-        coefficients = self.coefficients.stored(tensors[:parts]).to(directions.dtype)
+        return self.coefficients.stored(tensors[:parts]).float(), directions
+
+    def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of rows, and the activation there."""
+        coefficients, directions = self.factors(tensors)
+        shift, *rest = tensors[self.coefficients.parts + 1 :]
         seed = rest[-1] if self.seed is None else self.seed
-        for part in self._row_chunks():
-            piece, first = torch.addmm(shift, coefficients[part], directions.T), part.start * self.shape[1]
-            if self.relu:
-                mask = rest[0][first // 8 : (first + piece.numel() + 7) // 8]
-                piece = ops.leaky_relu_backward(piece, mask, negative_slope=0.0, backend=self.backend)
-            if self.dropout:
-                piece = ops.dropout(piece, p=self.dropout, seed=seed, offset=first, backend=self.backend)
-            yield part, piece
+        for part in self._row_chunks(shift.device):
+            first, last = part.start * self.shape[1], part.stop * self.shape[1]
+            mask = rest[0][first // 8 : (last + 7) // 8] if self.relu else None
+            yield (
+                part,
+                block_ops.decode_relu_dropout(
+                    coefficients[part],
+                    directions,
+                    shift,
+                    mask,
+                    p=self.dropout,
+                    seed=seed,
+                    offset=first,
+                    backend=self.backend,
+                ),
+            )
 
 
 @dataclass(frozen=True)
@@ -146,7 +164,7 @@ class ResidentLayout(_Chunked):
         """Runs of rows, and the features there."""
         features, *rest = tensors
         seed = rest[-1] if self.seed is None else self.seed
-        for part in self._row_chunks():
+        for part in self._row_chunks(features.device):
             piece, first = features[part], part.start * self.shape[1]
             if self.dropout:
                 piece = ops.dropout(piece, p=self.dropout, seed=seed, offset=first, backend=self.backend)
@@ -228,7 +246,7 @@ def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:
 def keep_coefficients(
     z: Tensor, mean: Tensor, scale: Tensor, directions: Tensor, form: MapFormat, *, seed: int | Tensor
 ) -> tuple[tuple[MapLayout, tuple[Tensor, ...]], Tensor]:
-    """Keeps c = ((z - mean) scale) V, each column divided by its deviation.
+    """Keeps c = ((z - mean) scale) V, each column divided by its deviation in a few thousand rows.
 
     Args:
         z: map (N, D).
@@ -241,7 +259,11 @@ def keep_coefficients(
     Returns:
         The kept coefficients, and the directions (D, R) times the deviations that were divided out.
     """
-    scaled = (scale.unsqueeze(1) * directions).to(z.dtype)
-    coefficients = torch.addmm(-(mean.to(z.dtype) @ scaled), z, scaled)
-    deviation = coefficients.float().square().mean(0).sqrt().clamp_min(1e-12)
-    return form.encode(coefficients.div_(deviation.to(z.dtype)), seed=seed), directions * deviation
+    scaled = scale.unsqueeze(1) * directions
+    sample = z[sampled_rows(z.size(0), DEVIATION_ROWS, device=z.device)].float()
+    deviation = ((sample - mean) @ scaled).square().mean(0).sqrt()
+    # A column that is next to constant in these rows need not be so in the others.
+    deviation = deviation.clamp_min(1e-3 * deviation.max()).clamp_min(1e-12)
+    matrix = scaled / deviation
+    kept = form.encode_product(z, matrix.to(z.dtype), -(mean @ matrix).to(z.dtype), seed=seed)
+    return kept, directions * deviation

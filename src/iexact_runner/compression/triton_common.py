@@ -9,6 +9,7 @@ interpreter, whose own bfloat16 rounding is not round-to-nearest-even.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iexact_runner.compression.reference import SMALLEST_SCALE
+from iexact_runner.compression.reference import SMALLEST_SCALE, level_table
 
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
@@ -34,6 +35,12 @@ def split(size: int) -> tuple[int, int]:
 def seed_on(device: torch.device, seed: int | Tensor) -> Tensor:
     """The seed as a 0-d int64 tensor that kernels read: a tensor needs no synchronisation, an int no compilation."""
     return seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=32)
+def levels_on(device: torch.device, levels: tuple[float, ...] | None) -> Tensor | None:
+    """Levels (B + 1,), then reciprocal bin widths (B,); kept, as each copy to the device would wait for it."""
+    return None if levels is None else torch.cat(level_table(levels, device))
 
 
 def packed_bytes(count: int, bits: int, device: torch.device) -> Tensor:

@@ -53,13 +53,13 @@ def _activate(x, passes, slope, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _scale_kept(x, draws, threshold, factor, DTYPE: tl.constexpr):
+def scale_kept(x, draws, threshold, factor, DTYPE: tl.constexpr):
     """Float32 x * factor, rounded to DTYPE, where the draw is not below the threshold, else 0."""
     return tl.where(draws.to(tl.int32) >= threshold, widen(narrow(x * factor, DTYPE)), 0.0)
 
 
 @triton.jit
-def _store_mask(mask_ptr, mask, units, UNIT: tl.constexpr, TILE: tl.constexpr):
+def store_mask(mask_ptr, mask, units, UNIT: tl.constexpr, TILE: tl.constexpr):
     """Packs mask, bool [TILE], and stores its bytes [TILE / 8]."""
     place, filled = bytes_of_tile(units, UNIT, 1, TILE)
     tl.store(mask_ptr + place, pack(tl.reshape(mask.to(tl.int32), [TILE // 8, 8]), 1), mask=filled)
@@ -67,7 +67,7 @@ def _store_mask(mask_ptr, mask, units, UNIT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _load_mask(mask_ptr, units, UNIT: tl.constexpr, TILE: tl.constexpr):
-    """Inverse of :func:`_store_mask`."""
+    """Inverse of :func:`store_mask`."""
     place, filled = bytes_of_tile(units, UNIT, 1, TILE)
     return tl.reshape(unpack(tl.load(mask_ptr + place, mask=filled, other=0), 1), [TILE]) != 0
 
@@ -80,7 +80,7 @@ def _leaky_relu_kernel(x_ptr, out_ptr, mask_ptr, slope, units, UNIT: tl.constexp
     x = widen(tl.load(x_ptr + start + position, mask=inside, other=0.0))
     passes = (x > 0) | (x != x)
     tl.store(out_ptr + start + position, narrow(_activate(x, passes, slope, DTYPE), DTYPE), mask=inside)
-    _store_mask(mask_ptr, passes & inside, units, UNIT, TILE)
+    store_mask(mask_ptr, passes & inside, units, UNIT, TILE)
 
 
 def leaky_relu(x: Tensor, *, negative_slope: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def _dropout_mask_kernel(
     """Mask = draw >= threshold: [n / 8]."""
     start, _, inside = tile(units, UNIT, TILE)
     draws = drawn(seed_ptr, first_group, start, _DROPOUT, SHIFT, TILE)
-    _store_mask(mask_ptr, (draws.to(tl.int32) >= threshold) & inside, units, UNIT, TILE)
+    store_mask(mask_ptr, (draws.to(tl.int32) >= threshold) & inside, units, UNIT, TILE)
 
 
 def dropout_mask(count: int, *, p: float, seed: int | Tensor, device: torch.device, offset: int = 0) -> Tensor:
@@ -184,7 +184,7 @@ def _dropout_kernel(
     start, position, inside = tile(units, UNIT, TILE)
     x = widen(tl.load(x_ptr + start + position, mask=inside, other=0.0))
     draws = drawn(seed_ptr, first_group, start, _DROPOUT, SHIFT, TILE)
-    tl.store(out_ptr + start + position, narrow(_scale_kept(x, draws, threshold, factor, DTYPE), DTYPE), mask=inside)
+    tl.store(out_ptr + start + position, narrow(scale_kept(x, draws, threshold, factor, DTYPE), DTYPE), mask=inside)
 
 
 def dropout(x: Tensor, *, p: float, seed: int | Tensor, offset: int = 0) -> Tensor:
@@ -220,9 +220,9 @@ def _leaky_relu_dropout_kernel(
     x = widen(tl.load(x_ptr + start + position, mask=inside, other=0.0))
     passes = (x > 0) | (x != x)
     draws = drawn(seed_ptr, first_group, start, _DROPOUT, SHIFT, TILE)
-    out = _scale_kept(_activate(x, passes, slope, DTYPE), draws, threshold, factor, DTYPE)
+    out = scale_kept(_activate(x, passes, slope, DTYPE), draws, threshold, factor, DTYPE)
     tl.store(out_ptr + start + position, narrow(out, DTYPE), mask=inside)
-    _store_mask(mask_ptr, passes & inside, units, UNIT, TILE)
+    store_mask(mask_ptr, passes & inside, units, UNIT, TILE)
 
 
 def leaky_relu_dropout(
@@ -261,7 +261,7 @@ def _leaky_relu_dropout_backward_kernel(
     grad = widen(tl.load(grad_ptr + start + position, mask=inside, other=0.0))
     passes = _load_mask(mask_ptr, units, UNIT, TILE)
     draws = drawn(seed_ptr, first_group, start, _DROPOUT, SHIFT, TILE)
-    out = _leak(_scale_kept(grad, draws, threshold, factor, DTYPE), passes, slope, DTYPE)
+    out = _leak(scale_kept(grad, draws, threshold, factor, DTYPE), passes, slope, DTYPE)
     tl.store(out_ptr + start + position, narrow(out, DTYPE), mask=inside)
 
 

@@ -8,15 +8,21 @@ Every launch turns off floating-point fusion: a fused multiply-add would change 
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iexact_runner.compression import reference
+from iexact_runner.compression import triton_product
 from iexact_runner.compression.reference import ROUNDING, stored_dtype
+from iexact_runner.compression.triton_blocks import (
+    decode_relu_dropout,
+    gated_gradient,
+    gated_sums,
+    normalize_relu_dropout,
+)
 from iexact_runner.compression.triton_common import (
     TILE,
     WARPS,
@@ -27,6 +33,7 @@ from iexact_runner.compression.triton_common import (
     drawn,
     grid,
     larger,
+    levels_on,
     load_eights,
     narrow,
     pack,
@@ -54,14 +61,19 @@ from iexact_runner.compression.triton_elementwise import (
 
 __all__ = [
     "apply_dropout_mask",
+    "decode_relu_dropout",
     "dequantize",
     "dropout",
     "dropout_mask",
+    "gated_gradient",
+    "gated_sums",
     "leaky_relu",
     "leaky_relu_backward",
     "leaky_relu_dropout",
     "leaky_relu_dropout_backward",
+    "normalize_relu_dropout",
     "quantize",
+    "quantize_product",
     "rademacher",
 ]
 
@@ -82,12 +94,6 @@ def tile_shape(width: int) -> tuple[int, int, int]:
         raise ValueError(f"width={width}: a tile holds at most {LARGEST_TILE} elements")
     blocks = max(1, TILE // padded)
     return blocks, padded, blocks * padded * WARPS // TILE
-
-
-@functools.lru_cache(maxsize=32)
-def _levels_on(device: torch.device, levels: tuple[float, ...] | None) -> Tensor | None:
-    """Levels (B + 1,), then reciprocal bin widths (B,); kept, as each copy to the device would wait for it."""
-    return None if levels is None else torch.cat(reference.level_table(levels, device))
 
 
 @triton.jit
@@ -245,7 +251,7 @@ def quantize(
         return codes, zero, scale
     (units, unit), (width_units, width_unit) = split(count), split(block_size)
     sizes = (units, width_units, unit, width_unit)
-    drawing = (_levels_on(x.device, levels), seed_on(x.device, seed), offset // 8, *sizes, offset % 8, bits)
+    drawing = (levels_on(x.device, levels), seed_on(x.device, seed), offset // 8, *sizes, offset % 8, bits)
     with torch.cuda.device_of(x):
         if block_size % 8 == 0 and block_size <= LARGEST_TILE:
             blocks, width, warps = tile_shape(block_size)
@@ -262,6 +268,23 @@ def quantize(
             x, codes, zero, scale, *drawing, min(width_unit, 8), TILE, num_warps=2 * WARPS, enable_fp_fusion=False
         )
     return codes, zero, scale
+
+
+def quantize_product(
+    z: Tensor,
+    matrix: Tensor,
+    shift: Tensor,
+    *,
+    bits: int,
+    block_size: int,
+    levels: tuple[float, ...] | None,
+    seed: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`reference.quantize_product`; the product is a map of its own where it does not fit a program."""
+    form: dict[str, Any] = {"bits": bits, "block_size": block_size, "levels": levels, "seed": seed}
+    if triton_product.fits(z, matrix.size(1), block_size):
+        return triton_product.quantize_product(z, matrix, shift, **form)
+    return quantize(torch.addmm(shift, z, matrix), **form)
 
 
 @triton.jit
@@ -315,7 +338,7 @@ def dequantize(
             packed,
             zero,
             scale,
-            _levels_on(out.device, levels),
+            levels_on(out.device, levels),
             out,
             units,
             width_units,

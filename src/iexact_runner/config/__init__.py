@@ -6,19 +6,22 @@ Nothing here imports torch, so that ``iexact --help`` stays fast.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
-from iexact_runner.config.checks import check, check_at_least, check_choice
+from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
-from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig
+from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig, dataset_config
 from iexact_runner.config.model import MODEL_CONFIGS, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
 
 __all__ = [
     "BACKENDS",
     "BITS",
     "BinsConfig",
+    "CheckpointConfig",
     "CompressionConfig",
     "Config",
     "DatasetConfig",
@@ -27,15 +30,20 @@ __all__ = [
     "GATConfig",
     "GCN2Config",
     "GCNConfig",
+    "MODEL_CONFIGS",
     "MeasureConfig",
     "ModelConfig",
     "SAGEConfig",
+    "SweepConfig",
     "SyntheticConfig",
     "TrainingConfig",
+    "dataset_config",
 ]
 
 
 TASKS = ("train", "measure", "fidelity", "distribution", "bins")
+# Those that record every epoch, and so can go on after one.
+RESUMABLE = ("train", "distribution")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOGGERS = ("none", "tensorboard", "mlflow")
 OPTIMIZERS = ("adam", "rmsprop")
@@ -67,11 +75,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_at_least("training.epochs", self.epochs, 1)
-        check(self.lr > 0, "training.lr", self.lr, "must be above 0")
+        check_above("training.lr", self.lr, 0)
         check_choice("training.optimizer", self.optimizer, OPTIMIZERS)
-        check(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "must be 0 or more")
+        decay = self.weight_decay
+        check(0 <= decay < math.inf, "training.weight_decay", decay, "must be 0 or more")
         norm = self.grad_norm
-        check(norm is None or norm > 0, "training.grad_norm", norm, "must be above 0, or null for no clipping")
+        check(
+            norm is None or 0 < norm < math.inf, "training.grad_norm", norm, "must be above 0, or null for no clipping"
+        )
         check_at_least("training.warmup_epochs", self.warmup_epochs, 0)
         check_choice("training.loss", self.loss, LOSSES)
 
@@ -141,6 +152,36 @@ class BinsConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a sweep does with its jobs.
+
+    Args:
+        fail_fast: begin no job after one has failed.
+        skip_completed: take up the jobs that are in the sweep's folder already, and run those that did not complete.
+    """
+
+    fail_fast: bool = False
+    skip_completed: bool = False
+
+
+@dataclass
+class CheckpointConfig:
+    """How often the state of training is written.
+
+    Args:
+        every: number of epochs, or null for never; ``auto`` spends at most half a percent of the time on it, and writes
+            every 5 seconds at most.
+    """
+
+    every: Any = "auto"  # a number or a word: OmegaConf fails to merge a union
+
+    def __post_init__(self) -> None:
+        every = self.every
+        valid = every is None or every == "auto" or (type(every) is int and every >= 1)
+        check(valid, "checkpoint.every", every, "must be 1 or more epochs, auto, or null for never")
+
+
+@dataclass
 class Config:
     """One run of ``iexact``.
 
@@ -153,13 +194,17 @@ class Config:
         debug: show the traceback of an error.
         output_dir: folder below which every run gets one of its own.
         logger: what is told of every epoch beside the records.
+        resume: folder of a run to go on with, or ``auto`` for the newest of this configuration; null begins anew.
+        deterministic: insist on kernels that give the same bits each time; an error where torch has none.
         model: group of the model's fields.
         dataset: group of the dataset's fields.
         compression: group of the scheme's fields.
         training: group of the fields of training.
+        checkpoint: group of the fields of checkpoints.
         measure: group of the fields of timing.
         fidelity: group of the fields of ``task=fidelity``.
         bins: group of the fields of ``task=bins``.
+        sweep: group of the fields of sweeps.
     """
 
     task: str = MISSING
@@ -170,13 +215,17 @@ class Config:
     debug: bool = False
     output_dir: str = "outputs"
     logger: str = "none"
+    resume: str | None = None
+    deterministic: bool = False
     model: ModelConfig = MISSING
     dataset: DatasetConfig = MISSING
     compression: CompressionConfig = MISSING
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     bins: BinsConfig = field(default_factory=BinsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
@@ -198,5 +247,8 @@ class Config:
             )
         energy = self.measure.energy
         check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
+        resumable = self.task in RESUMABLE
+        check(resumable or self.resume is None, "resume", self.resume, f"is for task={' and task='.join(RESUMABLE)}")
+        check(self.resume != "", "resume", "''", "must be the folder of a run, auto, or null")
         check_at_least("runs", self.runs, 1)
         check(0 <= self.seed < 2**62, "seed", self.seed, "must be 0 or more and below 2**62")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from iexact_runner.errors import ConfigError
@@ -27,3 +28,8 @@ def check_probability(name: str, value: float) -> None:
 def check_at_least(name: str, value: float, low: int) -> None:
     """Raises unless ``value`` is ``low`` or more."""
     check(value >= low, name, value, f"must be {low} or more")
+
+
+def check_above(name: str, value: float, low: float) -> None:
+    """Raises unless ``value`` is finite and above ``low``."""
+    check(low < value < math.inf, name, value, f"must be above {low}")

@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from iexact_runner.config.checks import check, check_at_least
+from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
+
+SOURCES = ("ogb", "pyg", "digits", "synthetic")
+# What is in the sources that need files.
+NAMES = {
+    "ogb": ("arxiv", "products"),
+    "pyg": (
+        *("flickr", "reddit", "reddit2", "yelp", "amazon_computers", "amazon_photo", "coauthor_cs", "coauthor_physics"),
+        *("cora", "citeseer", "pubmed", "tolokers"),
+    ),
+}
 
 
 @dataclass
@@ -21,6 +31,7 @@ class DatasetConfig:
         undirected: add the reverse of every edge.
         standardize: scale features to mean 0 and deviation 1 over the training nodes.
         split_seed: draws the 60/20/20 split where none is published.
+        trust_pickle: let dataset files that are pickles run what they say.
     """
 
     name: str = MISSING
@@ -30,8 +41,15 @@ class DatasetConfig:
     undirected: bool = False
     standardize: bool = False
     split_seed: int = 0
+    trust_pickle: bool = False
 
     def __post_init__(self) -> None:
+        check_choice("dataset.source", self.source, SOURCES)
+        own = None if self.source in NAMES else self.source
+        valid = f"needs its own fields; start from dataset={own}" if own else "choose one with dataset=NAME"
+        check(DATASET_PREFIXES.get(type(self)) == own, "dataset.source", self.source, valid)
+        if self.source in NAMES:
+            check_choice("dataset.name", self.name, NAMES[self.source])
         check(bool(self.root), "dataset.root", repr(self.root), "must be a folder")
         check_at_least("dataset.split_seed", self.split_seed, 0)
 
@@ -94,7 +112,7 @@ class SyntheticConfig(DatasetConfig):
         classes = self.num_classes
         check(2 <= classes <= nodes, "dataset.num_classes", classes, "must be between 2 and num_nodes")
         check(0.0 <= self.homophily <= 1.0, "dataset.homophily", self.homophily, "must be between 0 and 1")
-        check(self.degree_exponent > 1, "dataset.degree_exponent", self.degree_exponent, "must be above 1")
+        check_above("dataset.degree_exponent", self.degree_exponent, 1)
         check_at_least("dataset.graph_seed", self.graph_seed, 0)
         sizes = (self.num_train, self.num_val, self.num_test)
         given = [size for size in sizes if size is not None]
@@ -103,5 +121,11 @@ class SyntheticConfig(DatasetConfig):
         check(sum(given) <= nodes, "dataset.num_train", self.num_train, valid)
 
 
-# Of the datasets that need no files; the loaders check the names of the others.
+# Of the datasets that need no files; the names of the others are in NAMES.
 DATASET_PREFIXES: dict[type[DatasetConfig], str] = {DigitsConfig: "digits", SyntheticConfig: "synthetic"}
+
+
+def dataset_config(name: str) -> type[DatasetConfig]:
+    """The class of the fields that a dataset has."""
+    kinds = (kind for kind, prefix in DATASET_PREFIXES.items() if name.startswith(prefix))
+    return next(kinds, DatasetConfig)

@@ -22,7 +22,7 @@ from iexact_runner.config import DatasetConfig
 from iexact_runner.data import preflight
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.prepare import prepare
-from iexact_runner.errors import ConfigError, DatasetError
+from iexact_runner.errors import DatasetError
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ _RELEASE = "RELEASE_v1.txt"
 
 def load_ogb(config: DatasetConfig) -> NodeDataset:
     """Loads ``arxiv`` or ``products`` with its published split."""
-    if config.name not in _DATASETS:
-        raise ConfigError.of("dataset.name", config.name, f"ogb datasets are {', '.join(_DATASETS)}")
     folder = _find_folder(config)
     with preflight.exclusive(folder):
         return _load(config, folder)
@@ -66,29 +64,44 @@ def _read(config: DatasetConfig, folder: Path, files: list[Path], processed: Pat
     from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
     from torch_geometric.data.storage import GlobalStorage
 
-    made = [processed.with_name(name) for name in ("pre_transform.pt", "pre_filter.pt", processed.name)]
-    reading = made if processed.exists() else files
+    class Guarded(PygNodePropPredDataset):  # type: ignore[misc]  # ogb has no types
+        """Does not unpickle ``pre_transform.pt``, which says that nothing was transformed."""
+
+        def _process(self) -> None:
+            if not processed.exists():
+                processed.parent.mkdir(exist_ok=True)
+                self.process()
+
+    splits = [file for file in files if file.parent.name != "raw"]
+    # ogb prefers this one.
+    splits = [path for path in [splits[0].with_name("split_dict.pt")] if path.exists()] or splits
+    reading = [processed] if processed.exists() else files
+    if not config.trust_pickle:
+        preflight.check_files([*reading, *splits])
     try:
         with (
             preflight.quiet(),
-            preflight.removed_on_failure(made),
+            preflight.removed_on_failure([processed]),
             # ogb loads its own file without saying weights_only: these are the classes that file is made of.
             torch.serialization.safe_globals([DataEdgeAttr, DataTensorAttr, GlobalStorage]),
+            preflight.unpickling(config.trust_pickle),
         ):
-            dataset = PygNodePropPredDataset(f"ogbn-{config.name}", root=str(folder.parent))
+            dataset = Guarded(f"ogbn-{config.name}", root=str(folder.parent))
             data = dataset[0]
-            reading = files
+            reading = splits
             split = dataset.get_idx_split()
+            split = tuple(split[part] for part in ("train", "valid", "test"))
+            x, y, edge_index = data.x, data.y, data.edge_index
     except preflight.READ_ERRORS as error:
-        if preflight.cannot_write(error, files):
+        if preflight.cannot_write(error, [processed, *files]):
             raise preflight.unwritable_error(processed.parent, preflight.first_line(error)) from error
         raise preflight.damaged_error(reading, error) from error
     return prepare(
         config,
-        x=data.x,
-        y=data.y,
-        edge_index=data.edge_index,
-        split=(split["train"], split["valid"], split["test"]),
+        x=x,
+        y=y,
+        edge_index=edge_index,
+        split=split,
         num_classes=dataset.num_classes,
     )
 
@@ -111,7 +124,7 @@ def _download(name: str, folder: Path, missing: list[Path]) -> None:
     """Fetches ogb's archive and moves in what is missing; files that are there already stay."""
     url = _URL.format(name)
     preflight.require_network(missing, [url])
-    from ogb.utils.url import download_url, extract_zip
+    from ogb.utils.url import download_url
 
     preflight.require_writable(folder)
     log.info("downloading %s into %s", url, folder)
@@ -122,7 +135,7 @@ def _download(name: str, folder: Path, missing: list[Path]) -> None:
             preflight.quiet(),
             tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch,
         ):
-            extract_zip(download_url(url, scratch), scratch)
+            preflight.unpack(Path(download_url(url, scratch)), Path(scratch))
             unpacked = Path(scratch, name)
             for source in sorted(path for path in unpacked.rglob("*") if path.is_file()):
                 target = folder / source.relative_to(unpacked)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import gzip
 import hashlib
 import http.client
 import io
@@ -23,10 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 from filelock import FileLock
 
 from iexact_runner.errors import DatasetError
+from iexact_runner.untrusted import archives, pickles
+from iexact_runner.untrusted.pickles import RefusedPickle
 
 CONNECT_SECONDS = 4.0
 STALL_SECONDS = 60.0
@@ -40,6 +40,9 @@ READ_ERRORS = (
     LookupError,
     RuntimeError,
     AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
     zipfile.BadZipFile,
     zlib.error,
     pickle.UnpicklingError,
@@ -109,6 +112,49 @@ def damaged_error(paths: Sequence[Path], error: BaseException) -> DatasetError:
     return DatasetError(f"{path} is damaged or unreadable ({reason}): {remedy}")
 
 
+def check_files(paths: Sequence[Path]) -> None:
+    """Raises unless every file is what its suffix says, without objects that could run and of a size that is meant."""
+    for path in paths:
+        check = _CHECKS.get(path.suffix)
+        if check is not None:
+            with reading(path):
+                check(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a damaged or hostile file makes its reader raise into one line."""
+    try:
+        _check_regular(path)
+        yield
+    except RefusedPickle as error:
+        raise DatasetError(
+            f"{path} is {error}: get it from a source you trust, or set dataset.trust_pickle=true to run what it says"
+        ) from error
+    except READ_ERRORS as error:
+        raise damaged_error([path], error) from error
+
+
+def check_torch_file(path: Path) -> None:
+    """Raises ``ValueError`` unless a file of ``torch.save`` holds tensors in what torch_geometric and ogb wrap them."""
+    pickles.check_torch_file(path, _DATA_CLASSES)
+
+
+_DATA_CLASSES = (
+    "torch_geometric.data.data.Data",
+    "torch_geometric.data.data.DataEdgeAttr",
+    "torch_geometric.data.data.DataTensorAttr",
+    "torch_geometric.data.storage.GlobalStorage",
+)
+_CHECKS = {
+    ".npz": archives.check_npz,
+    ".npy": archives.check_npy,
+    ".gz": archives.check_gzip,
+    ".zip": archives.check_zip,
+    ".pt": check_torch_file,
+}
+
+
 def require_writable(folder: Path) -> None:
     """Raises unless ``folder`` can be written into, or made: better now than after minutes of processing."""
     existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
@@ -155,6 +201,13 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpacks a downloaded archive whose sizes are meant; no member of it can leave ``folder``."""
+    archives.check_zip(archive)
+    with zipfile.ZipFile(archive) as members:
+        members.extractall(folder)
+
+
 @contextlib.contextmanager
 def stall_limit() -> Iterator[None]:
     """Makes a download whose server falls silent fail: the libraries set no timeout of their own."""
@@ -167,6 +220,21 @@ def stall_limit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unpickling(trusted: bool) -> Iterator[None]:
+    """Lets ``torch.load`` unpickle anything where a library does not say what it wants."""
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    previous = os.environ.pop(name, None)
+    if trusted:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if previous is not None:
+            os.environ[name] = previous
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Swallows what the dataset libraries print; they have no switch for it."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -176,25 +244,24 @@ def quiet() -> Iterator[None]:
 def _defect(path: Path) -> str | None:
     """Reads one file to the end; why it is damaged, or None if it looks whole."""
     try:
+        _check_regular(path)
         if path.stat().st_size == 0:
             return "empty file"
-        if path.suffix in (".npz", ".pt"):
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            return f"bad checksum of {broken}" if broken else None
-        if path.suffix == ".npy":
-            np.load(path, mmap_mode="r")
+        if path.suffix in _CHECKS:
+            _CHECKS[path.suffix](path)
         elif path.suffix == ".json":
             json.loads(path.read_bytes())
-        elif path.suffix == ".gz":
-            with gzip.open(path) as stream:
-                while stream.read(1 << 20):
-                    pass
         else:
             path.read_bytes()
     except READ_ERRORS as error:
         return first_line(error)
     return None
+
+
+def _check_regular(path: Path) -> None:
+    """Refuses what only looks like a file: a device has no end, and a pipe may never begin."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
 
 
 def first_line(error: BaseException) -> str:

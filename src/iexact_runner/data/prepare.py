@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,17 +34,23 @@ def prepare(
         split: the published train, validation and test indices, or None to draw 60/20/20.
         num_classes: as published; by default the largest label + 1.
     """
-    if x.dim() != 2 or len(x) != len(y):
+    _check_tensors(config, {"features": x, "labels": y, "edges": edge_index})
+    if x.dim() != 2 or y.dim() not in (1, 2) or len(x) != len(y) or x.numel() == 0 or y.numel() == 0:
         raise _mismatch(config, f"features {tuple(x.shape)} and labels {tuple(y.shape)} disagree")
+    x = x.float()
     if not torch.isfinite(x).all():
         raise _mismatch(config, "a feature is not finite")
     y = y.squeeze(1) if y.dim() == 2 and y.size(1) == 1 else y
     missing = torch.isnan(y) | (y < 0)
     if y.dim() == 2:
         labelled = ~missing.any(dim=1)
+        if (y[labelled] > 1).any():
+            raise _mismatch(config, "a label is neither 0 nor 1")
         y, classes = y.float(), y.size(1)
     else:
         labelled = ~missing
+        if not (y[labelled] < len(y)).all():
+            raise _mismatch(config, f"a label is beyond the {len(y)} classes that as many nodes can have")
         y = y.masked_fill(missing, -1).long()
         classes = int(y.max()) + 1
     if num_classes is not None and classes > num_classes:
@@ -54,7 +62,6 @@ def prepare(
     for name, nodes in (("train", train), ("validation", val), ("test", test)):
         if len(nodes) == 0:
             raise _mismatch(config, f"the {name} split has no labelled node")
-    x = x.float()
     return NodeDataset(
         x=standardized(x, train) if config.standardize else x,
         y=y,
@@ -64,6 +71,12 @@ def prepare(
         test=test,
         num_classes=num_classes or classes,
     )
+
+
+def _check_tensors(config: DatasetConfig, tensors: dict[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
+            raise _mismatch(config, f"the {name} are missing, or no dense tensor of numbers")
 
 
 def index_dtype(num_nodes: int) -> torch.dtype:
@@ -82,12 +95,14 @@ def standardized(x: Tensor, train: Tensor) -> Tensor:
 
 def _keep_labelled(config: DatasetConfig, nodes: Tensor, labelled: Tensor) -> Tensor:
     _check_range(config, nodes, len(labelled), "split")
-    nodes = nodes.long()
+    nodes = nodes.long().flatten()
     return nodes[labelled[nodes]]
 
 
 def _merged_edges(config: DatasetConfig, edge_index: Tensor, num_nodes: int) -> Tensor:
     """Sorts by source, then target, and drops repeats; adds the reverse edges if the config asks."""
+    if edge_index.dim() != 2 or len(edge_index) != 2:
+        raise _mismatch(config, f"the edge list has shape {tuple(edge_index.shape)}")
     _check_range(config, edge_index, num_nodes, "edge list")
     source, target = edge_index.long()
     key = source * num_nodes + target
@@ -99,8 +114,12 @@ def _merged_edges(config: DatasetConfig, edge_index: Tensor, num_nodes: int) -> 
 
 
 def _check_range(config: DatasetConfig, index: Tensor, num_nodes: int, what: str) -> None:
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
+        raise _mismatch(config, f"the {what} is not one of node numbers")
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_nodes:
-        raise _mismatch(config, f"the {what} names node {int(index.max())} of {num_nodes}")
+        raise _mismatch(
+            config, f"the {what} names node {int(index.min() if index.min() < 0 else index.max())} of {num_nodes}"
+        )
 
 
 def _mismatch(config: DatasetConfig, reason: str) -> DatasetError:

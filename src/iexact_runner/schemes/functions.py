@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from iexact_runner.compression import ops
+from iexact_runner.compression import block_ops, ops
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
@@ -220,6 +220,66 @@ class LeakyReLUDropout(Function):
                 grad, masks[0], negative_slope=slope, p=ctx.p, seed=seed, backend=backend
             )
         return grad_x, *[None] * 6
+
+
+class BatchNormReLUDropout(Function):
+    """:class:`BatchNorm` with gamma and beta, then :class:`LeakyReLUDropout` at slope 0, for maps kept as a sketch.
+
+    The sign mask and the map of ``keep`` are saved; x^ is put together from its coefficients where it is needed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        p: float,
+        seed: int | Tensor,
+        backend: str,
+        keep: Callable[[Tensor, Tensor], KeptMap],
+        signs: list[Tensor],
+    ) -> Tensor:
+        # On a processor the statistics of a 16-bit map would be rounded to 16 bits.
+        exact = x if x.is_cuda else x.float()
+        mean, variance = torch.ops.aten.batch_norm_update_stats(exact, running_mean, running_var, momentum)
+        inverse_std = (variance + eps).rsqrt()
+        layout, tensors = keep(mean, inverse_std)
+        output, mask = block_ops.normalize_relu_dropout(
+            x, mean, inverse_std, weight, bias, p=p, seed=seed, backend=backend
+        )
+        signs.append(mask)
+        ctx.layout, ctx.p, ctx.backend = layout, p, backend
+        # Plain modules keep the input of BatchNorm, the output of ReLU and the dropout mask.
+        fp32_bytes = 4 * x.numel() + (_dropout_mask_bytes(x) if p else 0)
+        ctx.saved_map = (
+            SavedMap(layout.shape, layout.stored_type, 4 * x.numel(), len(tensors)),
+            SavedMap(layout.shape, "mask", fp32_bytes, 1),
+        )
+        save_with_seed(ctx, seed, *tensors, mask, weight, inverse_std)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (*tensors, mask, weight, inverse_std), seed = restore_seed(ctx)
+        coefficients, directions = ctx.layout.factors(tuple(tensors))
+        directions = directions * inverse_std.unsqueeze(1)  # of x^, in place of x
+        gate = dict(p=ctx.p, seed=seed, backend=ctx.backend)
+        grad_bias, grad_weight = block_ops.gated_sums(grad, mask, coefficients, directions, **gate)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # dx = factor (g - mean(g) - x^ mean(g x^)).
+            factor = weight * inverse_std
+            slope, shift = factor * grad_weight / -grad.size(0), factor * grad_bias / -grad.size(0)
+            grad_x = block_ops.gated_gradient(
+                grad, mask, coefficients, directions * slope.unsqueeze(1), factor, shift, **gate
+            )
+        return grad_x, grad_weight, grad_bias, *[None] * 9
 
 
 class MaskedDropout(Function):

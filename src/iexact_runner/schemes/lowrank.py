@@ -25,7 +25,7 @@ from iexact_runner.compression.sketch import (
 from iexact_runner.config import CompressionConfig
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
-from iexact_runner.schemes.projected import Projected
+from iexact_runner.schemes.projected import Projected, momentum_of
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,37 @@ class LowRank(Projected):
             return super().finish(convolve, norm=norm, residual=residual, dropout=dropout)
         h = convolve()
         self._normalized = None
-        if norm is not None:
+        signs: list[Tensor] = []
+        backend = self._format.backend
+        seed, fixed, seeds = self._mask_seed() if dropout else (0, 0, [])
+        value: Tensor | None = None
+        if norm is not None and norm.affine and residual is None and not self._config.residual:
+            value = self._normalize_relu_dropout(h, norm, dropout, seed, signs)
+        elif norm is not None:
             h = self.batch_norm(h, norm)
         if residual is not None:
             h, self._normalized = h + residual, None
         layout, tensors = self._kept_sketch(h, self._normalized)
-        signs: list[Tensor] = []
-        backend = self._format.backend
-        fixed: int | None = 0
-        seeds: list[Tensor] = []
-        value: Tensor
-        if dropout:
-            seed, fixed, seeds = self._mask_seed()
+        if value is None and dropout:
             value = functions.LeakyReLUDropout.apply(h, 0.0, dropout, seed, False, backend, signs)
-        else:
+        elif value is None:
             value = functions.LeakyReLU.apply(h, 0.0, backend, False, signs)
         layout = replace(layout, relu=True, dropout=dropout, seed=fixed)
         return Activation(value, Kept(KeptMap(layout, (*tensors, *signs, *seeds))))
+
+    def _normalize_relu_dropout(
+        self, h: Tensor, norm: nn.BatchNorm1d, p: float, seed: int | Tensor, signs: list[Tensor]
+    ) -> Tensor:
+        """BatchNorm, ReLU and dropout in one pass over h (N, D), and in two backwards."""
+
+        def keep(mean: Tensor, inverse_std: Tensor) -> KeptMap:
+            return self._keep_normalized(h, mean, inverse_std, norm.weight, norm.bias)
+
+        parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum_of(norm), norm.eps)
+        finished: Tensor = functions.BatchNormReLUDropout.apply(
+            h, *parameters, p, seed, self._format.backend, keep, signs
+        )
+        return finished
 
     def drop(self, x: Activation, p: float) -> Activation:
         """Dropout of an activation that has other consumers; both are decoded from one sketch."""

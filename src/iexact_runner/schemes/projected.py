@@ -121,7 +121,7 @@ class Projected(Plain):
         if not torch.is_grad_enabled():
             return super().batch_norm(h, norm)
         parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return self.normalize(h, *parameters, momentum=_momentum(norm), eps=norm.eps)
+        return self.normalize(h, *parameters, momentum=momentum_of(norm), eps=norm.eps)
 
     def normalize(
         self,
@@ -223,7 +223,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _momentum(norm: nn.BatchNorm1d) -> float:
+def momentum_of(norm: nn.BatchNorm1d) -> float:
     """Weight of the new batch in the running statistics, counted as ``nn.BatchNorm1d`` does."""
     if norm.num_batches_tracked is None:
         return 0.0

@@ -11,6 +11,7 @@ from rich.console import Console
 from iexact_runner import measure
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
+from iexact_runner.locks import DeviceLock
 from iexact_runner.loggers import Logger
 from iexact_runner.nn import Model, build_model
 from iexact_runner.records import RunFolder
@@ -25,7 +26,10 @@ class Findings:
         metric: name of the scores.
         memory: figures of one training step.
         completed: scores at the best validation epoch of each run that was completed.
-        throughput: of the timed epochs.
+        resumed: how many times the run went on after its end.
+        warmup_epochs: epochs of a run, and of what follows a resumption, that are not timed.
+        epoch_seconds: of every timed epoch of training.
+        throughput: of the timed epochs of ``task=measure``.
         fidelities: figures of gradients by epoch, of each run.
         distribution: figures of maps, of each run.
         energy: of the timed epochs.
@@ -34,10 +38,19 @@ class Findings:
     metric: str | None = None
     memory: dict[str, Any] | None = None
     completed: list[Scores] = field(default_factory=list)
+    resumed: int = 0
+    warmup_epochs: int = 0
+    epoch_seconds: list[float] = field(default_factory=list)
     throughput: measure.Throughput | None = None
     fidelities: list[dict[int, dict[str, Any]]] = field(default_factory=list)
     distribution: list[list[dict[str, Any]]] | None = None
     energy: dict[str, Any] | None = None
+
+    def timed(self) -> measure.Throughput | None:
+        """Throughput as it stands."""
+        if self.epoch_seconds:
+            return measure.Throughput.of(self.epoch_seconds, warmup_epochs=self.warmup_epochs)
+        return self.throughput
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,7 @@ class Context:
         config: what to run.
         problem: what it runs on.
         device: where.
+        lock: of the device, shared with other work there.
         folder: where the records go.
         console: where progress is shown.
         logger: what is told of every epoch beside the records.
@@ -57,6 +71,7 @@ class Context:
     config: Config
     problem: Problem
     device: torch.device
+    lock: DeviceLock
     folder: RunFolder
     console: Console
     logger: Logger

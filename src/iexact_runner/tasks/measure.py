@@ -13,7 +13,7 @@ from iexact_runner.training import Optimization, clock, step
 
 
 def run(context: Context) -> None:
-    """Shows the kept tensors and times epochs, with their energy if asked to."""
+    """Shows the kept tensors and times epochs with the device to itself, with their energy if asked to."""
     config, problem, findings, device = context.config, context.problem, context.findings, context.device
     assert findings.memory is not None
     show_tensors(context.console, findings.memory["tensors"])
@@ -27,6 +27,7 @@ def run(context: Context) -> None:
         step(model, optimization, problem, seed=mix(seed, number), epoch=number)
         return clock(device) - start
 
+    context.lock.exclude_others()
     meter = EnergyMeter(device, country=config.measure.country) if config.measure.energy else None
     with context.console.status("timing epochs"):
         findings.throughput = time_epochs(

@@ -1,44 +1,81 @@
-"""``task=train``: trains all runs, recording every epoch."""
+"""``task=train``: trains all runs, recording every epoch, and goes on where an earlier process was stopped."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
+from iexact_runner.checkpoint import Checkpoints
 from iexact_runner.display import Display
-from iexact_runner.measure import Throughput
+from iexact_runner.interrupts import Interrupts
 from iexact_runner.nn import Model
 from iexact_runner.records import RunFolder
 from iexact_runner.tasks.context import Context
-from iexact_runner.training import Epoch, Optimization, Scores, train_epochs
+from iexact_runner.tasks.progress import Progress
+from iexact_runner.training import Epoch, train_epochs
+
+logger = logging.getLogger(__name__)
 
 
 def run(context: Context, *, finish: Callable[[Model, int], None] | None = None) -> None:
     """Trains all runs; ``finish`` is called with the model of each and its seed."""
     config, problem, findings = context.config, context.problem, context.findings
     assert findings.memory is not None
-    warmup = min(config.measure.warmup_epochs, config.training.epochs // 2)
-    timed: list[float] = []
-    epochs = config.training.epochs
-    with Display(context.console, runs=config.runs, epochs=epochs, metric=problem.metric) as display:
-        for run in range(config.runs):
-            model, seed = context.new_model(run)
-            display.start_run(run)
-            best: Scores | None = None
-            optimization = Optimization(model, config.training, precision=config.precision)
-            for epoch in train_epochs(model, problem, optimization, seed=seed):
-                record(context.folder, run, epoch)
-                context.logger.log(run, epoch)
-                if best is None or epoch.scores.val > best.val:
-                    best = epoch.scores
-                if epoch.number > warmup:
-                    timed.append(epoch.seconds)
-                    findings.throughput = Throughput.of(timed, warmup_epochs=warmup)
-                display.show(run, epoch, saved_mib=findings.memory["saved_mib"])
-            assert best is not None
-            findings.completed.append(best)
+    findings.warmup_epochs = warmup = min(config.measure.warmup_epochs, config.training.epochs // 2)
+    checkpoints = Checkpoints(context.folder, config.checkpoint.every)
+    progress = start(context, checkpoints)
+    with (
+        Display(context.console, runs=config.runs, epochs=config.training.epochs, metric=problem.metric) as display,
+        Interrupts() as interrupts,
+    ):
+
+        def save() -> None:
+            with interrupts.held():
+                checkpoints.write(progress.state())
+            interrupts.wait = False
+
+        if context.folder.resumed and checkpoints.enabled:
+            save()  # so that it counts as resumed whatever happens next
+        while True:
+            display.start_run(progress.run)
+            begun = progress.epoch
+            for epoch in train_epochs(
+                progress.model, problem, progress.optimization, seed=progress.seed, done=progress.epoch
+            ):
+                interrupts.wait = checkpoints.enabled
+                record(context.folder, progress.run, epoch)
+                progress.passed(epoch)
+                if epoch.number > begun + warmup:
+                    findings.epoch_seconds.append(epoch.seconds)
+                context.logger.log(progress.run, epoch)
+                display.show(progress.run, epoch, saved_mib=findings.memory["saved_mib"])
+                if checkpoints.enabled and (interrupts.pending or checkpoints.due(epoch.number)):
+                    save()
+                if interrupts.pending:
+                    raise KeyboardInterrupt
             if finish is not None:
-                finish(model, seed)
+                if checkpoints.enabled:
+                    save()  # what follows takes long
+                finish(progress.model, progress.seed)
+            findings.completed.append(progress.best_scores())
+            if progress.run + 1 == config.runs:
+                return
+            progress = Progress(context, progress.run + 1)
+
+
+def start(context: Context, checkpoints: Checkpoints) -> Progress:
+    """Where training begins: at its first epoch, or after the last one that a checkpoint of the folder holds."""
+    folder, findings = context.folder, context.findings
+    if not folder.resumed:
+        return Progress(context, 0)
+    state = checkpoints.read(lines=folder.metrics_lines())
+    progress = Progress(context, 0) if state is None else Progress.of(state, context)
+    folder.keep_metrics(progress.lines)
+    findings.resumed += 1
+    place = f"goes on after epoch {progress.epoch} of run {progress.run + 1}"
+    logger.info(f"{folder.path}: {'has no checkpoint: starts again' if state is None else place}")
+    return progress
 
 
 def record(folder: RunFolder, run: int, epoch: Epoch) -> None:

@@ -1,0 +1,100 @@
+"""Kills sweeps at random moments, takes them up again, and compares what they end with to an undisturbed one.
+
+python scripts/kill_sweeps.py --kills 50 --out FOLDER --csv benchmarks/kill_sweeps_cpu.csv
+python scripts/kill_sweeps.py --kills 20 --out FOLDER --launcher processes resume=auto checkpoint.every=10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from iexact_runner import environment
+from iexact_runner.jobs import jobs_below
+
+JOBS = ("dataset=digits", "model.hidden_channels=8", "training.epochs=100", "seed=0,1,2", "compression=none,iexact")
+KILLS_PER_SWEEP = 5
+ENVIRONMENT = ("device_name", "python", "torch", "git_commit")
+# Fields of metrics.jsonl that tell the time.
+TIMES = ("seconds", "time")
+
+
+def main() -> None:
+    """Prints how often jobs began again and how many were lost; exits with 1 if one was."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="default: 50")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
+    parser.add_argument("--launcher", help="hydra/launcher=NAME")
+    parser.add_argument("--csv", type=Path, help="file to write a row a sweep to")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the sweeps")
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of the sweep's jobs, after the usual ones")
+    arguments = parser.parse_args()
+    overrides = [*JOBS, *arguments.overrides]
+    overrides += [f"hydra/launcher={arguments.launcher}"] if arguments.launcher else []
+    draws = random.Random(arguments.seed)
+    began = time.monotonic()
+    if start(arguments.out / "undisturbed", overrides).wait() != 0:
+        sys.exit("the undisturbed sweep failed")
+    duration = time.monotonic() - began
+    expected = recorded(arguments.out / "undisturbed")
+    rows: list[dict[str, Any]] = []
+    while (tried := sum(row["kills"] for row in rows)) < arguments.kills:
+        folder, kills = arguments.out / f"killed_{len(rows)}", 0
+        for _ in range(min(KILLS_PER_SWEEP, arguments.kills - tried)):
+            process = start(folder, overrides)
+            try:
+                # What is left takes less time with every kill.
+                process.wait(draws.uniform(0, duration / 2))
+                break  # it ended before its time
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                kills += 1
+        status = start(folder, overrides).wait()
+        found = recorded(folder)
+        wrong = [name for name in expected if found.get(name) != expected[name]]
+        counts = {"kills": kills, "begun_again": len(list(folder.rglob("attempt_*"))), "jobs": len(expected)}
+        rows.append(counts | {"lost": len(wrong), "exit_status": status})
+        print(f"{folder.name}: {rows[-1]}", flush=True)
+    table = pd.DataFrame(rows)
+    if arguments.csv:
+        facts = environment.describe(torch.device("cpu"), backend="none")
+        options = {"launcher": arguments.launcher, "overrides": " ".join(overrides), "seed": arguments.seed}
+        table.assign(**options, **{name: facts[name] for name in ENVIRONMENT}).to_csv(arguments.csv, index=False)
+    totals = table[["kills", "begun_again", "jobs", "lost"]].sum()
+    print(f"{len(rows)} sweeps: " + ", ".join(f"{name} {total}" for name, total in totals.items()))
+    sys.exit(1 if table["lost"].any() or table["exit_status"].any() else 0)
+
+
+def start(folder: Path, overrides: list[str]) -> subprocess.Popen[bytes]:
+    """The sweep as a process group of its own, so that a kill reaches the processes of a launcher too."""
+    taken_up = [f"hydra.sweep.dir={folder}", "sweep.skip_completed=true"]
+    command = [sys.executable, "-m", "iexact_runner", "-m", *overrides, *taken_up]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Metrics of every completed job, by the hash of its configuration, without the times."""
+    found = {}
+    for job in jobs_below(folder):
+        if job.state == "completed":
+            lines = map(json.loads, (job.folder / "metrics.jsonl").read_text().splitlines())
+            values = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+            summary = json.loads((job.folder / "summary.json").read_text())
+            found[job.status()["config_hash"]] = [values, summary["accuracy"]]
+    return found
+
+
+if __name__ == "__main__":
+    main()
