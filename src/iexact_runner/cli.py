@@ -47,8 +47,8 @@ def register_schema() -> None:
     store.store(name="schema", node=schema.Config)
     store.store(group="compression", name="base_compression", node=schema.CompressionConfig)
     store.store(group="dataset", name="base_dataset", node=schema.DatasetConfig)
-    store.store(group="dataset", name="base_digits", node=schema.DigitsConfig)
-    store.store(group="dataset", name="base_synthetic", node=schema.SyntheticConfig)
+    for dataset, name in schema.DATASET_PREFIXES.items():
+        store.store(group="dataset", name=f"base_{name}", node=dataset)
     for name, model in schema.MODEL_CONFIGS.items():
         store.store(group="model", name=f"base_{name}", node=model)
 

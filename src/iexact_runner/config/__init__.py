@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointConfig",
     "CompressionConfig",
     "Config",
+    "DATASET_PREFIXES",
     "DatasetConfig",
     "DigitsConfig",
     "FidelityConfig",
