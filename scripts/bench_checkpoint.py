@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from iexact_runner import environment, tasks
-from iexact_runner.checkpoint import Checkpoints
+from iexact_runner import tasks
 from iexact_runner.cli import compose_config
 from iexact_runner.compression import backends
 from iexact_runner.experiment import Experiment
-from iexact_runner.records import RunFolder
+from iexact_runner.measure import environment
+from iexact_runner.runs.checkpoint import Checkpoints
+from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks.context import Context
 
 # Short epochs of a small model, and long ones of one with the weights of the published models.

@@ -23,17 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from iexact_runner import environment
 from iexact_runner.cli import compose_config
 from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.experiment import resolve_device
 from iexact_runner.loss import loss_per_node
-from iexact_runner.measure import MIB, SavedTensors, total_bytes
+from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
+from iexact_runner.measure.peak import PeakMemory
 from iexact_runner.nn import build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
-from iexact_runner.peak import PeakMemory
 from iexact_runner.training import Optimization, Problem, clock, prepare, step, training_input
 
 PRESETS = {

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from iexact_runner import environment
 from iexact_runner.compression import backends, parity
+from iexact_runner.measure import environment
 
 BITS = (1, 2, 4, 8)
 # Two capped blocks of published presets and one row of a projected map.

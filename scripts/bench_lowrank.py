@@ -25,8 +25,9 @@ from bench_epoch import append_rows, time_presets
 from bench_epoch import show as show_steps
 from iexact_runner.cli import compose_config
 from iexact_runner.experiment import Experiment, resolve_device
-from iexact_runner.records import RunFolder
-from iexact_runner.report import read_report, show
+from iexact_runner.report.command import show
+from iexact_runner.report.reading import read_report
+from iexact_runner.runs.records import RunFolder
 
 PARTS = ("step", "gradient", "accuracy")
 SAGE = ("model=sage", "model.num_layers=3", "model.hidden_channels=128", "model.dropout=0.5", "training.lr=0.01")

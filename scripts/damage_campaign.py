@@ -32,7 +32,8 @@ from pathlib import Path
 
 from bad_overrides import bad_overrides
 from damaged_files import DATASETS, copy, damages_of, write_datasets
-from iexact_runner import cli, report
+from iexact_runner import cli
+from iexact_runner.report import command as report
 
 QUICK = ("training.epochs=1", "model.hidden_channels=4", "model.num_layers=2")
 # A proxy that refuses at once: a missing file is not downloaded.

@@ -139,7 +139,7 @@ def time_epochs(device: Any, out: Path, *, rounds: int, deadline: float) -> None
 def _write(rows: list[dict[str, Any]], path: Path, device: Any) -> None:
     import pandas as pd
 
-    from iexact_runner import environment
+    from iexact_runner.measure import environment
 
     facts = environment.describe(device, backend="triton")
     kept = {key: facts[key] for key in ("device_name", "python", "torch", "triton", "cuda", "git_commit")}

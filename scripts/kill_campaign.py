@@ -26,9 +26,11 @@ import pandas as pd
 import torch
 
 # What a trial needs, imported once: a forked process starts at once.
-from iexact_runner import cli, environment, experiment, resume  # noqa: F401
+from iexact_runner import cli, experiment  # noqa: F401
 from iexact_runner.compression import backends
-from iexact_runner.files import count_lines
+from iexact_runner.measure import environment  # noqa: F401
+from iexact_runner.runs import resume  # noqa: F401
+from iexact_runner.runs.files import count_lines
 from iexact_runner.tasks import distribution  # noqa: F401
 
 RUN = ("dataset=synthetic", "dataset.num_nodes=200", "dataset.num_features=16", "model.hidden_channels=16", "runs=2")

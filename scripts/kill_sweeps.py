@@ -20,8 +20,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from iexact_runner import environment
-from iexact_runner.jobs import jobs_below
+from iexact_runner.measure import environment
+from iexact_runner.runs.jobs import jobs_below
 
 JOBS = ("dataset=digits", "model.hidden_channels=8", "training.epochs=100", "seed=0,1,2", "compression=none,iexact")
 KILLS_PER_SWEEP = 5

@@ -17,7 +17,7 @@ from typing import Any
 
 from iexact_runner.cli import config_dir
 
-REPORT = "from iexact_runner.report import main; main()"
+REPORT = "from iexact_runner.report.command import main; main()"
 
 
 def main() -> None:

@@ -20,10 +20,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from iexact_runner import environment
 from iexact_runner.compression import backends
-from iexact_runner.files import count_lines
-from iexact_runner.measure import MIB
+from iexact_runner.measure import MIB, environment
+from iexact_runner.runs.files import count_lines
 
 SETTLED = 100
 ENVIRONMENT = ("device_name", "python", "torch", "numba", "git_commit")

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from iexact_runner.records import RunFolder, mean_std
+from iexact_runner.runs.records import RunFolder, mean_std
 
 CONFIG: dict[str, Any] = {
     "task": "train",

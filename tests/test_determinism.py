@@ -22,7 +22,7 @@ from iexact_runner.determinism import deterministic_algorithms
 from iexact_runner.errors import ConfigError
 from iexact_runner.experiment import Experiment
 from iexact_runner.nn import build_model, compress
-from iexact_runner.records import RunFolder
+from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks import train
 from iexact_runner.training import Optimization, evaluate, prepare, step
 

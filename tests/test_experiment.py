@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 from conftest import tiny_dataset
-from iexact_runner import devices, experiment
+from iexact_runner import experiment
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.experiment import Experiment, resolve_device
-from iexact_runner.records import RunFolder
+from iexact_runner.runs import devices
+from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks import train
 
 QUICK = ("training.epochs=4", "model.hidden_channels=16", "measure.timed_epochs=3", "measure.warmup_epochs=1")

@@ -111,7 +111,8 @@ def test_sweep_ends_with_the_table_of_its_runs(tmp_path):
             errors = summary["fidelity"]["after"]["8"]["relative_error"]
             assert f"{sum(errors) / 2:.3f} +- " in table
     (command,) = re.findall(r"iexact-report (\S+) --format html", table)
-    code = f"import sys; sys.argv = ['', {command!r}, '--format', 'csv']; import iexact_runner.report as r; r.main()"
+    arguments = ["", command, "--format", "csv"]
+    code = f"import sys; from iexact_runner.report import command; sys.argv = {arguments!r}; command.main()"
     again = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [row["task"] for row in csv.DictReader(io.StringIO(again.stdout))] == ["train | fidelity"] * 2
 

@@ -14,7 +14,7 @@ from iexact_runner.cli import compose_config
 from iexact_runner.config import LOGGERS
 from iexact_runner.errors import ConfigError
 from iexact_runner.experiment import Experiment
-from iexact_runner.records import RunFolder
+from iexact_runner.runs.records import RunFolder
 
 
 def run(path, *overrides):

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import REPOSITORY
 from iexact_runner.cli import compose_config
-from iexact_runner.report import make_parser
+from iexact_runner.report.command import make_parser
 
 TEXT = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)

@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 if TYPE_CHECKING:
-    from iexact_runner.jobs import Job
-    from iexact_runner.sweeps import Sweep
+    from iexact_runner.runs.jobs import Job
+    from iexact_runner.runs.sweeps import Sweep
 
 
 class IexactSweeper(BasicSweeper):
@@ -55,7 +55,7 @@ class IexactSweeper(BasicSweeper):
     def _place(self, sweep: Sweep, overrides: list[str]) -> tuple[Job, list[str]] | None:
         """A job with the overrides it is launched with; None if there is nothing to launch."""
         from iexact_runner import cli
-        from iexact_runner.records import config_hash
+        from iexact_runner.runs.records import config_hash
 
         assert self.config is not None and self.hydra_context is not None
         problem: Exception | None = None
@@ -83,7 +83,7 @@ def _begin(composed: DictConfig) -> Sweep:
         ConfigError: if it is to be taken up but has a new folder, or if all jobs are to resume one run.
     """
     from iexact_runner.errors import ConfigError
-    from iexact_runner.sweeps import Sweep
+    from iexact_runner.runs.sweeps import Sweep
 
     fields, place = composed.sweep, OmegaConf.to_container(composed.hydra.sweep, resolve=False)
     if fields.skip_completed and isinstance(place, dict) and "${now:" in place["dir"]:

@@ -29,7 +29,7 @@ from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 
 if TYPE_CHECKING:
-    from iexact_runner.sweeps import Sweep
+    from iexact_runner.runs.sweeps import Sweep
 
 # Launchers of Hydra's plugins, and the extras that bring them.
 LAUNCHER_EXTRAS = {
@@ -115,8 +115,8 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     resumed = OmegaConf.select(composed, "resume")
     if resumed in (None, "", "auto"):
         return composed
-    from iexact_runner.records import CONFIG, WITHOUT_EFFECT, read_config
-    from iexact_runner.resume import check_agreement, overridden
+    from iexact_runner.runs.records import CONFIG, WITHOUT_EFFECT, read_config
+    from iexact_runner.runs.resume import check_agreement, overridden
 
     path = Path(resumed, CONFIG)
     if not path.is_file():
@@ -149,7 +149,7 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
     """
     # torch and rich are slow to import, and --help needs neither.
     from iexact_runner.display import Screen, show_messages
-    from iexact_runner.records import RunFolder
+    from iexact_runner.runs.records import RunFolder
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
     screen = Screen(file=sys.stdout, force_terminal=None if live else False)
@@ -160,7 +160,7 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
         bins.run(config, RunFolder(folder), screen, resolved_yaml)
     else:
         from iexact_runner.experiment import Experiment
-        from iexact_runner.resume import place
+        from iexact_runner.runs.resume import place
 
         chosen, resumed = place(config, folder)
         if resumed:
@@ -170,13 +170,13 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
 
 def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
     """Runs one job of a sweep and records its status, unless another process does."""
-    from iexact_runner.jobs import Job
-    from iexact_runner.records import METRICS, SUMMARY
+    from iexact_runner.runs.jobs import Job
+    from iexact_runner.runs.records import METRICS, SUMMARY
 
     with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
         if not mine:
             return
-        from iexact_runner.devices import own_gpu
+        from iexact_runner.runs.devices import own_gpu
 
         config = to_config(composed)
         if config.resume == "auto":
@@ -199,8 +199,9 @@ def report_job(name: str, overrides: list[str], error: Exception) -> None:
 
 def show_sweep(sweep: Sweep) -> None:
     """Prints the jobs of a sweep and the table of its runs; jobs with tables of their own have none."""
-    from iexact_runner.records import run_folders
-    from iexact_runner.report import read_report, show, wide_console
+    from iexact_runner.report.command import show, wide_console
+    from iexact_runner.report.reading import read_report
+    from iexact_runner.runs.records import run_folders
 
     console = wide_console()
     sweep.show(console)

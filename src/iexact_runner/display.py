@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from iexact_runner.records import compression_label
+from iexact_runner.runs.records import compression_label
 from iexact_runner.training import Epoch
 
 PLAIN_LINES_PER_RUN = 10

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from iexact_runner import checkpoint, energy, environment, fidelity, loggers, measure, out_of_memory
+from iexact_runner import loggers, measure
+from iexact_runner.analysis import fidelity
 from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.determinism import deterministic_algorithms
-from iexact_runner.devices import device_lock
 from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, OutOfMemory, UserError
-from iexact_runner.memory import step_memory
-from iexact_runner.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, mean_std
+from iexact_runner.measure import energy, environment, out_of_memory
+from iexact_runner.measure.step import step_memory
+from iexact_runner.runs import checkpoint
+from iexact_runner.runs.devices import device_lock
+from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, mean_std
 from iexact_runner.tasks import TASKS
 from iexact_runner.tasks.context import Context, Findings
 from iexact_runner.training import Problem, Scores, prepare

@@ -13,7 +13,7 @@ from typing import Any
 
 from iexact_runner.config import Config
 from iexact_runner.errors import ConfigError
-from iexact_runner.records import flatten
+from iexact_runner.runs.records import flatten
 from iexact_runner.training import Epoch
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from rich.console import Console
 from iexact_runner.cli import compose_config
 from iexact_runner.compression.bins import ClippedNormal, TruncatedNormal, expected_variance, optimal_levels
 from iexact_runner.config import BinsConfig
-from iexact_runner.records import RunFolder
+from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks import bins
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from iexact_runner import checkpoint
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.experiment import Experiment
-from iexact_runner.files import TEMPORARY
-from iexact_runner.records import DamagedRecord, RunFolder, UnwritableFolder, read_run
+from iexact_runner.runs import checkpoint
+from iexact_runner.runs.files import TEMPORARY
+from iexact_runner.runs.records import DamagedRecord, RunFolder, UnwritableFolder, read_run
 from iexact_runner.tasks import progress, train
 
 EPOCHS, RUNS = 6, 2

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from iexact_runner import environment
 from iexact_runner.compression.bins import normal_levels, normal_sigma, normal_variances
 from iexact_runner.config import BinsConfig, Config
-from iexact_runner.files import write_atomically
-from iexact_runner.records import SCHEMA_VERSION, RunFolder
+from iexact_runner.measure import environment
+from iexact_runner.runs.files import write_atomically
+from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder
 
 # The block sizes and the sigmas that the reference searches; its sigmas are those of 2-bit codes.
 BLOCK_SIZES = np.arange(4, 2049)

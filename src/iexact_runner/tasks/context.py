@@ -11,10 +11,10 @@ from rich.console import Console
 from iexact_runner import measure
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
-from iexact_runner.locks import DeviceLock
 from iexact_runner.loggers import Logger
 from iexact_runner.nn import Model, build_model
-from iexact_runner.records import RunFolder
+from iexact_runner.runs.locks import DeviceLock
+from iexact_runner.runs.records import RunFolder
 from iexact_runner.training import Problem, Scores
 
 

@@ -11,7 +11,7 @@ from iexact_runner.tasks.context import Context
 def run(context: Context) -> None:
     """Trains all runs and observes the maps of each."""
     # SciPy, which this needs, is slow to import.
-    from iexact_runner.observed import observe
+    from iexact_runner.analysis.observed import observe
 
     config, bits = context.config, context.config.compression.bits
     assert bits is not None

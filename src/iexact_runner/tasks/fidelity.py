@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from iexact_runner.analysis.fidelity import checkpoints, pooled
 from iexact_runner.display import show_fidelity
-from iexact_runner.fidelity import checkpoints, pooled
 from iexact_runner.tasks.context import Context
 
 

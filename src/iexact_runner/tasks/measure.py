@@ -6,8 +6,8 @@ import itertools
 
 from iexact_runner.compression.seeds import mix
 from iexact_runner.display import show_tensors
-from iexact_runner.energy import EnergyMeter
 from iexact_runner.measure import time_epochs
+from iexact_runner.measure.energy import EnergyMeter
 from iexact_runner.tasks.context import Context
 from iexact_runner.training import Optimization, clock, step
 

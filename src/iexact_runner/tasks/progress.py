@@ -12,7 +12,7 @@ import torch
 
 from iexact_runner.compression.sketch import Directions
 from iexact_runner.errors import ConfigError
-from iexact_runner.records import DamagedRecord, config_hash, to_json
+from iexact_runner.runs.records import DamagedRecord, config_hash, to_json
 from iexact_runner.tasks.context import Context
 from iexact_runner.training import Epoch, Optimization, Scores
 

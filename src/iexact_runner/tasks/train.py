@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 
-from iexact_runner.checkpoint import Checkpoints
 from iexact_runner.display import Display
-from iexact_runner.interrupts import Interrupts
 from iexact_runner.nn import Model
-from iexact_runner.records import RunFolder
+from iexact_runner.runs.checkpoint import Checkpoints
+from iexact_runner.runs.interrupts import Interrupts
+from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks.context import Context
 from iexact_runner.tasks.progress import Progress
 from iexact_runner.training import Epoch, train_epochs

@@ -1,0 +1,98 @@
+"""What a run that ran out of memory is told: what was asked for, and which preset would fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.measure import MIB
+from iexact_runner.measure.step import UNKNOWN, kept_tensors
+from iexact_runner.training import Problem
+
+# Presets of ``conf/compression``, in the order in which they are suggested: the closest gradients come first.
+PRESETS = {
+    "int8": CompressionConfig(scheme="projected", bits=8),
+    "int4": CompressionConfig(scheme="projected", bits=4),
+    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=16, share_maps=True),
+    "int2": CompressionConfig(scheme="projected", bits=2),
+    "exact": CompressionConfig(
+        scheme="projected", bits=2, kept_frac=0.125, max_block_size=1024, store_dropout_mask=True
+    ),
+    "iexact": CompressionConfig(
+        scheme="projected", bits=2, kept_frac=0.125, col_size=64, max_block_size=1024, store_dropout_mask=True
+    ),
+}
+# Beside what is kept, a step holds about so many maps of the widest kind at once.
+PASSING_MAPS = 5
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the CPU or on a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def requested(error: BaseException) -> str:
+    """What an allocation that failed asked for; empty if the error does not say."""
+    found = re.search(r"(?:tried to|unable to) allocate ([\d.]+) ?([KMGT]iB|bytes)", str(error), re.IGNORECASE)
+    if found is None:
+        return ""
+    amount, unit = found.groups()
+    return f"{int(amount) / MIB:.2f} MiB" if unit == "bytes" else f"{amount} {unit}"
+
+
+def memory_by_preset(problem: Problem, config: Config) -> tuple[dict[str, Any], dict[str, int], int]:
+    """What training would keep, found without allocating it.
+
+    Returns:
+        ``memory`` of a summary as far as it is known, the bytes kept under each preset that keeps less, and the bytes
+        of the widest FP32 map.
+    """
+    kept = kept_tensors(config.model, problem, config.compression)
+    plain = kept_tensors(config.model, problem, CompressionConfig(scheme="none"))
+    bytes_kept = sum(record.bytes for record in kept)
+    memory = dict.fromkeys(UNKNOWN) | {
+        "saved_mib": bytes_kept / MIB,
+        "saved_mib_fp32": sum(record.bytes for record in plain) / MIB,
+        "tensors": [record.to_dict() for record in kept],
+    }
+    presets = {
+        name: sum(record.bytes for record in kept_tensors(config.model, problem, compression))
+        for name, compression in PRESETS.items()
+        if asdict(compression) != asdict(config.compression)
+    }
+    smaller = {name: size for name, size in presets.items() if size < bytes_kept}
+    return memory, smaller, max(record.bytes_fp32 for record in plain)
+
+
+def advice(memory: dict[str, Any], smaller: dict[str, int], widest: int, *, available: int | None) -> str:
+    """Which preset would fit into the available bytes, in words."""
+    kept = f"the backward pass needs {memory['saved_mib']:.2f} MiB of maps"
+    for name, size in smaller.items():
+        if available is not None and size + PASSING_MAPS * widest <= available:
+            return f"{kept}; compression={name} keeps {size / MIB:.2f} MiB, which would fit"
+    least = min(smaller, key=smaller.__getitem__, default=None)
+    if least is None or available is not None:
+        return f"{kept}, and no preset is sure to fit; lower model.hidden_channels or model.num_layers"
+    return f"{kept}; compression={least} keeps {smaller[least] / MIB:.2f} MiB"
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that could still be allocated; None where that is not known."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        rest = [] if limit == resource.RLIM_INFINITY else [limit - pages * resource.getpagesize()]
+    except (ImportError, OSError):  # not Linux
+        return None
+    return min([*rest, int(found[1]) * 1024]) if found else None

@@ -1,0 +1,132 @@
+"""``iexact-report``: from the records of runs to tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.report import tables
+from iexact_runner.report.grouping import METRICS
+from iexact_runner.report.reading import Report, read_report
+from iexact_runner.runs.files import write_atomically
+
+FORMATS = ("table", "csv", "parquet", "markdown", "latex", "html")
+EXIT_DAMAGED, EXIT_USAGE = 1, 2
+PLAIN_WIDTH = 160
+
+
+def wide_console() -> Console:
+    """Standard output; away from a terminal as wide as tables want to be."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def show(report: Report, console: Console, *, title: str) -> None:
+    """Prints the tables."""
+    for grid in report.grids(title=title):
+        tables.print_grid(console, grid)
+
+
+def main() -> None:
+    """Entry point of ``iexact-report``: 1 if something could not be read, 2 if it was asked for wrongly."""
+    options = make_parser().parse_args()
+    try:
+        report = read_report(
+            options.folders,
+            where=options.where,
+            by=_split(options.group_by),
+            metrics=_split(options.metric),
+            epochs=options.figures is not None or options.format == "html",
+        )
+        if not report.completed and not report.incomplete and not report.damaged:
+            raise UserError(f"no run with a dataset at or below {', '.join(map(str, options.folders))}")
+        _write(report, options)
+    except ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
+    except (UserError, OSError) as error:
+        _fail(str(error), EXIT_DAMAGED)
+    for line in report.damaged:
+        print(f"iexact-report: {line}", file=sys.stderr)
+    sys.exit(EXIT_DAMAGED if report.damaged else 0)
+
+
+def _write(report: Report, options: argparse.Namespace) -> None:
+    if options.figures is not None:
+        from iexact_runner.report import figures
+
+        for path in figures.write(report, options.figures):
+            print(f"iexact-report: wrote {path}", file=sys.stderr)
+    if options.format == "parquet":
+        if options.output is None:
+            raise ConfigError.of("--output", None, "--format=parquet writes a file: name it")
+        tables.write_parquet(report.results, options.output)
+    elif options.format == "table" and options.output is None:
+        show(report, wide_console(), title=options.title)
+        return
+    else:
+        text = _render(report, options)
+        if options.output is None:
+            sys.stdout.write(text)
+        else:
+            write_atomically(options.output, text)
+    if options.format in ("csv", "parquet"):  # what the other formats say in their text
+        for run in report.incomplete:
+            print(f"iexact-report: {run.folder}: {run.status}", file=sys.stderr)
+        for warning in report.results.warnings:
+            print(f"iexact-report: warning: {warning}", file=sys.stderr)
+
+
+def _render(report: Report, options: argparse.Namespace) -> str:
+    if options.format == "csv":
+        return tables.to_csv(report.results)
+    if options.format == "html":
+        from iexact_runner.report.page import render_page
+
+        return render_page(report, title=options.title)
+    if options.format == "table":
+        text = io.StringIO()
+        show(report, Console(file=text, width=PLAIN_WIDTH), title=options.title)
+        return text.getvalue()
+    write = tables.markdown if options.format == "markdown" else tables.latex
+    return "\n".join(write(grid) for grid in report.grids(title=options.title))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="iexact-report",
+        description="Tables and figures of every run at or below some folders: repeats pooled, published figures "
+        "beside the measured ones, failed and unfinished runs listed.",
+        epilog=f"metrics: {', '.join(METRICS)}, or a number's dotted path in summary.json",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders of runs or of sweeps")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="default: table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to standard output")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="also write every figure there as PNG and SVG")
+    parser.add_argument(
+        "--group-by",
+        action="append",
+        default=[],
+        metavar="FIELD[,FIELD]",
+        help="pool runs that agree in these fields: dataset, model, compression, training.lr, environment.torch, ...",
+    )
+    parser.add_argument("--metric", action="append", default=[], metavar="NAME[,NAME]", help="figures to show")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="FIELD=VALUE", help="only runs with this value; may be repeated"
+    )
+    parser.add_argument("--title", default="results", help="heading of the table")
+    return parser
+
+
+def _split(options: Sequence[str]) -> list[str]:
+    return [name for option in options for name in option.split(",") if name]
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"iexact-report: {message}", file=sys.stderr)
+    sys.exit(status)

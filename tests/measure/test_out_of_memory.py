@@ -1,0 +1,151 @@
+"""Runs that do not fit into memory: what they say, and what they record."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from rich.console import Console
+
+from conftest import tiny_dataset
+from iexact_runner import experiment
+from iexact_runner.cli import compose_config
+from iexact_runner.config import CompressionConfig
+from iexact_runner.errors import OutOfMemory
+from iexact_runner.experiment import Experiment
+from iexact_runner.measure import MIB, out_of_memory
+from iexact_runner.measure.out_of_memory import PRESETS, advice, memory_by_preset, requested
+from iexact_runner.measure.step import kept_tensors, step_memory
+from iexact_runner.nn import build_model
+from iexact_runner.runs.records import RunFolder
+from iexact_runner.tasks import train
+from iexact_runner.training import prepare
+
+CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 "
+    "bytes. Error code 12 (Cannot allocate memory)"
+)
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB")
+NUMPY = MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,) and data type float64")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_those_of_the_command_line(name):
+    assert PRESETS[name] == compose_config(f"compression={name}").compression
+
+
+@pytest.mark.parametrize(
+    ("error", "amount"), [(CPU, "4.00 MiB"), (CUDA, "2.50 GiB"), (NUMPY, "7.45 GiB"), (MemoryError(), "")]
+)
+def test_what_was_asked_for(error, amount):
+    assert out_of_memory.is_out_of_memory(error) and requested(error) == amount
+    assert not out_of_memory.is_out_of_memory(RuntimeError("shapes differ"))
+
+
+@pytest.mark.parametrize("model", ["sage", "gcn", "gcn2", "gat"])
+@pytest.mark.parametrize("compression", ["none", "int8", "iexact", "lowrank"])
+def test_kept_bytes_are_known_without_allocating(model, compression):
+    config = compose_config(f"model={model}", f"compression={compression}", "model.num_layers=3")
+    device = torch.device("cpu")
+    problem = prepare(tiny_dataset(), config.model, inductive=False, device=device)
+    net = build_model(config.model, in_channels=13, out_channels=3, compression=config.compression)
+    measured = step_memory(net, problem, config, device=device, seed=0)
+    memory, smaller, widest = memory_by_preset(problem, config)
+    assert {name: memory[name] for name in ("saved_mib", "saved_mib_fp32", "tensors")} == {
+        name: measured[name] for name in ("saved_mib", "saved_mib_fp32", "tensors")
+    }
+    assert set(memory) == set(measured)
+    assert all(size < memory["saved_mib"] * MIB for size in smaller.values()) and compression not in smaller
+    kept_in_fp32 = kept_tensors(config.model, problem, CompressionConfig(scheme="none"))
+    assert widest == max(record.bytes_fp32 for record in kept_in_fp32)
+
+
+def test_first_preset_that_fits_is_suggested():
+    memory, smaller = {"saved_mib": 100.0}, {"int8": 30 * MIB, "int2": 10 * MIB, "iexact": 3 * MIB}
+    for available, words in (
+        (36, "compression=int8 keeps 30.00 MiB, which would fit"),
+        (34, "compression=int2 keeps 10.00 MiB, which would fit"),
+        (8, "compression=iexact keeps 3.00 MiB, which would fit"),
+        (7, "no preset is sure to fit; lower model.hidden_channels or model.num_layers"),
+    ):
+        text = advice(memory, smaller, MIB, available=available * MIB)
+        assert text.startswith("the backward pass needs 100.00 MiB of maps") and text.endswith(words)
+    assert advice(memory, smaller, MIB, available=None).endswith("compression=iexact keeps 3.00 MiB")
+    assert "no preset is sure to fit" in advice(memory, {}, MIB, available=None)
+
+
+def fails(path, monkeypatch, target, name, error, *overrides):
+    def raises(*_, **__):
+        raise error
+
+    config = compose_config("training.epochs=3", "model.hidden_channels=16", "compression=none", *overrides)
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemory) as caught:
+        patch.setattr(target, name, raises)
+        Experiment(config, RunFolder(path), Console(file=io.StringIO())).run("the: config\n")
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["error"] == str(caught.value)
+    return str(caught.value), summary["memory"]
+
+
+@pytest.mark.parametrize("error", [CPU, CUDA, NUMPY], ids=["CPU", "CUDA", "numpy"])
+def test_training_that_does_not_fit_is_told_what_would(tmp_path, monkeypatch, error):
+    message, memory = fails(tmp_path, monkeypatch, train, "train_epochs", error)
+    assert message.startswith(f"out of memory on cpu when allocating {requested(error)}: the backward pass needs 1.")
+    assert "compression=int8 keeps" in message and "would fit" in message and "\n" not in message
+    assert memory["saved_mib"] > 0 and memory["step_peak_mib"] > 0 and memory["tensors"]
+
+
+def test_model_that_does_not_fit_once_still_has_its_tensors_recorded(tmp_path, monkeypatch):
+    message, memory = fails(tmp_path, monkeypatch, experiment, "step_memory", CPU)
+    assert "compression=int8 keeps" in message
+    assert memory["saved_mib"] == memory["saved_mib_fp32"] > 0 and memory["step_peak_mib"] is None
+    assert sum(tensor["bytes"] for tensor in memory["tensors"]) == memory["saved_mib"] * MIB
+
+
+def test_data_that_do_not_fit(tmp_path, monkeypatch):
+    message, memory = fails(tmp_path, monkeypatch, experiment, "load_dataset", NUMPY)
+    assert (
+        message
+        == "out of memory on cpu when allocating 7.45 GiB for digits, before training: a smaller graph is needed"
+    )
+    assert memory is None
+
+
+def limited_run(folder, compression):
+    """``iexact`` in a process that gets 500 MiB more than it has before its first training step."""
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from iexact_runner import cli, experiment
+
+        def limited(*arguments, **options):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 500 * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            return step_memory(*arguments, **options)
+
+        step_memory, experiment.step_memory = experiment.step_memory, limited
+        cli.main()
+    """
+    overrides = ("dataset=synthetic", "dataset.num_nodes=60000", "model.hidden_channels=256", "training.epochs=1")
+    command = [sys.executable, "-c", textwrap.dedent(code), f"compression={compression}", *overrides]
+    result = subprocess.run(
+        [*command, f"hydra.run.dir={folder}"], capture_output=True, text=True, timeout=300, check=False
+    )
+    return result, json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
+def test_suggested_preset_runs_where_fp32_did_not(tmp_path):
+    result, summary = limited_run(tmp_path / "fp32", "none")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    failed = "out of memory on cpu when allocating 58.59 MiB: the backward pass needs 600.59 MiB of maps"
+    assert result.stderr == f"iexact: {failed}; compression=int8 keeps 100.71 MiB, which would fit\n"
+    assert summary["status"] == "failed" and summary["memory"]["saved_mib"] == pytest.approx(600.59, abs=0.01)
+    result, summary = limited_run(tmp_path / "int8", "int8")
+    assert result.returncode == 0 and summary["status"] == "completed", result.stderr

@@ -1,0 +1,190 @@
+"""The report as a user meets it: every format against a golden file, damage among good runs, wrong options."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import REPOSITORY
+from iexact_runner.report import command as report
+from iexact_runner.report.reading import read_report
+from recorded import FP32, edit_summary, observed_map, record
+
+GOLDEN = REPOSITORY / "tests" / "golden"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two repeats of EXACT in the sizes of a published figure, FP32 on another machine, and two that did not end."""
+    monkeypatch.chdir(tmp_path)
+    arxiv = {"name": "synthetic_arxiv"}
+    record(tmp_path / "runs" / "0", dataset=arxiv, compression=FP32, saved_mib=909.56, environment={"torch": "2.8.0"})
+    record(tmp_path / "runs" / "1", dataset=arxiv, saved_mib=29.72)
+    record(tmp_path / "runs" / "2", dataset=arxiv, saved_mib=29.72, seed=1, scores=(0.88,), rates=(6.0, 5.5, 6.5))
+    record(tmp_path / "runs" / "3", status="failed", training={"lr": 10.0})
+    record(tmp_path / "runs" / "4", status="unfinished", training={"lr": 1.0})
+    return tmp_path / "runs"
+
+
+def iexact_report(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["iexact-report", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        report.main()
+    return stopped.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["table", "csv", "markdown", "latex"])
+def test_format_is_the_golden_one(runs, monkeypatch, capsys, name):
+    status, shown, _ = iexact_report(monkeypatch, capsys, "runs", "--format", name, "--title", "golden")
+    assert status == 0 and shown == (GOLDEN / f"report.{name}").read_text()
+
+
+def test_page_holds_the_golden_table_and_inlined_figures(runs, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    status, shown, _ = iexact_report(monkeypatch, capsys, "runs", "--format", "html", "--title", "golden <1>")
+    assert status == 0 and "<title>golden &lt;1&gt;</title>" in shown and "golden <1>" not in shown
+    assert (GOLDEN / "report.html").read_text().replace("golden", "golden &lt;1&gt;") in shown
+    assert shown.count("<svg") == 4 and "<img" not in shown and 'src="' not in shown and "<link" not in shown
+
+
+def test_parquet_holds_the_rows_of_the_csv(runs, monkeypatch, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert iexact_report(monkeypatch, capsys, "runs", "--format", "parquet", "--output", "rows.parquet")[0] == 0
+    _, text, _ = iexact_report(monkeypatch, capsys, "runs", "--format", "csv")
+    rows = parquet.read_table("rows.parquet").to_pylist()
+    for kept, written in zip(rows, csv.DictReader(io.StringIO(text)), strict=True):
+        assert {name: "" if value is None else str(value) for name, value in kept.items()} == written
+    status, _, error = iexact_report(monkeypatch, capsys, "runs", "--format", "parquet")
+    assert status == 2 and error == "iexact-report: --output=null: --format=parquet writes a file: name it\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("pyarrow", ("--format", "parquet", "--output", "x")),
+        ("matplotlib", ("--format", "html")),
+        ("matplotlib", ("--figures", "x")),
+    ],
+)
+def test_missing_extra_is_one_line(runs, monkeypatch, capsys, package, arguments):
+    monkeypatch.setitem(sys.modules, package, None)
+    status, shown, error = iexact_report(monkeypatch, capsys, "runs", *arguments)
+    assert status == 1 and shown == "" and error.count("\n") == 1
+    assert f"needs {package}" in error.replace("figures need ", "needs ") and "pip install 'iexact-runner[" in error
+
+
+def test_figures_are_written_twice(runs, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert iexact_report(monkeypatch, capsys, "runs", "--figures", "figures")[0] == 0
+    names = sorted(path.name for path in (runs.parent / "figures").iterdir())
+    assert names == sorted(
+        f"{name}.{kind}" for name in ("curves", "memory", "pareto", "throughput") for kind in ("png", "svg")
+    )
+
+
+def test_distributions_of_activations_have_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    run = record(tmp_path / "run", task="distribution")
+    repeats = [[observed_map("head", js=js, reduction=js)] for js in (0.02, 0.04)]
+    edit_summary(run, distribution=repeats)
+    status, shown, _ = iexact_report(
+        monkeypatch, capsys, run, "--format", "markdown", "--figures", tmp_path / "figures"
+    )
+    heading, line = (row for row in shown.splitlines() if "head" in row or "JS" in row)
+    cells = dict(zip(heading.split(" | "), line.split(" | "), strict=True))
+    assert status == 0 and (cells["JS uniform"], cells["JS clipped normal"]) == ("0.060", "0.030")
+    assert (cells["d"], cells["reduction [%]"]) == ("16", "3.0")
+    assert "JS 0.020" in (tmp_path / "figures" / "activations.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_damaged_run_among_a_hundred_is_named_and_the_others_shown(tmp_path, monkeypatch, capsys, name):
+    for seed in range(100):
+        record(tmp_path / str(seed), seed=seed, scores=(seed / 100,), runs=1)
+    path = record(tmp_path / "bad", seed=100, scores=(0.0,), runs=1) / name
+    path.write_text(path.read_text()[:-9])
+    status, shown, error = iexact_report(monkeypatch, capsys, tmp_path, "--format", "csv")
+    (row,) = csv.DictReader(io.StringIO(shown))
+    assert status == 1 and row["test_repeats"] == "100" and float(row["test_mean"]) == pytest.approx(0.495)
+    assert error.count("\n") == 1 and str(path) in error
+
+
+def test_a_thousand_runs_take_seconds(tmp_path):
+    one = record(tmp_path / "0", training={"epochs": 200})
+    for seed in range(1, 1000):
+        (tmp_path / str(seed)).mkdir()
+        for path in one.iterdir():
+            (tmp_path / str(seed) / path.name).write_bytes(
+                path.read_bytes().replace(b'"seed": 0', b'"seed": %d' % seed)
+            )
+    code = "import sys; from iexact_runner.report.command import main; main(); assert 'torch' not in sys.modules"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--where", "compression.bitz=2"), "--where=compression.bitz: no such field; did you mean compression.bits?"),
+        (("--where", "bits"), "--where=bits: must be FIELD=VALUE"),
+        (("--group-by", "modell"), "--group-by=modell: no such field; did you mean model?"),
+        (("--metric", "accuracy"), "--metric=accuracy: must be one of test, val"),
+    ],
+)
+def test_wrong_option_is_one_line(runs, monkeypatch, capsys, arguments, words):
+    status, shown, error = iexact_report(monkeypatch, capsys, "runs", *arguments)
+    assert status == 2 and shown == "" and error.count("\n") == 1 and words in error
+
+
+def test_nothing_found_is_one_line(runs, monkeypatch, capsys):
+    for arguments, words in (
+        (["nowhere"], "no run at or below nowhere"),
+        (["runs", "--where", "model=gat"], "no run with model=gat at or below runs"),
+    ):
+        status, _, error = iexact_report(monkeypatch, capsys, *arguments)
+        assert status == 1 and error == f"iexact-report: {words}\n"
+
+
+def test_table_of_bins_is_no_row(runs, monkeypatch, capsys):
+    record(runs / "5", task="bins", dataset={"name": "bins"})
+    assert "bins" not in iexact_report(monkeypatch, capsys, "runs")[1]
+    status, _, error = iexact_report(monkeypatch, capsys, "runs/5")
+    assert status == 1 and error.startswith("iexact-report: no run with a dataset at or below runs/5")
+
+
+def test_conditions_select_runs(runs, monkeypatch, capsys):
+    def tests(*arguments):
+        _, shown, _ = iexact_report(monkeypatch, capsys, "runs", "--format", "csv", *arguments)
+        return [row["compression.scheme"] for row in csv.DictReader(io.StringIO(shown))]
+
+    assert tests() == ["none", "projected"]
+    assert tests("--where", "compression.bits=2.0") == ["projected"]
+    assert tests("--where", "compression.bits=null", "--where", "compression.share_maps=false") == ["none"]
+    assert tests("--where", "environment.torch=2.8.0", "--where", "dataset=synthetic_arxiv") == ["none"]
+
+
+def test_rows_of_real_runs_hold_figures_and_environment(tmp_path):
+    command = [sys.executable, "-m", "iexact_runner", "-m", "compression=none,iexact", "training.epochs=2"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    code = "from iexact_runner.report.command import main; main()"
+    command = [sys.executable, "-c", code, "outputs", "--format", "csv"]
+    result = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [row["compression.scheme"] for row in rows] == ["none", "projected"]
+    for row in rows:
+        assert float(row["saved_mib"]) > 0 and 0 < float(row["test_mean"]) <= 1 and row["torch"] and row["device_name"]
+
+
+def test_report_of_python_is_that_of_the_command(runs):
+    found = read_report([runs], metrics=["saved_mib"], by=["dataset"])
+    (row,) = found.results.rows
+    assert row.cells["saved_mib"].value == pytest.approx((909.56 + 2 * 29.72) / 3)
+    assert [run.status for run in found.incomplete] == ["failed", "unfinished"] and len(found.completed) == 3
+    assert json.loads((runs / "0" / "summary.json").read_text())["config"]["compression"]["scheme"] == "none"

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from iexact_runner.cli import compose_config
+from iexact_runner.errors import UserError
+from iexact_runner.runs.files import write_atomically
+from iexact_runner.runs.records import (
+    SCHEMA_VERSION,
+    DamagedRecord,
+    RunFolder,
+    compression_label,
+    config_hash,
+    mean_std,
+    read_run,
+    run_folders,
+    to_json,
+)
+from recorded import record
+
+
+def test_metrics_are_on_disk_line_by_line(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for epoch in range(3):
+        folder.append_metrics({"epoch": epoch, "loss": 0.5})
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1]) == {"epoch": epoch, "loss": 0.5} and len(lines) == epoch + 1
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_as_readable_as_the_user_asked(tmp_path):
+    previous = os.umask(0o022)
+    try:
+        write_atomically(tmp_path / "file", "text")
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
+
+
+def test_summary_is_strict_json(tmp_path):
+    RunFolder(tmp_path).write_summary({"a": math.nan, "b": [math.inf, 1.5], "c": {"d": (1, None)}})
+    text = (tmp_path / "summary.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": {"d": [1, None]},
+    }
+    assert to_json(-math.inf) == "null"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_records_of_another_run_are_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("old")
+    with pytest.raises(UserError, match=f"already holds {name} of another run"):
+        RunFolder(tmp_path)
+    assert (tmp_path / name).read_text() == "old"
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(UserError, match=r"output_dir=.*file.*cannot be written"):
+        RunFolder(blocked / "run")
+
+
+def test_mean_and_sample_deviation():
+    assert mean_std([1.0, 2.0, 3.0]) == {"mean": 2.0, "std": 1.0, "values": [1.0, 2.0, 3.0]}
+    assert mean_std([0.5]) == {"mean": 0.5, "std": 0.0, "values": [0.5]}
+    assert mean_std([]) == {"mean": None, "std": None, "values": []}
+
+
+def test_runs_are_found_in_the_order_of_their_jobs(tmp_path):
+    for job in (10, 2, 1):
+        record(tmp_path / "sweep" / str(job))
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("defaults: [a, b]\n")  # somebody else's
+    assert [folder.name for folder in run_folders([tmp_path, tmp_path / "sweep"])] == ["1", "2", "10"]
+
+
+def test_run_is_read_back(tmp_path):
+    run = read_run(record(tmp_path / "run", saved_mib=2.5))
+    assert (run.status, run.lookup("memory.saved_mib"), run.lookup("memory.no.such")) == ("completed", 2.5, None)
+    assert [(line["run"], line["epoch"]) for line in run.metrics()] == [(r, e) for r in (0, 1) for e in (1, 2, 3)]
+
+
+def test_run_without_a_summary_is_unfinished(tmp_path):
+    run = read_run(record(tmp_path / "run", status="unfinished"))
+    assert run.status == "unfinished" and run.lookup("config.compression.bits") == 2 and run.epochs == 6
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.yaml").write_text((tmp_path / "run" / "config.yaml").read_text())
+    assert begun in run_folders([tmp_path]) and read_run(begun).metrics() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("summary.json", lambda text: text[: len(text) // 2], "is not JSON"),
+        ("summary.json", lambda text: "[1, 2]", "is not the summary of a run"),
+        ("summary.json", lambda text: text.replace('"epochs": 3', '"epochs": "3"'), "is not the summary of a run"),
+        ("summary.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema_version=9"),
+        ("summary.json", lambda text: text.replace('"completed"', '"fine"'), "status=fine: must be one of completed"),
+        ("metrics.jsonl", lambda text: text[:-20], "its last line is cut off"),
+        ("metrics.jsonl", lambda text: text[: text.rfind("{")], "has 5 lines, a completed run 6"),
+        ("metrics.jsonl", lambda text: text[:-2] + "\n", "is not JSON"),
+    ],
+)
+def test_damage_is_noticed_and_the_file_named(tmp_path, name, damage, reason):
+    path = record(tmp_path / "run") / name
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(DamagedRecord) as error:
+        read_run(tmp_path / "run")
+    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damage_in_the_middle_is_noticed_when_the_lines_are_read(tmp_path):
+    path = record(tmp_path / "run") / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"run": 0, "epoch": 2', '{"run": 0, "epoch" 2'))
+    with pytest.raises(DamagedRecord, match=r"metrics.jsonl: is not JSON"):
+        read_run(tmp_path / "run").metrics()
+
+
+def test_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    run = record(tmp_path / "run")
+    (run / "summary.json").unlink()
+    (run / "summary.json").mkdir()
+    with pytest.raises(DamagedRecord, match=r"summary.json: cannot be read \(Is a directory\)"):
+        read_run(run)
+
+
+def test_unreadable_config_of_an_unfinished_run_is_named(tmp_path):
+    path = record(tmp_path / "run", status="unfinished") / "config.yaml"
+    path.write_text("model: [")
+    with pytest.raises(DamagedRecord, match=r"config.yaml: cannot be read"):
+        read_run(tmp_path / "run")
+
+
+def test_compression_in_words():
+    assert compression_label({"scheme": "none", "bits": None}) == "FP32"
+    fields = {"scheme": "projected", "bits": None, "kept_frac": 0.125, "col_size": 64, "alpha": 1.0}
+    assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
+    assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
+    assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
+    fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": 1, "col_size": 16}
+    assert compression_label(fitted) == "INT4, low rank, rank 8"
+
+
+def test_a_field_that_is_newer_than_a_record_had_its_default(tmp_path):
+    folder = RunFolder(tmp_path / "old")
+    compression = {"scheme": "projected", "bits": 2}
+    config = {"task": "measure", "runs": 1, "training": {"epochs": 1}, "compression": compression, "model": {}}
+    config |= {"dataset": {}, "seed": 0}
+    folder.write_summary({"schema_version": SCHEMA_VERSION, "status": "completed", "config": config})
+    found = read_run(tmp_path / "old").summary["config"]["compression"]
+    assert (found["bits"], found["refresh"], found["levels"]) == (2, 1, "uniform")
+
+
+def test_hash_of_a_configuration_is_the_same_wherever_it_is_read_from():
+    config = asdict(compose_config("compression.alpha=1", "training.lr=1e-3"))
+    expected = config_hash(config)
+    assert expected == config_hash(json.loads(to_json(config))) == config_hash(yaml.safe_load(yaml.safe_dump(config)))
+    assert expected == config_hash(asdict(compose_config("compression.alpha=1.0", "training.lr=0.001")))
+    assert len(expected) == 16 and set(expected) <= set("0123456789abcdef")
+
+
+def test_hash_leaves_out_only_what_changes_no_number():
+    expected = config_hash(asdict(compose_config()))
+    for override in ("output_dir=elsewhere", "debug=true", "logger=tensorboard"):
+        assert config_hash(asdict(compose_config(override))) == expected
+    for override in ("seed=1", "runs=2", "training.lr=0.02", "model.dropout=0.4", "dataset.split_seed=1"):
+        assert config_hash(asdict(compose_config(override))) != expected
+
+
+def test_references_and_devices_are_refused(tmp_path):
+    path = record(tmp_path / "run", status="unfinished") / "config.yaml"
+    path.write_text("a: &a [1]\nb: *a\n")
+    with pytest.raises(DamagedRecord, match="has references"):
+        read_run(tmp_path / "run")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DamagedRecord, match="is not a regular file"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", ['"words"', "NaN", "1e400", "[1]"])
+def test_words_in_the_place_of_numbers_are_noticed_when_the_lines_are_read(tmp_path, value):
+    path = record(tmp_path / "run") / "metrics.jsonl"
+    path.write_text(re.sub('"loss": [^,]*', f'"loss": {value}', path.read_text(), count=1))
+    with pytest.raises(DamagedRecord, match="something is not a number"):
+        read_run(tmp_path / "run").metrics()
+
+
+def test_deeply_nested_json_is_damage(tmp_path):
+    path = record(tmp_path / "run") / "summary.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DamagedRecord, match="is not JSON"):
+        read_run(tmp_path / "run")
