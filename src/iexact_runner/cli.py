@@ -47,12 +47,10 @@ def register_schema() -> None:
     store.store(name="schema", node=schema.Config)
     store.store(group="compression", name="base_compression", node=schema.CompressionConfig)
     store.store(group="dataset", name="base_dataset", node=schema.DatasetConfig)
-    store.store(group="dataset", name="base_digits", node=schema.DigitsConfig)
-    store.store(group="dataset", name="base_synthetic", node=schema.SyntheticConfig)
-    store.store(group="model", name="base_sage", node=schema.SAGEConfig)
-    store.store(group="model", name="base_gcn", node=schema.GCNConfig)
-    store.store(group="model", name="base_gcn2", node=schema.GCN2Config)
-    store.store(group="model", name="base_gat", node=schema.GATConfig)
+    for dataset, name in schema.DATASET_PREFIXES.items():
+        store.store(group="dataset", name=f"base_{name}", node=dataset)
+    for name, model in schema.MODEL_CONFIGS.items():
+        store.store(group="model", name=f"base_{name}", node=model)
 
 
 def to_config(composed: DictConfig) -> schema.Config:

@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointConfig",
     "CompressionConfig",
     "Config",
+    "DATASET_PREFIXES",
     "DatasetConfig",
     "DigitsConfig",
     "FidelityConfig",
@@ -52,7 +53,18 @@ LOSSES = ("cross_entropy", "log_cross_entropy")
 
 @dataclass
 class TrainingConfig:
-    """Full-batch training. ``grad_norm`` null is no clipping; ``warmup_epochs`` raises the learning rate linearly."""
+    """Full-batch training.
+
+    Args:
+        epochs: training steps of a run, each over the whole graph.
+        lr: learning rate.
+        optimizer: the optimizer of torch of that name.
+        weight_decay: L2 penalty on all weights.
+        grad_norm: norm that longer gradients are cut to; null is no clipping.
+        warmup_epochs: epochs over which the learning rate rises linearly to ``lr``.
+        loss: ``cross_entropy``, binary for several labels a node; ``log_cross_entropy`` is the published one on arxiv,
+            log(eps + CE) - log(eps) with eps = 1 - ln 2 and CE the cross-entropy of a node.
+    """
 
     epochs: int = 200
     lr: float = 0.01
@@ -78,12 +90,15 @@ class TrainingConfig:
 
 @dataclass
 class MeasureConfig:
-    """Throughput of ``task=measure``; ``max_seconds`` ends the timing early, after at least three epochs.
+    """How epochs are timed.
 
-    Epochs are timed while no other job is at work on the device, or after ``max_wait`` seconds beside those that are.
-
-    ``energy`` also records kWh and gCO2e of the timed epochs, on the grid of ``country`` (ISO 3166 code of three
-    letters; null is the world's average).
+    Args:
+        warmup_epochs: epochs that are not timed, first; when training, at most half of all.
+        timed_epochs: epochs that are timed after them.
+        max_seconds: ends the timing early, after at least three epochs; a quarter of it ends the warm-up.
+        max_wait: seconds to wait for the device to be free; after that epochs are timed beside the others at work.
+        energy: also record kWh and gCO2e of the timed epochs.
+        country: whose grid the emissions are of, as an ISO 3166 code of three letters; null is the world's average.
     """
 
     warmup_epochs: int = 10
@@ -105,7 +120,12 @@ class MeasureConfig:
 
 @dataclass
 class FidelityConfig:
-    """``task=fidelity``: ``draws`` gradients of the scheme at the weights after each number of training ``epochs``."""
+    """Gradients that ``task=fidelity`` compares with the exact one.
+
+    Args:
+        epochs: numbers of epochs of exact training after which to compare.
+        draws: gradients of the scheme at each, with projections and roundings of their own.
+    """
 
     epochs: list[int] = field(default_factory=lambda: [5, 30, 100])
     draws: int = 20
@@ -150,9 +170,11 @@ class SweepConfig:
 
 @dataclass
 class CheckpointConfig:
-    """How often the state of training is written: after so many epochs, ``auto``, or null for never.
+    """How often the state of training is written.
 
-    ``auto`` spends at most half a percent of the time on it, and writes every 5 seconds at most.
+    Args:
+        every: number of epochs, or null for never; ``auto`` spends at most half a percent of the time on it, and writes
+            every 5 seconds at most.
     """
 
     every: Any = "auto"  # a number or a word: OmegaConf fails to merge a union
@@ -165,9 +187,28 @@ class CheckpointConfig:
 
 @dataclass
 class Config:
-    """One run of ``iexact``. A ``precision`` below float32 is that of autocast; weights stay float32.
+    """One run of ``iexact``.
 
-    ``resume`` names the folder of a run to go on with, or is ``auto`` for the newest of this configuration.
+    Args:
+        task: what to do.
+        runs: repeats with seeds derived from ``seed``; ``task=measure`` takes one.
+        seed: what all weights, splits, masks, projections and roundings derive from.
+        device: ``auto`` is CUDA where there is a GPU, else the CPU; also ``cpu``, ``cuda`` or ``cuda:1``.
+        precision: below float32 that of autocast, with gradient scaling for float16; weights stay float32.
+        debug: show the traceback of an error.
+        output_dir: folder below which every run gets one of its own.
+        logger: what is told of every epoch beside the records.
+        resume: folder of a run to go on with, or ``auto`` for the newest of this configuration; null begins anew.
+        deterministic: insist on kernels that give the same bits each time; an error where torch has none.
+        model: group of the model's fields.
+        dataset: group of the dataset's fields.
+        compression: group of the scheme's fields.
+        training: group of the fields of training.
+        checkpoint: group of the fields of checkpoints.
+        measure: group of the fields of timing.
+        fidelity: group of the fields of ``task=fidelity``.
+        bins: group of the fields of ``task=bins``.
+        sweep: group of the fields of sweeps.
     """
 
     task: str = MISSING

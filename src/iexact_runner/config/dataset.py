@@ -23,8 +23,15 @@ NAMES = {
 class DatasetConfig:
     """Fields that every dataset has.
 
-    ``source`` picks the loader; ``split_seed`` draws the 60/20/20 split where no split is published;
-    ``trust_pickle`` lets files that are pickles run what they say.
+    Args:
+        name: which dataset; ``dataset=NAME`` chooses it with the fields it needs.
+        source: the loader.
+        root: folder where its files lie or are put.
+        inductive: train on the subgraph of the training nodes only.
+        undirected: add the reverse of every edge.
+        standardize: scale features to mean 0 and deviation 1 over the training nodes.
+        split_seed: draws the 60/20/20 split where none is published.
+        trust_pickle: let dataset files that are pickles run what they say.
     """
 
     name: str = MISSING
@@ -49,7 +56,11 @@ class DatasetConfig:
 
 @dataclass
 class DigitsConfig(DatasetConfig):
-    """Handwritten digits as a symmetric k-nearest-neighbour graph."""
+    """Handwritten digits as a symmetric k-nearest-neighbour graph.
+
+    Args:
+        neighbors: nearest others that an image is joined to.
+    """
 
     neighbors: int = 10
 
@@ -62,7 +73,17 @@ class DigitsConfig(DatasetConfig):
 class SyntheticConfig(DatasetConfig):
     """A degree-corrected block model with label-dependent features.
 
-    ``num_train``, ``num_val`` and ``num_test`` are node counts of the split; null for all three is 60/20/20.
+    Args:
+        num_nodes: N.
+        average_degree: directed edges a node.
+        num_features: D.
+        num_classes: number of classes, alike in size.
+        homophily: share of the edges that stay within a class.
+        degree_exponent: exponent of the power law of the weights that nodes draw edges with.
+        num_train: training nodes of the split; null for all three sizes is 60/20/20.
+        num_val: validation nodes.
+        num_test: test nodes.
+        graph_seed: draws graph and features.
     """
 
     num_nodes: int = 10_000

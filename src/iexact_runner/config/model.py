@@ -11,7 +11,17 @@ from iexact_runner.config.checks import check, check_at_least, check_probability
 
 @dataclass
 class ModelConfig:
-    """Fields that every model has."""
+    """Fields that every model has.
+
+    Args:
+        name: which model; ``model=NAME`` chooses it with the fields it needs.
+        num_layers: number of convolutions.
+        hidden_channels: width of the maps between them, a head for GAT.
+        dropout: rate after each activation.
+        input_dropout: rate on the features; they are then a map that is kept.
+        batch_norm: whether BatchNorm follows a hidden layer's convolution.
+        residual: whether a layer's input is added where the widths agree.
+    """
 
     name: str = MISSING
     num_layers: int = 3
@@ -40,7 +50,13 @@ class GCNConfig(ModelConfig):
 
 @dataclass
 class GCN2Config(ModelConfig):
-    """GCNII: initial residual ``alpha`` and identity mapping ``log(theta / layer + 1)`` (null: no identity mapping)."""
+    """GCNII: initial residual and identity mapping.
+
+    Args:
+        alpha: share of the first map in the input of every layer.
+        theta: the weights of a layer count log(theta / layer + 1), the identity the rest; null is no identity.
+        shared_weights: whether the first map has the weights of the layer, instead of its own.
+    """
 
     alpha: float = 0.1
     theta: float | None = 0.5
@@ -54,7 +70,15 @@ class GCN2Config(ModelConfig):
 
 @dataclass
 class GATConfig(ModelConfig):
-    """GAT; ``shared_attention`` scores both ends of an edge with one vector; ``label_input`` feeds training labels."""
+    """GAT.
+
+    Args:
+        heads: attention heads of all layers but the last, which has one.
+        shared_attention: score both ends of an edge with one vector instead of two.
+        edge_dropout: share of the edges that a training pass leaves out, the same for all layers.
+        label_input: feed training labels as features; the loss counts only nodes whose label was not fed.
+        label_mask_rate: share of the training labels that are not fed.
+    """
 
     heads: int = 3
     shared_attention: bool = False
