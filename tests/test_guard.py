@@ -52,6 +52,7 @@ MAKE = {"_target_": "os.mkdir", "path": "ran"}
         ({"run": {"dir": "elsewhere"}}, "hydra.run.dir='elsewhere'"),
         ({"sweep": {"dir": "../elsewhere"}}, "hydra.sweep.dir='../elsewhere'"),
         ({"sweep": {"subdir": "../${hydra.job.num}"}}, "hydra.sweep.subdir="),
+        ({"sweep": {"subdir": "/elsewhere'"}}, "hydra.sweep.subdir="),
         ({"output_subdir": "../elsewhere"}, "hydra.output_subdir='../elsewhere'"),
     ],
 )
