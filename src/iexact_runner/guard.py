@@ -50,7 +50,11 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         with contextlib.redirect_stderr(said):
             options = get_args_parser().parse_args(arguments)
     except SystemExit as error:
-        raise ConfigError(said.getvalue().strip().rpartition("error: ")[2]) from error
+        problem = said.getvalue().strip().rpartition("error: ")[2]
+        wrong = problem.removeprefix("unrecognized arguments: ")
+        if wrong != problem:
+            problem = f"{wrong}: no such option; fields are FIELD=VALUE, and iexact --help lists them"
+        raise ConfigError(problem) from error
     if options.experimental_rerun is not None:
         valid = "is a pickle, which could run anything; repeat the run with its config.yaml instead"
         raise ConfigError.of("--experimental-rerun", options.experimental_rerun, valid)
