@@ -30,8 +30,8 @@ def test_auto_takes_what_fits_and_is_there(device, installed, expected, monkeypa
     ("name", "device", "installed", "words"),
     [
         ("jax", CPU, set(), "compression.backend=jax: must be one of auto, torch, numba, triton"),
-        ("numba", CPU, set(), "compression.backend=numba: numba is not installed; use auto or torch"),
-        ("triton", CUDA, set(), "compression.backend=triton: triton is not installed"),
+        ("numba", CPU, set(), "compression.backend=numba: needs numba; pip install 'iexact-runner[cpu]'"),
+        ("triton", CUDA, set(), "compression.backend=triton: needs triton, or use auto or torch"),
         ("triton", CPU, {"triton"}, "compression.backend=triton: runs on CUDA tensors, not on device cpu"),
         ("numba", CUDA, {"numba"}, "compression.backend=numba: runs on CPU tensors, not on device cuda"),
     ],
