@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +63,16 @@ def tiny_dataset(
         y[::3, 0] = 1.0
     order = torch.randperm(nodes, generator=generator)
     return NodeDataset(x, y, edges.int(), order[:60], order[60:80], order[80:], classes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for this suite and its processes: the locks of devices lie there, and others' work would hold them."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("temporary"))
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)
