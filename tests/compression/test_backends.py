@@ -44,6 +44,12 @@ def test_a_named_backend_never_falls_back(name, device, installed, words, monkey
     assert words in str(error.value)
 
 
+def test_what_is_installed_is_what_can_be_imported():
+    pytest.importorskip("numba")
+    assert backends.resolve("auto", CPU) == backends.resolve("numba", CPU) == "numba"
+    assert backends._installed("torch") is True and backends._installed("no_package_of_this_name") is False
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_triton_on_the_gpu_equals_the_reference():
     found = parity.mismatches(backends.select("triton", CUDA), CUDA, parity.cases(quick=True))
