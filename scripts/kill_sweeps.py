@@ -11,15 +11,18 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+# What a sweep needs, imported once: a forked process starts at once.
+from iexact_runner import cli, experiment, report  # noqa: F401
 from iexact_runner.measure import environment
 from iexact_runner.runs.jobs import jobs_below
 
@@ -43,9 +46,9 @@ def main() -> None:
     overrides = [*JOBS, *arguments.overrides]
     overrides += [f"hydra/launcher={arguments.launcher}"] if arguments.launcher else []
     draws = random.Random(arguments.seed)
-    began = time.monotonic()
-    if start(arguments.out / "undisturbed", overrides).wait() != 0:
-        sys.exit("the undisturbed sweep failed")
+    start(arguments.out / "undisturbed", overrides).join()
+    began = time.monotonic()  # a second time, with the kernels compiled
+    start(arguments.out / "timed", overrides).join()
     duration = time.monotonic() - began
     expected = recorded(arguments.out / "undisturbed")
     rows: list[dict[str, Any]] = []
@@ -53,19 +56,17 @@ def main() -> None:
         folder, kills = arguments.out / f"killed_{len(rows)}", 0
         for _ in range(min(KILLS_PER_SWEEP, arguments.kills - tried)):
             process = start(folder, overrides)
-            try:
-                # What is left takes less time with every kill.
-                process.wait(draws.uniform(0, duration / 2))
-                break  # it ended before its time
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                kills += 1
-        status = start(folder, overrides).wait()
+            process.join(draws.uniform(0, duration))
+            if process.exitcode is not None:
+                break
+            kill(process)
+            kills += 1
+        process = start(folder, overrides)
+        process.join()
         found = recorded(folder)
         wrong = [name for name in expected if found.get(name) != expected[name]]
         counts = {"kills": kills, "begun_again": len(list(folder.rglob("attempt_*"))), "jobs": len(expected)}
-        rows.append(counts | {"lost": len(wrong), "exit_status": status})
+        rows.append(counts | {"lost": len(wrong), "exit_status": process.exitcode})
         print(f"{folder.name}: {rows[-1]}", flush=True)
     table = pd.DataFrame(rows)
     if arguments.csv:
@@ -77,11 +78,28 @@ def main() -> None:
     sys.exit(1 if table["lost"].any() or table["exit_status"].any() else 0)
 
 
-def start(folder: Path, overrides: list[str]) -> subprocess.Popen[bytes]:
+def start(folder: Path, overrides: list[str]) -> Process:
     """The sweep as a process group of its own, so that a kill reaches the processes of a launcher too."""
-    taken_up = [f"hydra.sweep.dir={folder}", "sweep.skip_completed=true"]
-    command = [sys.executable, "-m", "iexact_runner", "-m", *overrides, *taken_up]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = get_context("fork").Process(target=sweep, args=[folder, overrides])
+    process.start()
+    return process
+
+
+def kill(process: Process) -> None:
+    """Kills a sweep with the processes of its launcher."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        process.kill()
+    process.join()
+
+
+def sweep(folder: Path, overrides: list[str]) -> None:
+    """What the process does."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.argv = ["iexact", "-m", *overrides, f"hydra.sweep.dir={folder}", "sweep.skip_completed=true"]
+    cli.main()
 
 
 def recorded(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data.dataset import NodeDataset
+from iexact_runner.runs.locks import FOLDER_VARIABLE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -63,10 +65,25 @@ def tiny_dataset(
     return NodeDataset(x, y, edges.int(), order[:60], order[60:80], order[80:], classes)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Takes Ctrl-C where the suite runs in the background of a shell, which lets its children ignore it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random inputs on every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Device locks apart from those of anything else that runs on this machine, also in the processes of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER_VARIABLE, str(tmp_path_factory.mktemp("locks")))
+        yield
 
 
 @pytest.fixture

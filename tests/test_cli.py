@@ -165,12 +165,15 @@ def test_interrupted_run_keeps_what_it_had(tmp_path, sent):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(0.5)
-    process.send_signal(sent)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(sent)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and stderr == "iexact: interrupted: what was recorded so far is kept\n"
     run = only_run(tmp_path)
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"

@@ -2,12 +2,12 @@
 
 The rule for commands, by the program:
 
-- ``iexact`` is composed and checked as it stands, then run, smaller: on the digits where its graph needs files or has more
-  than 20,000 nodes, for two epochs, two jobs of a sweep, in this process instead of those of a launcher. A command line
+- ``iexact`` is composed and checked as it stands, then run, smaller: on the digits where its graph needs files or has
+  more than 20,000 nodes, for two epochs, two jobs of a sweep, in this process instead of a launcher's. A command line
   of an experiment is composed only: CI runs all experiments in their quick variants.
 - ``iexact-report`` runs on what the commands before it on its page have recorded.
 - ``python scripts/NAME.py`` has its arguments parsed by the script; ``test_scripts`` runs the scripts.
-- Anything else sets up or checks a checkout. It stands in ``.ci/run``, which runs the README's first section too, or names
+- Anything else sets up or checks a checkout. It stands in ``.ci/run``, which runs the README too, or names
   extras and tools that exist.
 """
 

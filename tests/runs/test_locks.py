@@ -22,7 +22,7 @@ from pathlib import Path
 from iexact_runner.runs.locks import DeviceLock
 with DeviceLock("cpu", folder=Path(sys.argv[1]), announce=print) as lock:
     if sys.argv[2] == "measure":
-        lock.exclude_others()
+        lock.exclude_others(patience=60)
     print("has it", flush=True)
     sys.stdin.read()
 """
@@ -51,7 +51,7 @@ def enter(lock, *, measure=False):
     def work():
         with lock:
             if measure:
-                lock.exclude_others()
+                lock.exclude_others(patience=60)
             has_it.set()
             leave.wait(60)
 
@@ -107,7 +107,7 @@ def test_two_that_want_to_measure_do_not_wait_for_each_other(tmp_path):
         measured = []
 
         def measure(lock):
-            lock.exclude_others()
+            lock.exclude_others(patience=60)
             measured.append(lock)
             lock.__exit__(None, None, None)
 
@@ -117,6 +117,25 @@ def test_two_that_want_to_measure_do_not_wait_for_each_other(tmp_path):
         for thread in threads:
             thread.join(10)
         assert len(measured) == 2 and first.alone and second.alone
+
+
+def test_endless_work_makes_nobody_wait_without_end(tmp_path):
+    """The measurement gives up, says so, and lets those in who came after it."""
+    messages = []
+    holder = Holder(tmp_path, "work")
+    measurement, late = device_lock(tmp_path, messages), device_lock(tmp_path)
+    with measurement:
+        waiting = threading.Thread(target=measurement.exclude_others, kwargs={"patience": 1.0}, daemon=True)
+        waiting.start()
+        while not messages:
+            time.sleep(0.01)
+        works, end = enter(late)
+        assert not works.wait(0.2) and works.wait(10)
+        waiting.join(10)
+        assert messages[-1] == "cpu was not free for 1 s: epochs are timed beside other work"
+        assert not measurement.alone and not late.alone
+        end()
+    holder.leave()
 
 
 def test_patience_ends(tmp_path):
@@ -130,6 +149,7 @@ def test_patience_ends(tmp_path):
 
 
 def test_lock_folder_is_private(tmp_path, monkeypatch):
+    monkeypatch.delenv(locks.FOLDER_VARIABLE)
     monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
     assert locks.lock_folder().stat().st_mode & 0o777 == 0o700
     assert locks.lock_folder().parent == tmp_path

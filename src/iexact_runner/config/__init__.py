@@ -96,6 +96,7 @@ class MeasureConfig:
         warmup_epochs: epochs that are not timed, first; when training, at most half of all.
         timed_epochs: epochs that are timed after them.
         max_seconds: ends the timing early, after at least three epochs; a quarter of it ends the warm-up.
+        max_wait: seconds to wait for the device to be free; after that epochs are timed beside the others at work.
         energy: also record kWh and gCO2e of the timed epochs.
         country: whose grid the emissions are of, as an ISO 3166 code of three letters; null is the world's average.
     """
@@ -103,6 +104,7 @@ class MeasureConfig:
     warmup_epochs: int = 10
     timed_epochs: int = 100
     max_seconds: float = 60.0
+    max_wait: float = 600.0
     energy: bool = False
     country: str | None = None
 
@@ -110,6 +112,7 @@ class MeasureConfig:
         check_at_least("measure.warmup_epochs", self.warmup_epochs, 0)
         check_at_least("measure.timed_epochs", self.timed_epochs, 1)
         check(self.max_seconds > 0, "measure.max_seconds", self.max_seconds, "must be above 0")
+        check(0 <= self.max_wait < math.inf, "measure.max_wait", self.max_wait, "must be 0 or more")
         country = self.country
         letters = country is None or (len(country) == 3 and country.isascii() and country.isupper())
         check(letters, "measure.country", country, "must be an ISO 3166 code of three letters such as DNK, or null")

@@ -16,6 +16,9 @@ from types import TracebackType
 
 from iexact_runner.errors import UserError
 
+FOLDER_VARIABLE = "IEXACT_LOCKS"
+POLL_SECONDS = 0.02
+
 
 @contextmanager
 def locked(path: Path, *, patience: float | None = None) -> Iterator[bool]:
@@ -27,27 +30,22 @@ def locked(path: Path, *, patience: float | None = None) -> Iterator[bool]:
     """
     handle = _open(path)
     try:
-        if patience is None:
-            yield _try(handle, fcntl.LOCK_EX, wait=True)
-            return
-        deadline = time.monotonic() + patience
-        while not (mine := _try(handle, fcntl.LOCK_EX, wait=False)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        yield mine
+        yield _try(handle, fcntl.LOCK_EX, patience=patience)
     finally:
         os.close(handle)
 
 
 def lock_folder() -> Path:
-    """The folder of this user's device locks on this machine, made if need be.
+    """The folder of this user's device locks on this machine, made if need be: ``IEXACT_LOCKS``, or a temporary one.
 
     Raises:
         UserError: if somebody else made it.
     """
-    folder = Path(tempfile.gettempdir(), f"iexact-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to another user; set TMPDIR to a folder of your own")
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    folder = Path(chosen or Path(tempfile.gettempdir(), f"iexact-{os.getuid()}"))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not chosen and (folder.is_symlink() or folder.stat().st_uid != os.getuid()):
+        raise UserError(f"{folder}: belongs to another user; set {FOLDER_VARIABLE} to a folder of your own")
     return folder
 
 
@@ -56,7 +54,8 @@ class DeviceLock:
 
     Work shares the lock with other work; a measurement has it alone. Everyone passes a gate on the way in, and who
     waits for the device holds the gate meanwhile: those who come later wait behind, so that no measurement starves.
-    Nobody holds the device while waiting at the gate, so that no two wait for each other.
+    Nobody holds the device while waiting at the gate, so that no two wait for each other; and a measurement gives up
+    after some time, so that endless work makes nobody else wait without end.
 
     Args:
         name: of the device, the same in every process.
@@ -74,7 +73,7 @@ class DeviceLock:
         self._alone = False
 
     def __enter__(self) -> DeviceLock:
-        self._acquire(fcntl.LOCK_SH)
+        self._acquire(fcntl.LOCK_SH, patience=None)
         return self
 
     def __exit__(
@@ -82,10 +81,16 @@ class DeviceLock:
     ) -> None:
         self._release()
 
-    def exclude_others(self) -> None:
-        """Waits until the device is this process's alone, and keeps it so to the end of the context."""
+    def exclude_others(self, *, patience: float) -> None:
+        """Waits until the device is this process's alone, and keeps it so to the end of the context.
+
+        Args:
+            patience: seconds after which the device is shared after all.
+        """
         self._release()
-        self._acquire(fcntl.LOCK_EX)
+        if not self._acquire(fcntl.LOCK_EX, patience=patience):
+            self._announce(f"{self._name} was not free for {patience:g} s: epochs are timed beside other work")
+            self._acquire(fcntl.LOCK_SH, patience=None)
 
     @property
     def alone(self) -> bool:
@@ -94,21 +99,27 @@ class DeviceLock:
             self._alone = False
         return self._alone
 
-    def _acquire(self, kind: int) -> None:
+    def _acquire(self, kind: int, *, patience: float | None) -> bool:
+        deadline = time.monotonic() + (patience or 0)
         gate = _open(self._gate)
         self._handle = handle = _open(self._path)
         try:
-            if not _try(gate, fcntl.LOCK_EX, wait=False):
+            if not _try(gate, fcntl.LOCK_EX, patience=0):
                 self._announce(f"waiting for {self._name}: a measurement is going on there, or about to begin")
-                _try(gate, fcntl.LOCK_EX, wait=True)
-            self._alone = _try(handle, fcntl.LOCK_EX, wait=False)
-            if not self._alone and not _try(handle, kind, wait=False):
+                if not _try(gate, fcntl.LOCK_EX, patience=patience):
+                    self._release()
+                    return False
+            self._alone = _try(handle, fcntl.LOCK_EX, patience=0)
+            if not self._alone and not _try(handle, kind, patience=0):
                 self._announce(f"waiting for {self._name}: other work is going on there")
-                _try(handle, kind, wait=True)
-                self._alone = _try(handle, fcntl.LOCK_EX, wait=False)
+                if not _try(handle, kind, patience=None if patience is None else deadline - time.monotonic()):
+                    self._release()
+                    return False
+                self._alone = _try(handle, fcntl.LOCK_EX, patience=0)
             self._entry = _entries(handle) + 1
             os.pwrite(handle, b"%020d" % self._entry, 0)
-            _try(handle, kind, wait=True)  # what was tried is given back; nobody came between, for the gate is held
+            # What was tried is given back; nobody came between, for the gate is held.
+            return _try(handle, kind, patience=None)
         except BaseException:
             self._release()
             raise
@@ -131,9 +142,16 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
-def _try(handle: int, kind: int, *, wait: bool) -> bool:
-    try:
-        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _try(handle: int, kind: int, *, patience: float | None) -> bool:
+    if patience is None:
+        fcntl.flock(handle, kind)
+        return True
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL_SECONDS)

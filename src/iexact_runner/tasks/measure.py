@@ -27,7 +27,7 @@ def run(context: Context) -> None:
         step(model, optimization, problem, seed=mix(seed, number), epoch=number)
         return clock(device) - start
 
-    context.lock.exclude_others()
+    context.lock.exclude_others(patience=config.measure.max_wait)
     meter = EnergyMeter(device, country=config.measure.country) if config.measure.energy else None
     with context.console.status("timing epochs"):
         findings.throughput = time_epochs(
