@@ -31,8 +31,8 @@ def name(page: Path) -> str:
 
 def blocks(page: Path) -> list[Block]:
     """The blocks of a page; directives of the site are none."""
-    found = re.findall(r"^```([^\n{]*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return [Block(kind, text) for kind, text in found]
+    found = re.findall(r"^```(.*)\n((?s:.*?))^```$", page.read_text(), flags=re.MULTILINE)
+    return [Block(kind, text) for kind, text in found if not kind.startswith("{")]
 
 
 def commands(page: Path) -> list[str]:
