@@ -99,10 +99,8 @@ def main() -> None:
             where = Path(folder, name)
             check_environment(checks, name, wheel, where, python=arguments.python, extras=arguments.extras)
             shutil.rmtree(where)  # one with CUDA takes gigabytes
-    if arguments.csv:
-        facts = {"device_name": environment.describe(torch.device("cpu"), backend="none")["device_name"]}
-        table = pd.DataFrame(checks.rows).assign(**facts, git_commit=environment.git_commit())
-        table.to_csv(arguments.csv, index=False)
+            if arguments.csv:
+                checks.write(arguments.csv)
     sys.exit("\n".join(checks.failed) if checks.failed else 0)
 
 
@@ -132,6 +130,12 @@ class Checks:
             self.failed.append(f"{where}: {name}: {problem}")
         print(f"{where}: {name}: {problem or 'passed'} ({seconds:.1f} s)", flush=True)
         return not problem
+
+    def write(self, csv: Path) -> None:
+        """Writes the rows so far."""
+        facts = environment.describe(torch.device("cpu"), backend="none")
+        kept = {name: facts[name] for name in ("device_name", "git_commit")}
+        pd.DataFrame(self.rows).assign(**kept).to_csv(csv, index=False)
 
 
 class Environment:
