@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -166,8 +167,8 @@ def examples(group: str) -> dict[str, Any]:
 
 def documentation(kind: type) -> tuple[str, dict[str, str]]:
     """The docstring of a class before ``Args:``, and what it says of each argument."""
-    summary, _, arguments = (kind.__doc__ or "").partition("Args:\n")
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", arguments, flags=re.MULTILINE)
+    summary, _, arguments = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", arguments, flags=re.MULTILINE)
     return " ".join(summary.split()), {name: " ".join(text.split()) for name, text in entries}
 
 

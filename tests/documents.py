@@ -54,8 +54,8 @@ def follow(page: Path, checkout: Path) -> None:
 
 
 def change(file: Path, lines: list[str]) -> None:
-    """Makes one change; the lines that stay or go must stand in the file once, the last up to its end or not."""
+    """Makes one change; the lines that stay or go must stand in the file just once."""
     text = file.read_text()
-    before, after = ("\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-")
+    before, after = ("".join(f"{line[1:]}\n" for line in lines if line[:1] != sign) for sign in "+-")
     assert text.count(before) == 1, f"{file}: found {text.count(before)} times:\n{before}"
     file.write_text(text.replace(before, after))

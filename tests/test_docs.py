@@ -78,3 +78,14 @@ def test_kill_campaign_stands_in_the_committed_rows():
     killed = f"{total['kills']} kills, {total['in training']} in training, {total['damaged']} damaged checkpoints"
     runs = f"{total['tried']} runs tried, {total['survived']} survived, {total['lost']} lost"
     assert f"{killed}: {runs}" in " ".join(RESUME.split())
+
+
+def test_what_the_projection_costs_stands_in_the_committed_rows():
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_amazon_computers_cpu.csv")
+    rows = rows[(rows["compression.bits"] == 2) & (rows["compression.col_size"] == 0)].set_index(
+        "compression.kept_frac"
+    )
+    errors = rows[[f"fidelity.after.{epoch}.relative_error_mean" for epoch in (5, 30, 100)]]
+    exact, plain = (f"by {errors.loc[kept].min():.2f} to {errors.loc[kept].max():.2f}" for kept in (0.125, 1.0))
+    text = " ".join((REPOSITORY / "docs" / "schemes.md").read_text().split())
+    assert f"off {exact} of its length, that of `int2`, the same without projection, {plain}." in text

@@ -56,12 +56,12 @@ def copy(tmp_path_factory):
 
 
 def python(copy, *arguments, cwd):
-    # A proxy that refuses at once: no test reaches the network. Locks of their own: no test waits for another.
-    own = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "TMPDIR": str(cwd)}
+    # A proxy that refuses at once: no test reaches the network.
+    dead = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=os.environ | own | {"PYTHONPATH": str(copy / "src")},
+        env=os.environ | dead | {"PYTHONPATH": str(copy / "src")},
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,50 +1,13 @@
-"""The README's blocks work as they stand."""
+"""The fields and figures that the README names are those of the schema and of the committed rows."""
 
 from __future__ import annotations
 
 import re
-import shlex
-from pathlib import Path
-
-import pytest
 
 from conftest import REPOSITORY
 from iexact_runner.cli import compose_config
-from iexact_runner.report.command import make_parser
 
 TEXT = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line
-    for kind, block in BLOCKS
-    if kind == "bash"
-    for line in block.splitlines()
-    if line.startswith("iexact ") and "--help" not in line
-]
-
-
-def test_python_blocks_run(capsys):
-    blocks = [block for kind, block in BLOCKS if kind == "python"]
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert capsys.readouterr().out
-
-
-REPORTS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines() if "iexact-report" in line]
-
-
-@pytest.mark.parametrize("command", REPORTS)
-def test_reports_are_asked_for_as_they_can_be(command):
-    assert make_parser().parse_args(shlex.split(command, comments=True)[1:]).folders == [Path("outputs")]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_compose(command):
-    words = shlex.split(command, comments=True)[1:]
-    # A sweep's jobs take one choice each: the last will do.
-    overrides = [re.sub(r"=.*,", "=", word) for word in words if word != "-m"]
-    assert compose_config(*overrides).dataset.name
 
 
 def test_every_field_that_is_named_exists():
