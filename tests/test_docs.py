@@ -101,3 +101,12 @@ def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
     row = paired.loc["digits"].dropna(subset=["test_difference_mean"]).iloc[0]
     figures = f"{100 * row['test_difference_mean']:.2f} +- {100 * row['test_difference_interval']:.2f} points"
     assert f"{row['test_difference_repeats']:.0f} repeats, paired with FP32 by seed: {figures}" in text
+    steps = (
+        pd.read_csv(REPOSITORY / "benchmarks" / "epoch_cpu.csv").set_index(["model", "preset"]).loc["sage", "lowrank"]
+    )
+    time, peak = (f"{steps[name]:.2f}"[1:] for name in ("ratio_median", "peak_ratio"))
+    assert f"takes {time} of the time of plain PyG in FP32 and {peak} of its peak memory" in text
+    (products,) = pd.read_csv(REPOSITORY / "benchmarks" / "synthetic_products_cpu.csv").to_dict("records")
+    for name in ("saved_mib", "saved_mib_fp32", "peak_resident_mib", "data_mib", "step_peak_mib"):
+        assert f"{products[name]:.2f}" in text
+    assert f"An epoch took {1 / products['epochs_per_second_median']:.0f} seconds" in text

@@ -35,6 +35,14 @@ def test_figures_stand_in_the_committed_rows():
     assert all(f" {value:.2f} " in TEXT for value in kept["saved_mib"])
     epochs = pd.read_csv(REPOSITORY / "benchmarks" / "epoch_cpu.csv")
     for _, row in epochs[epochs["preset"] != "baseline"].iterrows():
-        figures = (row.ratio_median, row.ratio_p20, row.ratio_p80)
-        shown = "{} ({} - {})".format(*(f"{figure:.2f}".removeprefix("0") for figure in figures))
+        shown = "{} ({} - {})".format(*map(_short, (row.ratio_median, row.ratio_p20, row.ratio_p80)))
         assert shown in TEXT, shown
+        assert f" {row.peak_mib:.2f} ({_short(row.peak_ratio)}) |" in TEXT
+    kernels = pd.read_csv(REPOSITORY / "benchmarks" / "kernels_cpu.csv").set_index("kernel")["milliseconds_median"]
+    there_and_back = kernels["quantize int2/1024"] + kernels["dequantize int2/1024"]
+    for target in ("existing", "fresh"):
+        assert f" {there_and_back / 2 / kernels[f'copy to {target}']:.2f} times as long" in TEXT
+
+
+def _short(ratio):
+    return f"{ratio:.2f}".removeprefix("0")

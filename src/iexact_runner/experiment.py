@@ -73,6 +73,7 @@ class Experiment:
         self._logger = loggers.Logger()
         self._findings = Findings()
         self._problem: Problem | None = None
+        self._available: int | None = None
 
     def run(self, resolved_yaml: str) -> dict[str, Any]:
         """Runs the task, writes the records and returns the summary.
@@ -135,7 +136,7 @@ class Experiment:
                     raise ConfigError.of("deterministic", "true", str(error).partition(".")[0]) from error
                 if not out_of_memory.is_out_of_memory(error):
                     raise
-                # The frames of the failed step hold its maps, which would count as taken: their text has to do.
+                # The frames of the failed step hold its maps, and the record needs memory: their text has to do.
                 error.add_note(traceback.format_exc())
                 error.__traceback__ = None
                 raise OutOfMemory(self._advice(error)) from error
@@ -153,6 +154,8 @@ class Experiment:
     def _run_task(self, problem: Problem) -> None:
         config = self._config
         self._findings.metric = problem.metric
+        # Afterwards is too late: autograd holds the graph of a backward pass that failed.
+        self._available = out_of_memory.available_bytes(self._device)
         context = Context(
             config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings
         )
@@ -167,7 +170,6 @@ class Experiment:
         failed = f"out of memory on {self._device}" + (f" when allocating {amount}" if amount else "")
         if self._problem is None:
             return f"{failed} for {self._config.dataset.name}, before training: a smaller graph is needed"
-        available = out_of_memory.available_bytes(self._device)
         try:
             memory, smaller, widest = out_of_memory.memory_by_preset(self._problem, self._config)
         except (MemoryError, RuntimeError) as again:
@@ -175,7 +177,7 @@ class Experiment:
                 raise
             return f"{failed}; not even the model without its maps fits"
         self._findings.memory = self._findings.memory or memory
-        return f"{failed}: {out_of_memory.advice(memory, smaller, widest, available=available)}"
+        return f"{failed}: {out_of_memory.advice(memory, smaller, widest, available=self._available)}"
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""

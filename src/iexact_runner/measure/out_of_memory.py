@@ -27,8 +27,9 @@ PRESETS = {
         scheme="projected", bits=2, kept_frac=0.125, col_size=64, max_block_size=1024, store_dropout_mask=True
     ),
 }
-# Beside what is kept, a step holds about so many maps of the widest kind at once.
-PASSING_MAPS = 5
+# Beside what is kept, a step holds about so many maps of the widest kind at once, and kernels are compiled in so much.
+PASSING_MAPS = 7
+COMPILING_BYTES = 128 * MIB
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,7 +74,7 @@ def advice(memory: dict[str, Any], smaller: dict[str, int], widest: int, *, avai
     """Which preset would fit into the available bytes, in words."""
     kept = f"the backward pass needs {memory['saved_mib']:.2f} MiB of maps"
     for name, size in smaller.items():
-        if available is not None and size + PASSING_MAPS * widest <= available:
+        if available is not None and size + PASSING_MAPS * widest + COMPILING_BYTES <= available:
             return f"{kept}; compression={name} keeps {size / MIB:.2f} MiB, which would fit"
     least = min(smaller, key=smaller.__getitem__, default=None)
     if least is None or available is not None:

@@ -69,7 +69,8 @@ def kept_tensors(config: ModelConfig, problem: Problem, compression: Compression
         # How many edges are left is a number, which tensors without memory do not have.
         graph = Plain(training=True, seed=0).drop_edges(graph, config.edge_dropout)
         config = replace(config, edge_dropout=0.0)
-    with FakeTensorMode() as fake:
+    # A kernel that torch has no rule of shapes for would run on real zeros.
+    with FakeTensorMode(allow_fallback_kernels=False) as fake:
         features, graph = fake.from_tensor(features), graph.map(fake.from_tensor)
         with torch.device(features.device):
             model = build_model(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -222,6 +223,16 @@ class LeakyReLUDropout(Function):
         return grad_x, *[None] * 6
 
 
+def _batch_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each column, float32 of shape (D,); moves the running ones."""
+    if isinstance(x, FakeTensor):  # torch has no rule for the shapes of its kernel
+        return x.new_empty(x.size(1), dtype=torch.float32), x.new_empty(x.size(1), dtype=torch.float32)
+    mean, variance = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+    return mean, variance
+
+
 class BatchNormReLUDropout(Function):
     """:class:`BatchNorm` with gamma and beta, then :class:`LeakyReLUDropout` at slope 0, for maps kept as a sketch.
 
@@ -246,7 +257,7 @@ class BatchNormReLUDropout(Function):
     ) -> Tensor:
         # On a processor the statistics of a 16-bit map would be rounded to 16 bits.
         exact = x if x.is_cuda else x.float()
-        mean, variance = torch.ops.aten.batch_norm_update_stats(exact, running_mean, running_var, momentum)
+        mean, variance = _batch_statistics(exact, running_mean, running_var, momentum)
         inverse_std = (variance + eps).rsqrt()
         layout, tensors = keep(mean, inverse_std)
         output, mask = block_ops.normalize_relu_dropout(
