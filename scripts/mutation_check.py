@@ -44,14 +44,23 @@ import pandas as pd
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = Path("src/iexact_runner")
 # What the tests import of others, which a fork then has.
-IMPORTED = ("hypothesis", "numba", "scipy.optimize", "sklearn.datasets", "torch", "torch_geometric.nn", "triton")
+IMPORTED = (
+    "hypothesis",
+    "numba",
+    "pytest",
+    "scipy.optimize",
+    "sklearn.datasets",
+    "torch",
+    "torch_geometric.nn",
+    "triton",
+)
 
 _QUANTIZER = ("compression/test_reference.py", "compression/test_codec.py")
 _SCHEMES = ("schemes/test_functions.py", "schemes/test_projected.py", "schemes/test_lowrank.py")
-_LEVELS = ("compression/test_bins.py", "compression/test_maps.py", "tasks/test_bins.py")
+_LEVELS = ("compression/test_curves.py", "compression/test_bins.py", "compression/test_maps.py", "tasks/test_bins.py")
 _NUMBA = ("compression/test_numba.py",)
 _TRITON = ("compression/test_triton_interpreter.py",)
-_MEASURED = ("measure", "test_experiment.py")
+_SAVED = ("measure/test_saved.py", "measure/test_memory_formulas.py")
 # The tests that mirror a module first, then those of what it serves.
 TESTS: dict[str, tuple[str, ...]] = {
     "compression/backends.py": ("compression/test_backends.py", "compression/test_codec.py"),
@@ -78,10 +87,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "measure/energy.py": ("measure/test_energy.py",),
     "measure/environment.py": ("measure/test_environment.py",),
     "measure/out_of_memory.py": ("measure/test_out_of_memory.py",),
-    "measure/peak.py": ("measure/test_peak.py", *_MEASURED),
-    "measure/saved.py": ("measure/test_saved.py", *_MEASURED),
-    "measure/step.py": _MEASURED,
-    "measure/throughput.py": ("test_training.py", *_MEASURED),
+    "measure/peak.py": ("measure/test_peak.py", *_SAVED, "test_experiment.py"),
+    "measure/saved.py": _SAVED,
+    "measure/step.py": (*_SAVED, "measure/test_out_of_memory.py", "test_experiment.py"),
+    "measure/throughput.py": _SAVED,
     "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),
     "schemes/aggregation.py": ("schemes/test_aggregation.py",),
     "schemes/attention.py": ("schemes/test_aggregation.py",),
@@ -157,11 +166,11 @@ def main() -> None:
         ]
         rows = known(arguments.csv) if arguments.again else {}
         trials = Trials(checkout)
+        facts = describe()
         for index, mutant in enumerate(drawn):
             key = (mutant.module, mutant.line, mutant.mutation)
             if key not in rows:
-                rows[key] = trials.run(mutant)
-                row = rows[key]
+                row = rows[key] = trials.run(mutant) | facts
                 print(f"{index + 1}/{len(drawn)} {row['outcome']} {row['seconds']} s {key}", flush=True)
                 if arguments.csv:  # as it goes on, for it is long
                     write(arguments.csv, rows)
@@ -171,6 +180,15 @@ def main() -> None:
     print(table[table["outcome"] != "killed"].to_string(index=False))
     print(f"{len(table)} mutants: {killed} killed ({killed / len(table):.1%}), {equivalent} equivalent")
     sys.exit(0 if killed + equivalent == len(table) else 1)
+
+
+def describe() -> dict[str, Any]:
+    """The environment of the clone, from a process of its own: nothing of the package may be imported before a fork."""
+    program = "import json, torch; from iexact_runner.measure import environment as found; "
+    program += "print(json.dumps(found.describe(torch.device('cpu'), backend='auto')))"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    facts = json.loads(said)
+    return {name: facts[name] for name in ENVIRONMENT}
 
 
 def known(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
@@ -298,7 +316,6 @@ class Trials:
 
         torch.set_num_threads(1)
         self._baselines: dict[str, float] = {}
-        self._facts: dict[str, Any] = {}
 
     def run(self, mutant: Mutant) -> dict[str, Any]:
         """One row."""
@@ -328,16 +345,7 @@ class Trials:
             "noticed_by": "time" if status is None else first[1].removeprefix("tests/") if first else "",
             "why_equivalent": reason,
             "seconds": round(time.perf_counter() - start, 1),
-        } | self._environment()
-
-    def _environment(self) -> dict[str, Any]:
-        if not self._facts:
-            program = "import json, torch; from iexact_runner.measure import environment as e; "
-            program += "print(json.dumps(e.describe(torch.device('cpu'), backend='auto')))"
-            said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-            facts = json.loads(said)
-            self._facts = {name: facts[name] for name in ENVIRONMENT}
-        return self._facts
+        }
 
     def _baseline(self, tests: str) -> float:
         """Seconds of a file or folder of tests without a mutant, which pass."""
@@ -371,7 +379,7 @@ class Trials:
 
     def _child(self, tests: Sequence[str], cache: Path, log: Path) -> int:
         os.setsid()
-        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))  # a mutant may ask for any amount
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

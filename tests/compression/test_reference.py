@@ -38,7 +38,7 @@ def test_philox_gives_the_published_words(counter, seed, expected):
         assert tuple(word.item() for word in drawn) == expected
 
 
-@pytest.mark.parametrize("offset", [0, 1, 7, 8, 13, 2**19 + 5, 2**33 + 5])
+@pytest.mark.parametrize("offset", [0, 1, 7, 8, 13, 2**19 + 5, 2**33 + 5, 2**35 + 5, 2**40 + 3])
 def test_draws_follow_the_written_mapping(offset):
     draws = reference.draw16(50, seed=7, purpose=2, device=CPU, offset=offset)
     for position in range(50):
@@ -180,6 +180,12 @@ def test_dropout_keeps_its_share_and_the_mean(p):
     assert abs(dropped.double().mean().item() - 1) < 4 * deviation / (1 - p)
     assert torch.equal(reference.dropout(x, p=p, seed=11), dropped)
     assert not torch.equal(reference.dropout(x, p=p, seed=12), dropped)
+
+
+def test_dropout_of_all_but_everything_keeps_one_draw_and_stays_finite():
+    assert reference.dropout_threshold(1 - 1e-9) == reference.DRAWS - 1 and reference.dropout_factor(1 - 1e-9) == 2**16
+    kept = reference.keep_mask(1 << 20, p=1 - 1e-9, seed=0, device=CPU).sum().item()
+    assert 0 < kept < 60  # 16 expected
 
 
 def test_kept_mask_and_regenerated_dropout_agree():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,21 @@ def test_first_preset_that_fits_is_suggested():
         assert text.startswith("the backward pass needs 100.00 MiB of maps") and text.endswith(words)
     assert advice(memory, smaller, MIB, available=None).endswith("compression=iexact keeps 3.00 MiB")
     assert "no preset is sure to fit" in advice(memory, {}, MIB, available=None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are as Linux has them")
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(resource.RLIM_INFINITY, 8 * 2**30), (2**30, 2**30 - 3 * resource.getpagesize())]
+)
+def test_available_is_the_machine_s_or_the_rest_of_the_limit(monkeypatch, limit, expected):
+    files = {"/proc/self/statm": "3 2 1 1 0 1 0", "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  8388608 kB\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: {resource.RLIMIT_AS: (limit, limit)}[kind])
+    assert out_of_memory.available_bytes(torch.device("cpu")) == expected
+    files["/proc/meminfo"] = "MemTotal: 9 kB\n"
+    assert out_of_memory.available_bytes(torch.device("cpu")) is None
+    monkeypatch.setattr(Path, "read_text", lambda path: path.joinpath("missing").read_bytes())
+    assert out_of_memory.available_bytes(torch.device("cpu")) is None
 
 
 def fails(path, monkeypatch, target, name, error, *overrides):

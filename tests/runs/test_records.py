@@ -180,6 +180,10 @@ def test_compression_in_words():
     assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
     fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": 1, "col_size": 16}
     assert compression_label(fitted) == "INT4, low rank, rank 8"
+    assert compression_label(asdict(compose_config("compression=lowrank").compression)) == "INT4, low rank, rank 8"
+    changed = {"rank": None, "energy": 0.9, "refresh": 5, "residual": 2, "levels": "optimal"}
+    words = "INT4, low rank, energy 0.9, refresh 5, residual 2, levels optimal"
+    assert compression_label(fitted | changed) == words
 
 
 def test_a_field_that_is_newer_than_a_record_had_its_default(tmp_path):

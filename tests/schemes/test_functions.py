@@ -13,6 +13,7 @@ from iexact_runner.compression import reference
 from iexact_runner.compression.maps import KeptMap, MapFormat
 from iexact_runner.compression.seeds import mix
 from iexact_runner.compression.sketch import SketchLayout
+from iexact_runner.measure.peak import record_allocations
 from iexact_runner.schemes import functions
 
 SIZES = [(1, 1), (37, 63), (101, 100), (64, 128)]
@@ -99,6 +100,21 @@ def test_batch_norm_in_chunks_of_rows_is_that_of_torch(affine, monkeypatch):
             assert_close(ours, theirs)
 
 
+def test_batch_norm_needs_no_third_map(monkeypatch):
+    monkeypatch.setattr(functions, "CHUNK_ELEMENTS", 10 * 64)
+    x, grad, vector = torch.randn(1000, 64), torch.randn(1000, 64), torch.ones(64)
+    with record_allocations() as changes:
+        functions._batch_norm_backward(grad, x, vector, vector, vector)
+    assert 0 < max(changes) <= 4 * 10 * 64
+
+
+def test_batch_norm_of_16_bit_maps_adds_up_in_float32():
+    """1001 ones, which bfloat16 would round to 1000."""
+    ones, vector = torch.ones(1001, 2, dtype=torch.bfloat16), torch.ones(2)
+    _, weight, bias = functions._batch_norm_backward(ones, ones.clone(), vector, 0 * vector, vector)
+    assert weight.tolist() == bias.tolist() == [1001.0] * 2
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize(("p", "seed"), [(0.0, 0), (0.4, 7), (0.4, torch.tensor(7))], ids=str)
 @pytest.mark.parametrize("nodes_and_columns", SIZES[1:], ids=str)
@@ -116,8 +132,8 @@ def test_batch_norm_relu_dropout(nodes_and_columns, p, seed, backend):
         layout, tensors = keep(x.detach() - mean, None)
         return KeptMap(SketchLayout(layout, tuple(x.shape)), (*tensors, torch.eye(columns), mean))
 
-    actual = functions.BatchNormReLUDropout.apply(x, weight, bias, *ours, 0.3, 1e-5, p, seed, backend, keep_all, signs)
-    normalised = F.batch_norm(x, *running, weight, bias, training=True, momentum=0.3, eps=1e-5)
+    actual = functions.BatchNormReLUDropout.apply(x, weight, bias, *ours, 0.3, 0.5, p, seed, backend, keep_all, signs)
+    normalised = F.batch_norm(x, *running, weight, bias, training=True, momentum=0.3, eps=0.5)
     expected = functions.LeakyReLUDropout.apply(normalised, 0.0, p, seed, False, backend)
     assert_close(actual, expected, tolerance=1e-6)
     assert_close(torch.cat(ours), torch.cat(running))
@@ -135,6 +151,24 @@ def test_batch_norm_relu_dropout_says_what_it_keeps():
     assert (norm.stored_type, norm.fp32_bytes, norm.parts) == ("int4", 4 * 16 * 8, 3)
     # The output of ReLU, and a mask of floats.
     assert (mask.stored_type, mask.fp32_bytes, mask.parts) == ("mask", 2 * 4 * 16 * 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "maps", "parts"),
+    [
+        (functions.LeakyReLU, (0.0, "torch"), 1, 1),
+        (functions.MaskedDropout, (0.3, 1, "torch"), 1, 1),
+        (functions.LeakyReLUDropout, (0.0, 0.3, 1, False, "torch"), 2, 1),
+        (functions.LeakyReLUDropout, (0.0, 0.3, 1, True, "torch"), 2, 2),
+    ],
+    ids=["ReLU", "dropout", "both", "both, mask stored"],
+)
+def test_masks_say_what_plain_modules_keep_in_their_place(function, arguments, maps, parts):
+    """Of ReLU its output, of dropout a mask of floats."""
+    node = function.apply(torch.randn(16, 8, requires_grad=True), *arguments).grad_fn
+    found = node.saved_map
+    assert (found.shape, found.stored_type) == ((16, 8), "mask")
+    assert (found.fp32_bytes, found.parts) == (maps * 4 * 16 * 8, parts)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.2])
