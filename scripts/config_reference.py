@@ -63,7 +63,7 @@ def field_tables(group: str) -> Iterator[str]:
             yield "## Fields" if everywhere else "## Fields of " + ", ".join(f"`{name}`" for name in having)
             yield summary
             yield table(
-                ("field", "type", "default", "valid", "meaning"),
+                ("field", "default", "valid", "meaning"),
                 [field_row(group, field, meanings, list(having.values())) for field in fields],
             )
 
@@ -90,16 +90,17 @@ def field_row(
     path = field.name if group == RUN else f"{group}.{field.name}"
     if field.name not in meanings:
         raise ValueError(f"{path}: no line under Args in the docstring of its class")
-    kind = str(field.type).replace("Any", "number or word").replace("str", "text").replace(" | None", " or null")
+    kind = str(field.type).removesuffix(" | None").replace("Any", "number or word").replace("str", "text")
     made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     default = "by choice" if made == MISSING else f"`{typed(made)}`"
-    return f"`{path}`", kind, default, valid(path, field, having), meanings[field.name]
+    rules = valid(path, field, having)
+    return f"`{path}`", default, f"{kind}, {rules}" if rules else kind, meanings[field.name]
 
 
 def valid(path: str, field: dataclasses.Field[Any], having: list[Any]) -> str:
     """What the checks answer to wrong values in some checked examples; nothing if they refuse none."""
     if field.type == "bool":
-        return "true, false"
+        return "true or false"
     answers: dict[str, None] = {}
     for example in having:
         for value in WRONG[str(field.type).removesuffix(" | None")]:

@@ -17,7 +17,7 @@ LEVELS = ("uniform", "optimal")
 
 @dataclass
 class CompressionConfig:
-    """What is kept of each activation map for the backward pass (spec symbols in brackets).
+    """What is kept of each activation map for the backward pass (symbols of the equations in brackets).
 
     Args:
         scheme: ``none`` keeps FP32 maps; ``projected`` is EXACT and i-EXACT; ``lowrank`` keeps coefficients in
