@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.runs.locks import FOLDER_VARIABLE
+
+# The same examples on every run, however slow the machine.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -74,6 +74,9 @@ def test_help_reads_as_documentation_and_is_quick(tmp_path):
         ("compression.bits=two", "compression.bits=two: Value 'two' of type 'str' could not be converted"),
         ("+compression.bitz=3", "compression.bitz: no such field; did you mean bits?"),
         ("modell.name=x", "modell"),
+        ("epochs=3", "epochs: no such field; did you mean training.epochs or fidelity.epochs?"),
+        ("+heads=3", "heads: no such field; did you mean model.heads?"),
+        ("epochs", "'epochs': must be FIELD=VALUE; iexact --help lists the fields"),
         ("model=sagee", "model=sagee: no such choice; did you mean sage? valid: gat, gcn, gcn2, sage"),
         ("dataset=corra", "dataset=corra: no such choice; did you mean cora?"),
         ("model.heads=2", "model.heads: no such field; valid: name"),
@@ -174,7 +177,9 @@ def test_interrupted_run_keeps_what_it_had(tmp_path, sent):
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and stderr == "iexact: interrupted: what was recorded so far is kept\n"
+    way_on = "the same command with resume=auto goes on"
+    assert process.returncode == 130
+    assert stderr == f"iexact: interrupted: what was recorded so far is kept; {way_on}\n"
     run = only_run(tmp_path)
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     lines = (run / "metrics.jsonl").read_text().splitlines()

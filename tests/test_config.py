@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from conftest import REPOSITORY
 from iexact_runner.cli import compose_config
-from iexact_runner.config import BITS, CompressionConfig, Config
+from iexact_runner.config import (
+    BITS,
+    BinsConfig,
+    CheckpointConfig,
+    CompressionConfig,
+    Config,
+    FidelityConfig,
+    MeasureConfig,
+    TrainingConfig,
+)
+from iexact_runner.config.compression import BACKENDS, LEVELS, SCHEMES
 from iexact_runner.errors import ConfigError
 
 CONF = REPOSITORY / "conf"
@@ -241,3 +257,91 @@ def test_configuration_files_lie_where_the_package_looks():
     from iexact_runner.cli import config_dir
 
     assert Path(config_dir()) == CONF
+
+
+COUNTS, RATES = st.integers(1, 2**31), st.floats(0, 1, exclude_min=True)
+NOT_POSITIVE = st.floats(max_value=0) | st.just(math.nan)
+PROJECTED = st.fixed_dictionaries(
+    {"scheme": st.just("projected"), "bits": st.sampled_from((*BITS, None)), "kept_frac": RATES},
+    optional={
+        "col_size": st.integers(0, 2**31),
+        "max_block_size": COUNTS | st.none(),
+        "share_maps": st.booleans(),
+        "store_dropout_mask": st.booleans(),
+        "backend": st.sampled_from(BACKENDS),
+    },
+)
+LOW_RANK = st.fixed_dictionaries(
+    {"scheme": st.just("lowrank"), "bits": st.sampled_from((*BITS, None)), "share_maps": st.just(True)},
+    optional={"refresh": COUNTS, "sample_rows": COUNTS, "residual": st.integers(0, 2**31)},
+).flatmap(lambda fields: st.just(fields | {"rank": 3}) | RATES.map(lambda share: fields | {"energy": share}))
+TRAINING = st.fixed_dictionaries(
+    {
+        "epochs": COUNTS,
+        "lr": st.floats(0, 1e300, exclude_min=True),
+        "weight_decay": st.floats(0, 1e300),
+        "grad_norm": st.none() | st.floats(0, 1e300, exclude_min=True),
+        "optimizer": st.sampled_from(("adam", "rmsprop")),
+        "warmup_epochs": st.integers(0, 2**31),
+    }
+)
+
+
+@given(
+    st.tuples(st.just(CompressionConfig), PROJECTED | LOW_RANK)
+    | st.tuples(st.just(CompressionConfig), st.just({"scheme": "none"}))
+    | st.tuples(st.just(TrainingConfig), TRAINING)
+)
+def test_valid_groups_survive_yaml(group):
+    schema, fields = group
+    config = schema(**fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert schema(**yaml.safe_load(yaml.safe_dump(asdict(config)))) == config
+    assert OmegaConf.to_object(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))) == asdict(config)
+
+
+@settings(max_examples=12)
+@given(PROJECTED, TRAINING, st.integers(0, 2**62 - 1))
+def test_valid_values_compose_on_the_command_line(compression, training, seed):
+    def overrides(group, fields):
+        return [f"{group}.{name}={'null' if value is None else value}" for name, value in fields.items()]
+
+    config = compose_config(f"seed={seed}", *overrides("compression", compression), *overrides("training", training))
+    assert config.seed == seed
+    assert {name: getattr(config.compression, name) for name in compression} == compression
+    assert {name: getattr(config.training, name) for name in training} == training
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "values"),
+    [
+        (CompressionConfig, "compression.bits", st.integers().filter(lambda bits: bits not in BITS)),
+        (CompressionConfig, "compression.kept_frac", NOT_POSITIVE | st.floats(1, exclude_min=True)),
+        (CompressionConfig, "compression.col_size", st.integers(max_value=-1)),
+        (CompressionConfig, "compression.alpha", NOT_POSITIVE | st.floats(1.5) | st.booleans() | st.just("widest")),
+        (CompressionConfig, "compression.levels", st.text(max_size=9).filter(lambda word: word not in LEVELS)),
+        (CompressionConfig, "compression.max_block_size", st.integers(max_value=0)),
+        (CompressionConfig, "compression.scheme", st.text(max_size=9).filter(lambda word: word not in SCHEMES)),
+        (TrainingConfig, "training.epochs", st.integers(max_value=0)),
+        (TrainingConfig, "training.lr", NOT_POSITIVE | st.just(math.inf)),
+        (TrainingConfig, "training.weight_decay", st.floats(max_value=0, exclude_max=True) | st.just(math.inf)),
+        (TrainingConfig, "training.grad_norm", NOT_POSITIVE | st.just(math.inf)),
+        (TrainingConfig, "training.warmup_epochs", st.integers(max_value=-1)),
+        (MeasureConfig, "measure.timed_epochs", st.integers(max_value=0)),
+        (MeasureConfig, "measure.max_seconds", NOT_POSITIVE),
+        (MeasureConfig, "measure.country", st.from_regex(r"[a-z]{3}|[A-Z]{0,2}|[A-Z]{4,}", fullmatch=True)),
+        (FidelityConfig, "fidelity.draws", st.integers(max_value=1)),
+        (FidelityConfig, "fidelity.epochs", st.lists(st.integers(-5, 5)).filter(lambda e: sorted({*e} - {-1}) != e)),
+        (CheckpointConfig, "checkpoint.every", st.integers(max_value=0) | st.floats() | st.booleans()),
+        (BinsConfig, "bins.bits", st.integers().filter(lambda bits: bits not in BITS)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@settings(max_examples=20)
+@given(data=st.data())
+def test_every_bad_value_names_its_field(schema, name, values, data):
+    required = {"scheme": "projected", "bits": 2} if schema is CompressionConfig else {}
+    value = data.draw(values)
+    with pytest.raises(ConfigError) as error:
+        schema(**(required | {name.partition(".")[2]: value}))
+    assert str(error.value).startswith(f"{name}={value}: ")

@@ -89,3 +89,15 @@ def test_what_the_projection_costs_stands_in_the_committed_rows():
     exact, plain = (f"by {errors.loc[kept].min():.2f} to {errors.loc[kept].max():.2f}" for kept in (0.125, 1.0))
     text = " ".join((REPOSITORY / "docs" / "schemes.md").read_text().split())
     assert f"off {exact} of its length, that of `int2`, the same without projection, {plain}." in text
+
+
+def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
+    text = (REPOSITORY / "docs" / "lowrank.md").read_text()
+    for _, row in pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_digits_cpu.csv").iterrows():
+        directions = "fresh" if row["compression.refresh"] == 1 else f"{row['compression.refresh'] - 1} epochs old"
+        figures = " | ".join(f"{row[f'gradient_error_{epoch}_mean']:.2f}"[1:] for epoch in (5, 30, 100))
+        assert f"| {row['compression.rank']:.0f} | {directions} | {figures} |" in text
+    paired = pd.read_csv(REPOSITORY / "benchmarks" / "paired_accuracy_cpu.csv").set_index("dataset.name")
+    row = paired.loc["digits"].dropna(subset=["test_difference_mean"]).iloc[0]
+    figures = f"{100 * row['test_difference_mean']:.2f} +- {100 * row['test_difference_interval']:.2f} points"
+    assert f"{row['test_difference_repeats']:.0f} repeats, paired with FP32 by seed: {figures}" in text

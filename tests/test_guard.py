@@ -52,6 +52,7 @@ MAKE = {"_target_": "os.mkdir", "path": "ran"}
         ({"run": {"dir": "elsewhere"}}, "hydra.run.dir='elsewhere'"),
         ({"sweep": {"dir": "../elsewhere"}}, "hydra.sweep.dir='../elsewhere'"),
         ({"sweep": {"subdir": "../${hydra.job.num}"}}, "hydra.sweep.subdir="),
+        ({"sweep": {"subdir": "/elsewhere'"}}, "hydra.sweep.subdir="),
         ({"output_subdir": "../elsewhere"}, "hydra.output_subdir='../elsewhere'"),
     ],
 )
@@ -143,7 +144,8 @@ def test_pickled_configurations_are_refused(iexact, option):
 
 
 def test_unknown_option_is_one_line(iexact):
-    assert iexact({"x": {}}, "--nonsense") == (2, "iexact: unrecognized arguments: --nonsense\n")
+    problem = "--nonsense: no such option; fields are FIELD=VALUE, and iexact --help lists them"
+    assert iexact({"x": {}}, "--nonsense") == (2, f"iexact: {problem}\n")
 
 
 def test_trust_is_typed(iexact):

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -38,6 +38,7 @@ LAUNCHER_EXTRAS = {
     "hydra/launcher/submitit_local": "slurm",
     "hydra/launcher/submitit_slurm": "slurm",
 }
+INTERRUPTED = "interrupted: what was recorded so far is kept"
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -99,9 +100,9 @@ def app(composed: DictConfig) -> None:
         _report(job + explain(error), EXIT_USAGE, debug=debug)
     except UserError as error:
         _report(job + explain(error), EXIT_FAILED, debug=debug)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _remove_if_empty(folder)
-        raise
+        raise KeyboardInterrupt(_way_on(composed)) from interrupt
     except Exception as error:
         _report(job + _unexpected(error, debug=debug), EXIT_FAILED, debug=debug)
 
@@ -214,7 +215,8 @@ def show_sweep(sweep: Sweep) -> None:
     if not report.grids(title=sweep.title) and not report.damaged:
         return
     show(report, console, title=sweep.title)
-    console.print(f"again, or as a page: iexact-report {sweep.folder} --format html", highlight=False, soft_wrap=True)
+    page = f"iexact-report {sweep.folder} --format html --output report.html"
+    console.print(f"as a page: {page}", highlight=False, soft_wrap=True)
     for line in report.damaged:
         _report(line, EXIT_FAILED, debug=False)
 
@@ -249,8 +251,9 @@ def main() -> None:
             app()
         for sweep in _sweeps:
             show_sweep(sweep)
-    except KeyboardInterrupt:
-        _report("interrupted: what was recorded so far is kept", EXIT_INTERRUPTED, debug=False)
+    except KeyboardInterrupt as interrupt:
+        way_on = f"the same command with {_sweeps[-1].again} runs what is missing" if _sweeps else str(interrupt)
+        _report("; ".join(filter(None, (INTERRUPTED, way_on))), EXIT_INTERRUPTED, debug=False)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         _report(explain(error), EXIT_USAGE, debug=debug)
     except UserError as error:
@@ -275,13 +278,14 @@ def explain(error: BaseException) -> str:
         choices = [option for option in error.options if not option.startswith("base_")]
         return f"{group}={choice}: no such choice; {_suggest(choice, choices)}"
     if isinstance(error, OverrideParseException):
+        if "missing EQUAL" in error.message:
+            return f"{error.override!r}: must be FIELD=VALUE; iexact --help lists the fields"
         return f"{error.override!r}: {_one_line(error.message.partition('See https')[0])}"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
         override = _quoted_override(str(error))
         if dataclasses.is_dataclass(cause.object_type) and cause.key is not None:
-            names = [field.name for field in dataclasses.fields(cause.object_type)]
-            if cause.key not in names:
-                return f"{override}: no such field; {_suggest(str(cause.key), names)}"
+            if cause.key not in [field.name for field in dataclasses.fields(cause.object_type)]:
+                return f"{override}: no such field; {_suggest_field(str(cause.key), cause.object_type)}"
         return f"{override}: {_one_line(str(cause.msg))}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {_one_line(str(error.msg))}"
@@ -298,6 +302,13 @@ def _unexpected(error: Exception, *, debug: bool) -> str:
 _failures: list[int] = []
 # Sweeps that this process launched.
 _sweeps: list[Sweep] = []
+
+
+def _way_on(composed: DictConfig) -> str:
+    """How a run that was interrupted goes on; nothing for a task that cannot."""
+    if OmegaConf.select(composed, "task") not in schema.RESUMABLE:
+        return ""
+    return "the same command" + (" goes on" if OmegaConf.select(composed, "resume") else " with resume=auto goes on")
 
 
 def _job_title(name: str, overrides: Iterable[str]) -> str:
@@ -317,7 +328,7 @@ def _check_known(composed: DictConfig, prefix: str = "") -> None:
     names = [field.name for field in dataclasses.fields(kind)]
     for key in map(str, composed):
         if key not in names:
-            raise ConfigError(f"{prefix}{key}: no such field; {_suggest(key, names)}")
+            raise ConfigError(f"{prefix}{key}: no such field; {_suggest_field(key, kind)}")
         if not OmegaConf.is_missing(composed, key) and OmegaConf.is_dict(composed[key]):
             _check_known(composed[key], f"{prefix}{key}.")
 
@@ -329,6 +340,17 @@ def _quoted_override(message: str) -> str:
         if first.startswith(opening):
             return first.removeprefix(opening).rstrip(".").strip("'")
     return first
+
+
+def _suggest_field(name: str, kind: Any) -> str:
+    """What may be meant by a field that a configuration of this kind does not have: one of its own, or of a group."""
+    own = [field.name for field in dataclasses.fields(kind)]
+    groups = [*get_type_hints(schema.Config).items(), ("dataset", schema.SyntheticConfig)]
+    groups += [("model", model) for model in schema.MODEL_CONFIGS.values()]
+    homes = [f"{group}.{name}" for group, fields in groups if name in getattr(fields, "__dataclass_fields__", ())]
+    if homes and kind is schema.Config:
+        return f"did you mean {' or '.join(dict.fromkeys(homes))}?"
+    return _suggest(name, own)
 
 
 def _suggest(name: str, names: list[str]) -> str:

@@ -50,7 +50,11 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         with contextlib.redirect_stderr(said):
             options = get_args_parser().parse_args(arguments)
     except SystemExit as error:
-        raise ConfigError(said.getvalue().strip().rpartition("error: ")[2]) from error
+        problem = said.getvalue().strip().rpartition("error: ")[2]
+        wrong = problem.removeprefix("unrecognized arguments: ")
+        if wrong != problem:
+            problem = f"{wrong}: no such option; fields are FIELD=VALUE, and iexact --help lists them"
+        raise ConfigError(problem) from error
     if options.experimental_rerun is not None:
         valid = "is a pickle, which could run anything; repeat the run with its config.yaml instead"
         raise ConfigError.of("--experimental-rerun", options.experimental_rerun, valid)
@@ -117,6 +121,9 @@ def check_foreign(composed: DictConfig, typed: list[str]) -> None:
     names = {override.get_key_element().lstrip("+~") for override in parsed}
     own = _flat(_own_hydra(composed, typed, names))
     found = _flat(composed.hydra)
+    sweep: Any = OmegaConf.to_container(composed.hydra.sweep, resolve=False)
+    if _is_below(str(sweep["subdir"])):
+        found["sweep.subdir"] = own["sweep.subdir"]
     for path in {**found, **own}:
         if found.get(path) != own.get(path) and not any(f"{path}.".startswith(f"{free}.") for free in _FREE):
             raise ConfigError.of(f"hydra.{path}", found.get(path), _TYPE_IT)
@@ -125,6 +132,11 @@ def check_foreign(composed: DictConfig, typed: list[str]) -> None:
         folder = OmegaConf.select(composed, name)
         if name not in names and folder and not Path(folder).resolve().is_relative_to(Path.cwd().resolve()):
             raise ConfigError.of(name, folder, f"lies outside the working folder; {_TYPE_IT}")
+
+
+def _is_below(folder: str) -> bool:
+    """Whether a job's folder, as the sweeper names it, is one below that of the sweep whatever is interpolated."""
+    return "$" not in folder and not Path(folder).is_absolute() and ".." not in Path(folder).parts
 
 
 def check_trust(trust_pickle: object, typed: Iterable[str]) -> None:

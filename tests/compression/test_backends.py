@@ -30,8 +30,8 @@ def test_auto_takes_what_fits_and_is_there(device, installed, expected, monkeypa
     ("name", "device", "installed", "words"),
     [
         ("jax", CPU, set(), "compression.backend=jax: must be one of auto, torch, numba, triton"),
-        ("numba", CPU, set(), "compression.backend=numba: numba is not installed; use auto or torch"),
-        ("triton", CUDA, set(), "compression.backend=triton: triton is not installed"),
+        ("numba", CPU, set(), "compression.backend=numba: needs numba; pip install 'iexact-runner[cpu]'"),
+        ("triton", CUDA, set(), "compression.backend=triton: needs triton, or use auto or torch"),
         ("triton", CPU, {"triton"}, "compression.backend=triton: runs on CUDA tensors, not on device cpu"),
         ("numba", CUDA, {"numba"}, "compression.backend=numba: runs on CPU tensors, not on device cuda"),
     ],
@@ -42,6 +42,12 @@ def test_a_named_backend_never_falls_back(name, device, installed, words, monkey
     with pytest.raises(ConfigError) as error:
         backends.resolve(name, device)
     assert words in str(error.value)
+
+
+def test_what_is_installed_is_what_can_be_imported():
+    pytest.importorskip("numba")
+    assert backends.resolve("auto", CPU) == backends.resolve("numba", CPU) == "numba"
+    assert backends._installed("torch") is True and backends._installed("no_package_of_this_name") is False
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -1,12 +1,74 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from iexact_runner.compression import dequantize, quantize
-from iexact_runner.compression.codec import check_levels
+from iexact_runner.compression.codec import BITS, DTYPES, check_levels
+
+SEEDS = st.integers(-(2**63), 2**63 - 1)
+
+
+@st.composite
+def formats(draw):
+    """Bits, block size and levels, which are multiples of 1/64 and so exact in every product below."""
+    width = draw(st.sampled_from(BITS))
+    top = 2**width - 1
+    inner = draw(st.sets(st.integers(1, 64 * top - 1), min_size=top - 1, max_size=top - 1)) if top < 16 else range(0)
+    levels = (0.0, *(step / 64 for step in sorted(inner)), float(top)) if len(inner) == top - 1 else None
+    uniform = draw(st.booleans())
+    return {"bits": width, "block_size": draw(st.integers(1, 200)), "levels": None if uniform else levels}
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.integers(0, 9), max_size=4), st.sampled_from(DTYPES), formats(), SEEDS, st.integers(-4, 4), st.data()
+)
+def test_every_decoded_value_lies_within_a_bin_of_its_own(shape, dtype, form, seed, magnitude, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    spread = data.draw(st.sampled_from([0.0, 1e-3, 1.0]))  # constant, nearly constant and normal
+    x = ((data.draw(st.integers(-3, 3)) + spread * torch.randn(shape, generator=generator)) * 10.0**magnitude).to(dtype)
+    kept = quantize(x, **form, seed=seed, backend="torch")
+    decoded = dequantize(kept, backend="torch")
+    assert decoded.shape == x.shape and decoded.dtype == dtype
+    levels = form["levels"] or (0.0, 1.0)
+    widest = max(high - low for low, high in zip(levels, levels[1:], strict=False))
+    scale = kept.scale.double().repeat_interleave(form["block_size"])[: x.numel()]
+    zero = kept.zero.double().repeat_interleave(form["block_size"])[: x.numel()]
+    flat = x.double().flatten()
+    # One rounding to the type of the map, and a few of float32 on the way.
+    rounding = torch.finfo(dtype).eps * (flat.abs() + scale) + 1e-6 * (zero.abs() + 256 * scale)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((decoded.double().flatten() - flat).abs() <= widest * scale + rounding + smallest).all()
+
+
+@settings(max_examples=150)
+@given(formats(), SEEDS, st.integers(-128, 128), st.integers(-6, 6), st.data())
+def test_values_on_levels_come_back_exactly_whatever_the_seed(form, seed, zero, exponent, data):
+    levels = form["levels"] or tuple(range(2 ** form["bits"]))
+    blocks = data.draw(st.integers(1, 4))
+    choice = st.integers(0, len(levels) - 1)
+    size = max(2, form["block_size"] % 40)
+    codes = [[0, len(levels) - 1, *data.draw(st.lists(choice, min_size=size - 2, max_size=size - 2))]] * blocks
+    x = zero + 2.0**exponent * torch.tensor([[levels[code] for code in block] for block in codes])
+    kept = quantize(x, **(form | {"block_size": size}), seed=seed, backend="torch")
+    assert torch.equal(dequantize(kept, backend="torch"), x)
+    assert kept.zero.tolist() == [zero] * blocks and kept.scale.tolist() == [2.0**exponent] * blocks
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=3), formats(), SEEDS)
+def test_codes_are_those_of_the_flat_map(shape, form, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape)))
+    kept, flat = (quantize(y, **form, seed=seed, backend="torch") for y in (x, x.flatten()))
+    assert torch.equal(kept.codes, flat.codes) and torch.equal(kept.zero, flat.zero)
+    assert kept.codes.numel() == -(-x.numel() * form["bits"] // 8)
+    assert kept.scale.numel() == -(-x.numel() // form["block_size"])
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (7,), (63,), (100,), (37, 63), (4, 5, 6)], ids=str)

@@ -68,6 +68,15 @@ def test_weight_gradient_is_that_of_the_decoded_map(bits, kept_frac, seed):
         assert torch.equal(decoded, x)
 
 
+@pytest.mark.parametrize(("bits", "kept_frac"), [(None, 1.0), (None, 0.3), (8, 1.0), (8, 0.3)])
+def test_what_decodes_afresh_may_be_written_over_and_nothing_else(bits, kept_frac):
+    layout, tensors = make_format(bits, kept_frac).keep(torch.randn(37, 20), seed=0, project=True)
+    before = layout.decode(tensors).clone()
+    assert layout.decodes_afresh is (bits is not None or kept_frac < 1)
+    layout.decode(tensors).zero_()
+    assert torch.equal(layout.decode(tensors), before) is layout.decodes_afresh
+
+
 def test_projection_is_only_where_allowed():
     x = torch.randn(10, 20)
     layout, tensors = make_format(8, 0.3).keep(x, seed=0, project=False)

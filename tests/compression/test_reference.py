@@ -70,6 +70,10 @@ def test_unpack_inverts_pack(values, bits):
     packed = reference.pack(codes, bits)
     assert packed.numel() == -(-len(values) * bits // 8)
     assert torch.equal(reference.unpack(packed, len(values), bits), codes)
+    # All bytes as one number, low byte first: code i begins at bit i * bits, and nothing is past the last.
+    assert int.from_bytes(packed.tolist(), "little") == sum(
+        code << (bits * index) for index, code in enumerate(codes.tolist())
+    )
 
 
 def test_pack_puts_the_first_element_lowest():

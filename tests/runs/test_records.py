@@ -4,17 +4,23 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import UserError
 from iexact_runner.runs.files import write_atomically
 from iexact_runner.runs.records import (
     SCHEMA_VERSION,
+    WITHOUT_EFFECT,
     DamagedRecord,
     RunFolder,
     compression_label,
@@ -24,7 +30,22 @@ from iexact_runner.runs.records import (
     run_folders,
     to_json,
 )
-from recorded import record
+from recorded import CONFIG, record
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+def without_infinities(value):
+    """A JSON value with null for what is no number to other readers."""
+    if isinstance(value, dict):
+        return {name: without_infinities(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def test_metrics_are_on_disk_line_by_line(tmp_path):
@@ -211,3 +232,95 @@ def test_deeply_nested_json_is_damage(tmp_path):
     path.write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(DamagedRecord, match="is not JSON"):
         read_run(tmp_path / "run")
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(st.text(max_size=5), JSON, max_size=4), st.sampled_from(["completed", "failed", "interrupted"]))
+def test_any_summary_is_read_back_as_it_was_written(extra, status):
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place))
+        config = CONFIG | {"task": "measure", "extra": extra}
+        folder.write_summary({"schema_version": SCHEMA_VERSION, "status": status, "config": config, "extra": extra})
+        run = read_run(folder.path)
+    assert run.status == status and run.epochs == 0
+    assert run.summary["extra"] == run.summary["config"]["extra"] == without_infinities(extra)
+
+
+# What is too large to be averaged is refused when it is read, as words are.
+NUMBERS = st.floats(-1e299, 1e299) | st.just(math.nan) | st.just(-math.inf) | st.integers(-(2**60), 2**60)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.dictionaries(st.text(max_size=5), NUMBERS, max_size=3), max_size=5))
+def test_any_metrics_are_read_back_as_they_were_written(lines):
+    epochs = [line | {"run": 0, "epoch": number, "loss": 1.0, "test": None} for number, line in enumerate(lines)]
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place))
+        folder.write_config(yaml.safe_dump(CONFIG))
+        for line in epochs:
+            folder.append_metrics(line)
+        assert folder.metrics_lines() == len(epochs)
+        run = read_run(folder.path)
+        assert run.epochs == len(epochs) and run.metrics() == [without_infinities(line) for line in epochs]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A completed run, and one that was killed after its last epoch."""
+    place = tmp_path_factory.mktemp("whole")
+    return {status: record(place / status, status=status) for status in ("completed", "unfinished")}
+
+
+@pytest.mark.parametrize("status", ["completed", "unfinished"])
+@settings(max_examples=50)
+@given(st.sampled_from(["summary.json", "metrics.jsonl", "config.yaml"]), st.floats(0, 1, exclude_max=True))
+def test_a_record_cut_at_any_byte_is_noticed_or_harmless(whole, status, name, place):
+    before = read_run(whole[status])
+    with tempfile.TemporaryDirectory() as copy:
+        folder = Path(shutil.copytree(whole[status], copy, dirs_exist_ok=True))
+        path = folder / name
+        content = path.read_bytes() if path.exists() else b""  # an unfinished run has no summary
+        cut = content[: int(place * len(content))]
+        if content:
+            path.write_bytes(cut)
+        try:
+            after = read_run(folder)
+            lines = after.metrics()
+        except DamagedRecord as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            assert name != "metrics.jsonl" or status == "completed"
+            return
+    assert after.status == before.status
+    if name == "metrics.jsonl":  # what was being written when the process was killed does not count
+        assert status == "unfinished" and after.epochs == cut.count(b"\n")
+        assert lines == before.metrics()[: after.epochs]
+    elif status == "completed":  # its summary lacks nothing but the end of the line, or its configuration is not read
+        assert after.summary == before.summary and (name != "summary.json" or cut == content[:-1])
+
+
+def shuffled(value, draws):
+    """The same mapping with its keys in another order, all the way down."""
+    if not isinstance(value, dict):
+        return value
+    return {name: shuffled(value[name], draws) for name in draws.sample(list(value), len(value))}
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from(WITHOUT_EFFECT), JSON)
+def test_hash_knows_no_order_and_is_blind_to_what_changes_no_number(draws, name, value):
+    expected = config_hash(CONFIG)
+    assert config_hash(shuffled(CONFIG, draws)) == expected
+    assert config_hash(CONFIG | {name: value}) == expected
+    assert config_hash({other: field for other, field in CONFIG.items() if other != name}) == expected
+
+
+LEAVES = [(group, name) for group, value in CONFIG.items() if isinstance(value, dict) for name in value]
+
+
+@given(st.sampled_from(LEAVES), JSON)
+def test_hash_tells_any_two_values_of_a_field_apart(leaf, value):
+    group, name = leaf
+    old = CONFIG[group][name]
+    same = type(old) is type(value) and old == value
+    numbers = {type(old), type(value)} <= {int, float} and old == value
+    changed = CONFIG | {group: CONFIG[group] | {name: value}}
+    assert (config_hash(changed) == config_hash(CONFIG)) is (same or numbers)

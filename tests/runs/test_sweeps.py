@@ -221,8 +221,12 @@ def command(*arguments):
     return [sys.executable, "-m", "iexact_runner", "-m", "dataset=digits", "model.hidden_channels=8", *arguments]
 
 
+# A launcher of several processes gives each fewer threads, and sums over others differ in the last bit.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def run(*arguments, cwd):
-    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*arguments), cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
 
 
 def states(folder):
@@ -260,7 +264,9 @@ def test_killed_sweep_ends_as_an_undisturbed_one(tmp_path, undisturbed):
     """The first kill is followed by a new attempt, the second by one that goes on from a checkpoint."""
     draws = random.Random(0)
     for job in ("0", "1"):
-        process = subprocess.Popen(command(*SWEEP, "checkpoint.every=5"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(*SWEEP, "checkpoint.every=5"), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 120
         while states(tmp_path / "sweep").get(job) != "running" and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -281,7 +287,9 @@ def test_killed_sweep_ends_as_an_undisturbed_one(tmp_path, undisturbed):
 
 
 def test_two_sweeps_at_once_share_a_folder(tmp_path, undisturbed):
-    processes = [subprocess.Popen(command(*SWEEP), cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    processes = [
+        subprocess.Popen(command(*SWEEP), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL) for _ in range(2)
+    ]
     assert [process.wait(300) for process in processes] == [0, 0]
     assert metrics(tmp_path / "sweep") == undisturbed
     assert not list(tmp_path.rglob("attempt_*"))

@@ -29,7 +29,8 @@ def resolve(name: str, device: torch.device) -> str:
     if name == "auto":
         return fitting if fitting and _installed(fitting) else "torch"
     if name != "torch" and not _installed(name):
-        raise ConfigError.of("compression.backend", name, f"{name} is not installed; use auto or torch")
+        install = "; pip install 'iexact-runner[cpu]'" if name == "numba" else ""
+        raise ConfigError.of("compression.backend", name, f"needs {name}{install}, or use auto or torch")
     if name not in ("torch", fitting):
         wanted = "CUDA tensors" if name == "triton" else "CPU tensors"
         raise ConfigError.of("compression.backend", name, f"runs on {wanted}, not on device {device}; use auto")

@@ -36,7 +36,7 @@ def describe(device: torch.device, *, backend: str) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Commit of the checkout that this package runs from, ``-dirty`` if changed; None away from a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
     try:

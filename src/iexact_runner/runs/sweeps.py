@@ -156,8 +156,12 @@ class Sweep:
             table.add_row(self.name_of(job), state, seconds, escape(overrides), escape(status["error"] or ""))
         console.print(table)
         if not self.completed:
-            again = f"hydra.sweep.dir={self.folder} sweep.skip_completed=true"
-            console.print(f"the same command with {again} runs what is missing", highlight=False, soft_wrap=True)
+            console.print(f"the same command with {self.again} runs what is missing", highlight=False, soft_wrap=True)
+
+    @property
+    def again(self) -> str:
+        """What the same command needs to take the sweep up."""
+        return f"hydra.sweep.dir={self.folder} sweep.skip_completed=true"
 
     def name_of(self, job: Job) -> str:
         """Where a job lies within the sweep."""

@@ -1,0 +1,388 @@
+"""Whether the tests would notice: makes seeded small mistakes in the source, one at a time, and runs its tests.
+
+    taskset -c 1 python scripts/mutation_check.py --csv benchmarks/mutation_cpu.csv
+    taskset -c 1 python scripts/mutation_check.py --csv benchmarks/mutation_cpu.csv --again     # but the killed ones
+
+A mutant is an operator, a number or a truth value exchanged, a condition turned round, a keyword or a statement left
+out. Error messages, annotations, and what says on which device a tensor is made are left alone. About ``--count``
+mutants are drawn from the modules of ``TESTS``, from each in proportion to the places it has. Modules of compiled
+kernels count a quarter, for each of their mutants compiles them anew, and so does the one with the calls to compare
+backends on, most of which would do as well with another size. A mutant is killed if one of its module's tests fails,
+or they take several times as long as without it. One that survives is a test that is missing, or has its reason in
+``EQUIVALENT``.
+
+Not mutmut or cosmic-ray: importing torch and compiling Numba's kernels would take most of their time. Here every mutant
+is a fork of one process that has imported what the tests need, and only what it changes is compiled again. All happens
+in a clone of what is committed; the checkout is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = Path("src/iexact_runner")
+# What the tests import of others, which a fork then has.
+IMPORTED = ("hypothesis", "numba", "scipy.optimize", "sklearn.datasets", "torch", "torch_geometric.nn", "triton")
+
+_QUANTIZER = ("compression/test_reference.py", "compression/test_codec.py")
+_SCHEMES = ("schemes/test_functions.py", "schemes/test_projected.py", "schemes/test_lowrank.py")
+_LEVELS = ("compression/test_bins.py", "compression/test_maps.py", "tasks/test_bins.py")
+_NUMBA = ("compression/test_numba.py",)
+_TRITON = ("compression/test_triton_interpreter.py",)
+_MEASURED = ("measure", "test_experiment.py")
+# The tests that mirror a module first, then those of what it serves.
+TESTS: dict[str, tuple[str, ...]] = {
+    "compression/backends.py": ("compression/test_backends.py", "compression/test_codec.py"),
+    "compression/bins.py": _LEVELS,
+    "compression/block_ops.py": ("compression/test_ops.py", *_SCHEMES, "schemes/test_compile.py"),
+    "compression/codec.py": ("compression/test_codec.py",),
+    "compression/curves.py": _LEVELS,
+    "compression/maps.py": ("compression/test_maps.py", *_SCHEMES),
+    "compression/numba_blocks.py": _NUMBA,
+    "compression/numba_common.py": _NUMBA,
+    "compression/numba_elementwise.py": _NUMBA,
+    "compression/numba_kernels.py": _NUMBA,
+    "compression/ops.py": ("compression/test_ops.py", *_QUANTIZER, *_SCHEMES, "schemes/test_compile.py"),
+    "compression/parity.py": ("compression/test_parity_cases.py", *_NUMBA, *_TRITON),
+    "compression/reference.py": (*_QUANTIZER, *_SCHEMES),
+    "compression/seeds.py": ("compression/test_reference.py", *_SCHEMES),
+    "compression/sketch.py": ("compression/test_sketch.py", "schemes/test_lowrank.py"),
+    "compression/triton_blocks.py": _TRITON,
+    "compression/triton_common.py": _TRITON,
+    "compression/triton_elementwise.py": _TRITON,
+    "compression/triton_kernels.py": _TRITON,
+    "compression/triton_product.py": _TRITON,
+    "loss.py": ("test_loss.py", "test_training.py"),
+    "measure/energy.py": ("measure/test_energy.py",),
+    "measure/environment.py": ("measure/test_environment.py",),
+    "measure/out_of_memory.py": ("measure/test_out_of_memory.py",),
+    "measure/peak.py": ("measure/test_peak.py", *_MEASURED),
+    "measure/saved.py": ("measure/test_saved.py", *_MEASURED),
+    "measure/step.py": _MEASURED,
+    "measure/throughput.py": ("test_training.py", *_MEASURED),
+    "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),
+    "schemes/aggregation.py": ("schemes/test_aggregation.py",),
+    "schemes/attention.py": ("schemes/test_aggregation.py",),
+    "schemes/functions.py": _SCHEMES,
+}
+QUARTERED = ("numba_", "triton_", "parity")
+# Why no test can notice: module, and the mutation as the rows have it.
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Add,
+    ast.Pow: ast.Mult,
+    ast.MatMult: ast.Mult,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.BitXor: ast.BitAnd,
+}
+ENVIRONMENT = ("device_name", "torch_threads", "python", "torch", "numba", "git_commit")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one module.
+
+    Args:
+        module: path below the package.
+        line: where the change is, from 1.
+        mutation: the code before and after it.
+        source: the module with it.
+    """
+
+    module: str
+    line: int
+    mutation: str
+    source: str
+
+
+def main() -> None:
+    """Prints each mutant's outcome, and how many were killed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=110, help="mutants in all, at least one of each module")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--modules", nargs="+", default=list(TESTS), choices=list(TESTS), metavar="MODULE")
+    parser.add_argument("--csv", type=Path, help="file to write the rows to")
+    parser.add_argument("--again", action="store_true", help="keep the killed ones of the file, and run the others")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder, "checkout")
+        subprocess.run(["git", "clone", "--quiet", "--local", REPOSITORY, checkout], check=True)
+        drawn = [
+            mutant
+            for mutant in draw(checkout / PACKAGE, count=arguments.count, seed=arguments.seed)
+            if mutant.module in arguments.modules
+        ]
+        rows = known(arguments.csv) if arguments.again else {}
+        trials = Trials(checkout)
+        for index, mutant in enumerate(drawn):
+            key = (mutant.module, mutant.line, mutant.mutation)
+            if key not in rows:
+                rows[key] = trials.run(mutant)
+                row = rows[key]
+                print(f"{index + 1}/{len(drawn)} {row['outcome']} {row['seconds']} s {key}", flush=True)
+                if arguments.csv:  # as it goes on, for it is long
+                    write(arguments.csv, rows)
+    table = pd.DataFrame([rows[mutant.module, mutant.line, mutant.mutation] for mutant in drawn])
+    counts = table["outcome"].value_counts()
+    killed, equivalent = counts.get("killed", 0), counts.get("equivalent", 0)
+    print(table[table["outcome"] != "killed"].to_string(index=False))
+    print(f"{len(table)} mutants: {killed} killed ({killed / len(table):.1%}), {equivalent} equivalent")
+    sys.exit(0 if killed + equivalent == len(table) else 1)
+
+
+def known(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The killed mutants of a file of rows."""
+    rows = pd.read_csv(path, keep_default_na=False).to_dict("records")
+    return {(row["module"], row["line"], row["mutation"]): row for row in rows if row["outcome"] == "killed"}
+
+
+def write(path: Path, rows: dict[tuple[str, int, str], dict[str, Any]]) -> None:
+    """Writes the rows in the order of the source."""
+    pd.DataFrame([rows[key] for key in sorted(rows)]).to_csv(path, index=False)
+
+
+def draw(package: Path, *, count: int, seed: int) -> list[Mutant]:
+    """About ``count`` mutants of the modules of ``TESTS``, by the number of places that each has."""
+    found = {module: list(mutants(module, (package / module).read_text())) for module in TESTS}
+    weights = {
+        module: len(places) * (0.25 if Path(module).name.startswith(QUARTERED) else 1)
+        for module, places in found.items()
+    }
+    total = sum(weights.values())
+    drawn = []
+    for module, places in found.items():
+        share = max(1, round(count * weights[module] / total))
+        draws = random.Random(f"{seed} {module}")  # of its own, so that a changed module changes no other's
+        drawn += sorted(draws.sample(places, share), key=lambda mutant: mutant.line)
+    return drawn
+
+
+def mutants(module: str, source: str) -> Iterator[Mutant]:
+    """Every mutant of a module."""
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line.encode()))
+    encoded = source.encode()
+    for place in _places(ast.parse(source)):
+        for old, new in _changes(place):
+            first = starts[old.lineno - 1] + old.col_offset
+            last = starts[old.end_lineno - 1] + old.end_col_offset
+            text = f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
+            mutated = (encoded[:first] + text.encode() + encoded[last:]).decode()
+            try:
+                ast.parse(mutated)
+            except SyntaxError:  # such as a number in parentheses within a pattern
+                continue
+            if old.lineno == old.end_lineno:
+                before, after = (part.splitlines()[old.lineno - 1] for part in (source, mutated))
+            else:
+                before, after = ast.unparse(old), ast.unparse(new)
+            yield Mutant(module, old.lineno, " -> ".join(" ".join(part.split()) for part in (before, after)), mutated)
+
+
+def _places(node: ast.AST) -> Iterator[Any]:
+    """Nodes that could change: not what a type or an error says."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list") or isinstance(node, ast.Raise):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
+                if isinstance(child, (ast.expr, ast.stmt)):
+                    yield child
+                yield from _places(child)
+
+
+def _changes(node: Any) -> Iterator[tuple[Any, ast.AST]]:
+    """What a node, or a part of it, could be by mistake."""
+
+    def changed(**fields: Any) -> tuple[Any, ast.AST]:
+        other = copy.copy(node)
+        for name, value in fields.items():
+            setattr(other, name, value)
+        return node, other
+
+    match node:
+        case ast.Compare(ops=operators):
+            for place, operator in enumerate(operators):
+                yield changed(ops=[*operators[:place], OPERATORS[type(operator)](), *operators[place + 1 :]])
+        case ast.BinOp(op=operator) | ast.BoolOp(op=operator):
+            yield changed(op=OPERATORS[type(operator)]())
+        case ast.AugAssign(op=operator):
+            yield changed(op=OPERATORS[type(operator)]())
+            yield node, ast.Pass()
+        case ast.Constant(value=bool(value)):
+            yield changed(value=not value)
+        case ast.Constant(value=int(value) | float(value)):
+            yield changed(value=value + 1)
+        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert(), operand=operand):
+            yield node, operand
+        case ast.IfExp(body=body, orelse=orelse):
+            yield changed(body=orelse, orelse=body)
+        case ast.If(test=test) | ast.While(test=test) if not isinstance(test, (ast.Compare, ast.UnaryOp)):
+            yield test, ast.UnaryOp(ast.Not(), test)
+        case ast.Call(keywords=keywords):
+            for keyword in keywords:
+                if keyword.arg != "device":
+                    yield changed(keywords=[other for other in keywords if other is not keyword])
+        case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Continue() | ast.Break():
+            yield node, ast.Pass()
+        case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
+            yield changed(value=None)
+
+
+class Trials:
+    """Runs the tests of mutants in a clone.
+
+    Args:
+        checkout: the clone; a module of it is another while its mutant is tried.
+    """
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout = checkout
+        self.caches = checkout.parent
+        # A module changed twice within a second and to the same size would be read from its old bytecode.
+        sys.dont_write_bytecode = True
+        os.environ |= {
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(checkout / "src"),
+            "NUMBA_CACHE_DIR": str(self.caches / "numba"),
+            "OMP_NUM_THREADS": "1",
+        }
+        sys.path.insert(0, str(checkout / "src"))
+        for name in IMPORTED:
+            importlib.import_module(name)
+        import torch
+
+        torch.set_num_threads(1)
+        self._baselines: dict[str, float] = {}
+        self._facts: dict[str, Any] = {}
+
+    def run(self, mutant: Mutant) -> dict[str, Any]:
+        """One row."""
+        tests = TESTS[mutant.module]
+        limit = 60 + 4 * sum(self._baseline(one) for one in tests)
+        path = self.checkout / PACKAGE / mutant.module
+        original = path.read_text()
+        path.write_text(mutant.source)
+        # Numba keeps code by the file of the function alone, though it has others' functions and constants in it.
+        inlined = Path(mutant.module).name.startswith(("numba_", "reference"))
+        cache = Path(tempfile.mkdtemp(dir=self.caches)) if inlined else self.caches / "numba"
+        start = time.perf_counter()
+        try:
+            status, said = self._fork(tests, cache, limit)
+        finally:
+            path.write_text(original)
+            if inlined:
+                shutil.rmtree(cache)
+        first = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+        reason = EQUIVALENT.get((mutant.module, mutant.mutation), "")
+        survived = "equivalent" if reason else "survived"
+        return {
+            "module": mutant.module,
+            "line": mutant.line,
+            "mutation": mutant.mutation,
+            "outcome": survived if status == 0 else "killed",
+            "noticed_by": "time" if status is None else first[1].removeprefix("tests/") if first else "",
+            "why_equivalent": reason,
+            "seconds": round(time.perf_counter() - start, 1),
+        } | self._environment()
+
+    def _environment(self) -> dict[str, Any]:
+        if not self._facts:
+            program = "import json, torch; from iexact_runner.measure import environment as e; "
+            program += "print(json.dumps(e.describe(torch.device('cpu'), backend='auto')))"
+            said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+            facts = json.loads(said)
+            self._facts = {name: facts[name] for name in ENVIRONMENT}
+        return self._facts
+
+    def _baseline(self, tests: str) -> float:
+        """Seconds of a file or folder of tests without a mutant, which pass."""
+        if tests not in self._baselines:
+            start = time.perf_counter()
+            status, said = self._fork([tests], self.caches / "numba", 1200)
+            if status != 0:
+                raise RuntimeError(f"tests/{tests}: must pass without a mutant\n{said[-3000:]}")
+            self._baselines[tests] = time.perf_counter() - start
+        return self._baselines[tests]
+
+    def _fork(self, tests: Sequence[str], cache: Path, limit: float) -> tuple[int | None, str]:
+        """Exit status of the tests in a fork, None if they take longer than ``limit`` seconds, and what they print."""
+        log = self.caches / "log"
+        child = os.fork()
+        if child == 0:
+            os._exit(self._child(tests, cache, log))
+        end = time.monotonic() + limit
+        status: int | None = None
+        while time.monotonic() < end:
+            done, code = os.waitpid(child, os.WNOHANG)
+            if done:
+                status = os.waitstatus_to_exitcode(code)
+                break
+            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):  # what it left behind, or itself
+            os.killpg(child, signal.SIGKILL)
+        if status is None:
+            os.waitpid(child, 0)
+        return status, log.read_text(errors="replace")
+
+    def _child(self, tests: Sequence[str], cache: Path, log: Path) -> int:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ["NUMBA_CACHE_DIR"] = str(cache)
+        sys.modules["numba"].config.CACHE_DIR = str(cache)
+        os.chdir(self.checkout)
+        import pytest
+
+        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=line"]
+        return int(pytest.main([*options, *(f"tests/{name}" for name in tests)]))
+
+
+if __name__ == "__main__":
+    main()
