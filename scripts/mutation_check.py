@@ -58,7 +58,7 @@ IMPORTED = (
 _QUANTIZER = ("compression/test_reference.py", "compression/test_codec.py")
 _SCHEMES = ("schemes/test_functions.py", "schemes/test_projected.py", "schemes/test_lowrank.py")
 _LEVELS = ("compression/test_curves.py", "compression/test_bins.py", "compression/test_maps.py", "tasks/test_bins.py")
-_NUMBA = ("compression/test_numba.py",)
+_NUMBA = ("compression/test_numba.py", "compression/test_codec.py")
 _TRITON = ("compression/test_triton_interpreter.py",)
 _SAVED = ("measure/test_saved.py", "measure/test_memory_formulas.py")
 # The tests that mirror a module first, then those of what it serves.

@@ -172,3 +172,18 @@ def test_damaged_payload_is_refused():
         damaged = dataclasses.replace(kept, **{field: getattr(kept, field)[:-1]})
         with pytest.raises(ValueError, match=field):
             dequantize(damaged)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_the_caller_s_default_type_plays_no_part(backend):
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    before = quantize(x, bits=2, block_size=64, seed=1, backend=backend)
+    decoded = dequantize(before, backend=backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        kept = quantize(x, bits=2, block_size=64, seed=1, backend=backend)
+        assert torch.equal(kept.codes, before.codes) and kept.scale.dtype == before.scale.dtype
+        again = dequantize(kept, backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.dtype == torch.float32 and torch.equal(again, decoded)
