@@ -65,3 +65,10 @@ def test_strides_are_ironed_out():
     assert ops.leaky_relu(x, negative_slope=0.0, backend="torch")[0].is_contiguous()
     assert ops.dropout(x, p=0.5, seed=1, backend="torch").is_contiguous()
     assert torch.equal(ops.dropout(x, p=0.5, seed=1, backend="torch"), reference.dropout(x.contiguous(), p=0.5, seed=1))
+
+
+def test_quantize_goes_on_at_an_offset_of_the_draws():
+    expected = reference.quantize(X, bits=2, block_size=100, levels=tuple(LEVELS), seed=7, offset=16)
+    actual = ops.quantize(X, bits=2, block_size=100, levels=tuple(LEVELS), seed=7, backend="torch", offset=16)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    assert not torch.equal(actual[0], ops._quantize(X, SEED, 2, 100, LEVELS, 0, "torch")[0])
