@@ -75,7 +75,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compression/numba_kernels.py": _NUMBA,
     "compression/ops.py": ("compression/test_ops.py", *_QUANTIZER, *_SCHEMES, "schemes/test_compile.py"),
     "compression/parity.py": ("compression/test_parity_cases.py", *_NUMBA, *_TRITON),
-    "compression/reference.py": (*_QUANTIZER, *_SCHEMES),
+    "compression/reference.py": (*_QUANTIZER, *_SCHEMES, *_NUMBA),
     "compression/seeds.py": ("compression/test_reference.py", *_SCHEMES),
     "compression/sketch.py": ("compression/test_sketch.py", "schemes/test_lowrank.py"),
     "compression/triton_blocks.py": _TRITON,
@@ -98,7 +98,32 @@ TESTS: dict[str, tuple[str, ...]] = {
 }
 QUARTERED = ("numba_", "triton_", "parity")
 # Why no test can notice: module, and the mutation as the rows have it.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str], str] = {
+    (
+        "compression/parity.py",
+        "WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16)) -> "
+        "WIDTHS = ((0, 5, 2), (1, (2), 1), (37, 63, 5), (101, 16, 8), (130, 136, 16))",
+    ): "another size does as well",
+    (
+        "compression/parity.py",
+        "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, 24, 8)) -> "
+        "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, 24, (9)))",
+    ): "another size does as well",
+    (
+        "compression/triton_blocks.py",
+        "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=0.0) -> "
+        "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=(1.0))",
+    ): "columns past the last are neither added up nor stored",
+    (
+        "compression/triton_elementwise.py",
+        "grad = widen(tl.load(grad_ptr + start + position, mask=inside, other=0.0)) -> "
+        "grad = widen((tl.load(grad_ptr + start + position, mask=inside)))",
+    ): "elements past the last are not stored",
+    (
+        "measure/step.py",
+        "if before is not None and after is not None: -> if (before is not None or after is not None):",
+    ): "of one device both are known or neither",
+}
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE,

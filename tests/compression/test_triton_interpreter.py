@@ -91,6 +91,27 @@ def test_interpreted_kernels_equal_the_reference(selection: str) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize(
+    ("rank", "block_size", "dtype", "fits"),
+    [
+        (8, 8, torch.float32, True),
+        (8, 128, torch.float32, True),
+        (24, 24 * 64, torch.float32, True),
+        (64, 64, torch.float32, True),
+        (72, 72, torch.float32, False),  # more coefficients than a program holds
+        (12, 48, torch.float32, False),  # rows share bytes
+        (8, 12, torch.float32, False),  # blocks end within rows
+        (8, 24, torch.float32, False),  # a program has no whole number of blocks of three rows
+        (8, 8 * 128, torch.float32, False),  # longer than a program's rows
+        (8, 128, torch.bfloat16, False),
+    ],
+)
+def test_one_kernel_multiplies_and_quantizes_what_fits(rank, block_size, dtype, fits):
+    from iexact_runner.compression import triton_product
+
+    assert triton_product.fits(torch.empty(10, 100, dtype=dtype), rank, block_size) == fits
+
+
 def main(selection: str) -> None:
     from iexact_runner.compression import triton_kernels
 
