@@ -94,7 +94,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),
     "schemes/aggregation.py": ("schemes/test_aggregation.py",),
     "schemes/attention.py": ("schemes/test_aggregation.py",),
-    "schemes/functions.py": _SCHEMES,
+    "schemes/functions.py": (*_SCHEMES, "measure/test_out_of_memory.py"),
 }
 QUARTERED = ("numba_", "triton_", "parity")
 # Why no test can notice: module, and the mutation as the rows have it.

@@ -93,6 +93,15 @@ def test_records_of_another_run_are_left_alone(tmp_path, name):
     assert (tmp_path / name).read_text() == "old"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_a_run_does_not_go_on_from_a_pipe(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DamagedRecord, match=f"{name}: is not a regular file"):
+        RunFolder(tmp_path, resumed=True)
+    with pytest.raises(UserError, match=f"already holds {name}"):
+        RunFolder(tmp_path)
+
+
 def test_unwritable_folder_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.touch()
