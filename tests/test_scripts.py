@@ -164,3 +164,24 @@ def test_checkpoint_benchmark_measures_the_share(tmp_path):
     assert result.returncode == 0, result.stderr
     row = pd.read_csv(tmp_path / "c.csv").loc[0]
     assert 0 <= row["checkpoint_seconds"] < row["seconds"] and row["job"] == "digits"
+
+
+def test_rows_measured_again_are_held_to_the_spread_of_the_committed_ones(tmp_path):
+    committed = REPOSITORY / "benchmarks" / "epoch_cpu.csv"
+    rows = pd.read_csv(committed)
+
+    def compared(changed):
+        changed.to_csv(tmp_path / "again.csv", index=False)
+        return script("compare_rows.py", committed, "again.csv", cwd=tmp_path)
+
+    same = compared(rows.assign(seconds_median=2 * rows["seconds_median"], git_commit="another").iloc[::-1])
+    assert same.returncode == 0 and same.stdout == f"{4 * len(rows)} figures of {len(rows)} rows compared, 0 off\n"
+    within = compared(rows.assign(ratio_median=rows["ratio_median"] * 1.09))
+    assert within.returncode == 0, within.stdout
+    for change, word in (
+        ({"saved_mib": rows["saved_mib"] * 1.001}, "saved_mib"),
+        ({"ratio_median": rows["ratio_median"] + rows["ratio_p80"] - rows["ratio_p20"] + 0.12}, "ratio_median"),
+        ({"model": "other"}, "is not committed"),
+    ):
+        off = compared(rows.assign(**change).iloc[3:4])
+        assert off.returncode == 1 and word in off.stdout and off.stdout.endswith("1 off\n")
