@@ -128,8 +128,8 @@ def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
         axes.set(title=title, xscale="log", xlabel=saved.title, ylabel=_named(metric, [row for row, _, _ in points]))
         if sign < 0:
             axes.set_yscale("log")  # where FP32, whose error is 0, has no place
-        axes.xaxis.set_major_formatter(_plain_numbers())
-        axes.xaxis.set_minor_formatter(_plain_numbers())
+            _plain_numbers(axes.yaxis, [y for _, _, y in points])
+        _plain_numbers(axes.xaxis, [x for _, x, _ in points])
     looks.legend(figure)
     return figure
 
@@ -360,7 +360,11 @@ def _named(metric: Metric, rows: Sequence[Row]) -> str:
     return metric.title.replace("score", names.pop().replace("_", "-") if len(names) == 1 else "score")
 
 
-def _plain_numbers() -> Any:
+def _plain_numbers(axis: Any, values: Sequence[float]) -> None:
+    """Labels a logarithmic axis without powers of ten, and only at 1, 2 and 5 where it is long."""
     from matplotlib.ticker import FuncFormatter
 
-    return FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else "")
+    shown = "123456789" if max(values) < 2 * min(values) else "125"
+    formatter = FuncFormatter(lambda value, _: f"{round(value, 9):g}" if f"{value:.0e}"[0] in shown else "")
+    axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(formatter)

@@ -18,6 +18,7 @@ table { border-collapse: collapse; font-size: 14px; }
 th { border-bottom: 2px solid #222; text-align: left; padding: .3em .8em; vertical-align: bottom; }
 td { border-bottom: 1px solid #ddd; padding: .3em .8em; }
 .figure { text-align: right; font-variant-numeric: tabular-nums; }
+td.figure { white-space: nowrap; }
 p { color: #555; font-size: 13px; margin: .4em 0; }
 svg { max-width: 100%; height: auto; }
 """
