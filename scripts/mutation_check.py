@@ -116,7 +116,8 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "compression/parity.py",
         "forms = ((8, 16, 4),) if quick else ((8, 16, 4), (8, 1, 2), (16, 64, 8), (24, 2, 1), (5, 3, 4), (8, 12, 2))"
-        " -> forms = ((8, 16, 4),) if quick else ((8, 16, 4), (8, 1, 2), (16, (65), 8), (24, 2, 1), (5, 3, 4), (8, 12, 2))",
+        " -> "
+        "forms = ((8, 16, 4),) if quick else ((8, 16, 4), (8, 1, 2), (16, (65), 8), (24, 2, 1), (5, 3, 4), (8, 12, 2))",
     ): "another size does as well",
     (
         "compression/triton_blocks.py",
