@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -240,6 +241,8 @@ def main() -> None:
     register_schema()
     # torch, imported later, would warn on the screen whenever it frees what a memory record began after.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch_geometric compiles functions of its own in a way that newer versions of torch warn of.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
     # Hydra then raises what it would print in its own many-line way.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     debug = "debug=true" in (argument.lower() for argument in sys.argv[1:])
