@@ -12,11 +12,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(
     ("device", "installed", "expected"),
     [
-        (CPU, {"numba", "triton"}, "numba"),
-        (CPU, {"triton"}, "torch"),
-        (CUDA, {"numba", "triton"}, "triton"),
-        (CUDA, {"numba"}, "torch"),
-        (torch.device("mps"), {"numba", "triton"}, "torch"),
+        (CPU, ["numba", "triton"], "numba"),
+        (CPU, ["triton"], "torch"),
+        (CUDA, ["numba", "triton"], "triton"),
+        (CUDA, ["numba"], "torch"),
+        (torch.device("mps"), ["numba", "triton"], "torch"),
     ],
     ids=str,
 )
@@ -29,11 +29,11 @@ def test_auto_takes_what_fits_and_is_there(device, installed, expected, monkeypa
 @pytest.mark.parametrize(
     ("name", "device", "installed", "words"),
     [
-        ("jax", CPU, set(), "compression.backend=jax: must be one of auto, torch, numba, triton"),
-        ("numba", CPU, set(), "compression.backend=numba: needs numba; pip install 'iexact-runner[cpu]'"),
-        ("triton", CUDA, set(), "compression.backend=triton: needs triton, or use auto or torch"),
-        ("triton", CPU, {"triton"}, "compression.backend=triton: runs on CUDA tensors, not on device cpu"),
-        ("numba", CUDA, {"numba"}, "compression.backend=numba: runs on CPU tensors, not on device cuda"),
+        ("jax", CPU, [], "compression.backend=jax: must be one of auto, torch, numba, triton"),
+        ("numba", CPU, [], "compression.backend=numba: needs numba; pip install 'iexact-runner[cpu]'"),
+        ("triton", CUDA, [], "compression.backend=triton: needs triton, or use auto or torch"),
+        ("triton", CPU, ["triton"], "compression.backend=triton: runs on CUDA tensors, not on device cpu"),
+        ("numba", CUDA, ["numba"], "compression.backend=numba: runs on CPU tensors, not on device cuda"),
     ],
     ids=str,
 )

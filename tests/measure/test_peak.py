@@ -81,7 +81,7 @@ LAYOUTS = {
     "published": projected(bits=2, kept_frac=0.125, col_size=64, max_block_size=1024, store_dropout_mask=True),
     "shared": projected(bits=2, kept_frac=0.125, share_maps=True),
     "int8": projected(bits=8),
-    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=16, share_maps=True),
+    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=4, share_maps=True),
 }
 
 

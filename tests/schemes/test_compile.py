@@ -28,7 +28,7 @@ LAYOUTS = {
     "one map stored": layout(share_maps=True, store_dropout_mask=True),
     "one map regenerated": layout(share_maps=True, store_dropout_mask=False),
     "optimal levels": layout(share_maps=True, store_dropout_mask=False, levels="optimal"),
-    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=16, share_maps=True),
+    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=4, share_maps=True),
 }
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from conftest import assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
-from iexact_runner.compression.sketch import SketchLayout
+from iexact_runner.compression.sketch import SketchLayout, followed_directions, leading_directions
 from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
 from iexact_runner.measure import SavedTensors
 from iexact_runner.nn import MODELS, build_model
+from iexact_runner.schemes import lowrank
 
 FIELDS = dict(num_layers=3, hidden_channels=16, dropout=0.4)
 CONFIGS = {
@@ -113,18 +114,44 @@ def test_layers_of_gcn2_share_one_sketch_of_the_initial_map():
 
 
 @pytest.mark.parametrize("refresh", [1, 3])
-def test_directions_are_renewed_after_as_many_passes(refresh, dataset):
+def test_directions_are_found_anew_after_as_many_passes_and_follow_the_map_in_between(refresh, dataset, monkeypatch):
+    made = []
+    for name in ("leading_directions", "followed_directions"):
+        monkeypatch.setattr(lowrank, name, recording(made, name))
     config = CONFIGS["sage"]
     model = make(config, low_rank(refresh=refresh, rank=4))
-    found = []
     for number in range(5):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
         gradient(model, config, dataset, seed=number)
-        found.append(model.directions[0].vectors)
-    renewed = [not torch.equal(first, second) for first, second in zip(found, found[1:], strict=False)]
-    assert renewed == ([True] * 4 if refresh == 1 else [False, False, True, False])
+    kinds, maps = [name for name, _ in made], len(model.directions)
+    anew = [kinds[first] == "leading_directions" for first in range(0, len(kinds), maps)]
+    assert anew == ([True] * 5 if refresh == 1 else [True, False, False, True, False])
+    assert torch.equal(model.directions[0].vectors, made[-maps][1])
+
+
+def recording(made, name):
+    plain = getattr(lowrank, name)
+
+    def recorded(*args, **kwargs):
+        directions = plain(*args, **kwargs)
+        made.append((name, directions))
+        return directions
+
+    return recorded
+
+
+def test_following_comes_to_the_leading_directions():
+    """Orthogonal iteration: the distance shrinks by the ratio of the eigenvalues on both sides of the cut."""
+    sample = torch.randn(500, 12) * torch.linspace(3.0, 0.5, 12)
+    leading = leading_directions(sample, rank=3, energy=None)
+    directions = torch.linalg.qr(torch.randn(12, 3)).Q
+    values = torch.linalg.eigvalsh(sample.T @ sample).flip(0)
+    distances = []
+    for _ in range(40):
+        directions = followed_directions(sample, directions)
+        assert_close(directions.T @ directions, torch.eye(3))
+        distances.append((leading - directions @ (directions.T @ leading)).norm().item())
+    assert distances[-1] < 0.01 * distances[0]
+    assert distances[15] / distances[10] == pytest.approx((values[3] / values[2]).item() ** 5, rel=0.3)
 
 
 def test_directions_do_not_enter_checkpoints_and_do_not_change_evaluation(dataset):

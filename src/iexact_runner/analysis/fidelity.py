@@ -85,39 +85,42 @@ def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) ->
 
     Training and the exact gradient are in float32, the draws in ``config.precision``. FP32 maps are compared as their
     exact twin: an error of 0 in float32, for they are what the others are held against. Directions of the low-rank
-    scheme are as old as they become in training, ``refresh`` - 1 epochs, or as old as the model is.
+    scheme are as old as they become in training, found ``refresh`` - 1 epochs ago, or as old as the model is.
     """
     twin = exact_twin(config.compression)
     compared = twin if config.compression.scheme == "none" else config.compression
     model.compression = twin
     optimization = Optimization(model, config.training)
     names = [name for name, _ in model.named_parameters()]
-    found: dict[int, list[Directions]] = {}
+    directions: dict[int, list[Directions]] = {later: [] for later in config.fidelity.epochs}
     for epoch in range(config.fidelity.epochs[-1] + 1):
         if epoch > 0:
             step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
         for later in config.fidelity.epochs:
-            if compared.refresh > 1 and epoch == max(0, later + 1 - compared.refresh):
-                found[later] = _directions(model, compared, problem, config, seed=mix(seed, epoch + 1))
+            if later + 1 - compared.refresh <= epoch < later:
+                _update(directions[later], model, compared, problem, config, seed=mix(seed, epoch + 1))
         if epoch in config.fidelity.epochs:
             # A copy, for a forward pass also moves the running statistics of BatchNorm.
             probe = copy.deepcopy(model)
             exact = gradients(probe, problem, kind=config.training.loss, seed=mix(seed, epoch + 1))
             probe.compression = compared
-            draws = _draws(probe, problem, config, found.get(epoch, []), seeds=(seed, epoch + 1))
+            draws = _draws(probe, problem, config, directions[epoch], seeds=(seed, epoch + 1))
             yield epoch, compare(exact, draws, names=names)
 
 
-def _directions(
-    model: Model, compared: CompressionConfig, problem: Problem, config: Config, *, seed: int
-) -> list[Directions]:
-    """The directions that a training pass finds at these weights, at the age at which they are last used."""
+def _update(
+    directions: list[Directions],
+    model: Model,
+    compared: CompressionConfig,
+    problem: Problem,
+    config: Config,
+    *,
+    seed: int,
+) -> None:
+    """Brings directions up to date as a training pass at these weights would."""
     probe = copy.deepcopy(model).train()
-    probe.compression = compared
+    probe.compression, probe.directions = compared, directions
     training_loss(probe, problem, kind=config.training.loss, precision=config.precision, seed=seed)
-    for directions in probe.directions:
-        directions.age = compared.refresh - 1
-    return probe.directions
 
 
 def _draws(

@@ -202,11 +202,11 @@ class ProductLayout(_Chunked):
 
 @dataclass
 class Directions:
-    """The directions of one map, renewed every so many training passes.
+    """The directions of one map: found anew every so many training passes, and following the map in between.
 
     Args:
         vectors: (D, R), orthonormal columns; None before the first pass.
-        age: training passes since they were found.
+        age: training passes since they were found anew.
     """
 
     vectors: Tensor | None = None
@@ -225,6 +225,16 @@ def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None
         rank = 1 + int((share < (energy or 1.0) * share[-1]).sum())
     leading: Tensor = vectors[:, -min(rank, vectors.size(1)) :].contiguous()
     return leading
+
+
+def followed_directions(sample: Tensor, directions: Tensor) -> Tensor:
+    """Directions (D, R) that follow rows (S, D) which have moved: one step of orthogonal iteration from V (D, R).
+
+    It brings V nearer to the leading eigenvectors of the rows' second moments, for two products and a QR decomposition
+    of R columns in place of an eigenproblem of size D.
+    """
+    followed: Tensor = torch.linalg.qr((sample.T @ (sample @ directions)).float()).Q
+    return followed.contiguous()
 
 
 def residual_directions(directions: Tensor, count: int, *, seed: int | Tensor, backend: str) -> Tensor:

@@ -33,7 +33,7 @@ class CompressionConfig:
         store_dropout_mask: keep dropout masks as 1 bit an element instead of regenerating them from the seed.
         rank: number of directions [R] of ``lowrank``; null if ``energy`` chooses it.
         energy: share of each map's variance that the directions of ``lowrank`` hold.
-        refresh: training passes between new directions.
+        refresh: training passes from one eigenproblem of a map to the next; its directions follow it in between.
         sample_rows: rows that new directions are found from.
         residual: columns [k] of each of two random sketches of what the directions miss, which make ``lowrank``
             unbiased and noisy; 0 leaves it out of the gradient.

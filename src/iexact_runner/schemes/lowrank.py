@@ -17,6 +17,7 @@ from iexact_runner.compression.sketch import (
     ProductLayout,
     ResidentLayout,
     SketchLayout,
+    followed_directions,
     keep_coefficients,
     leading_directions,
     residual_directions,
@@ -45,7 +46,7 @@ class LowRank(Projected):
         config: rank or energy, bits, and how often directions are renewed.
         seed: seed of this pass.
         map_seed: seed of the rounding, if it is to differ from that of the masks.
-        directions: those of the model's maps, in the order of the pass; renewed here when their time has come.
+        directions: those of the model's maps, in the order of the pass; found or brought up to date here.
     """
 
     def __init__(
@@ -190,10 +191,12 @@ class LowRank(Projected):
         state = self._directions[self._sketches]
         self._sketches += 1
         config = self._config
+        rows = sampled_rows(z.size(0), config.sample_rows, device=z.device)
+        sample = (z[rows].float() - mean) * scale
         if state.vectors is None or state.age >= config.refresh:
-            rows = sampled_rows(z.size(0), config.sample_rows, device=z.device)
-            sample = (z[rows].float() - mean) * scale
             state.vectors, state.age = leading_directions(sample, rank=config.rank, energy=config.energy), 0
+        else:
+            state.vectors = followed_directions(sample, state.vectors)
         state.age += 1
         directions, residual = state.vectors, config.residual
         if residual:
