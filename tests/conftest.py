@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,18 @@ def interruptible() -> None:
     """Takes Ctrl-C where the suite runs in the background of a shell, which lets its children ignore it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_of_the_cores() -> Iterator[None]:
+    """Processes of one suite (pytest -n) share the cores, and so do the processes that their tests start."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    with pytest.MonkeyPatch.context() as patch:
+        if workers > 1:
+            threads = max(1, torch.get_num_threads() // workers)
+            torch.set_num_threads(threads)
+            patch.setenv("OMP_NUM_THREADS", str(threads))
+        yield
 
 
 @pytest.fixture(autouse=True)
