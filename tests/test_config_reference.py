@@ -71,7 +71,7 @@ def test_what_is_valid_is_what_the_checks_say():
 def test_what_a_choice_sets_is_what_it_composes():
     exact = rows("compression")["exact"][1]
     assert re.findall(r"`(.*?)`", exact)[:3] == ["scheme=projected", "bits=2", "kept_frac=0.125"]
-    assert "`compression=none,exact" in rows("experiment")["table1_arxiv"][1]
+    assert "`compression=plain,exact" in rows("experiment")["table1_arxiv"][1]
     assert "`training.epochs=500`" in rows("recipe")["sage_arxiv"][1]
 
 

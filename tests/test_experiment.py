@@ -38,7 +38,7 @@ def read(path):
 
 @pytest.mark.parametrize("model", ["sage", "gcn", "gcn2", "gat"])
 def test_every_model_trains_in_fp32(tmp_path, model):
-    (summary, lines), _ = run(tmp_path, f"model={model}", "compression=none", "model.num_layers=2")
+    (summary, lines), _ = run(tmp_path, f"model={model}", "compression=plain", "model.num_layers=2")
     assert summary["status"] == "completed" and len(lines) == 4
     assert summary["memory"]["saved_mib"] == summary["memory"]["saved_mib_fp32"] > 0
 
@@ -237,7 +237,7 @@ def test_last_step_that_ruins_the_weights_is_not_completed(tmp_path):
 def test_fp32_figure_of_a_compressed_run_is_what_fp32_keeps(tmp_path, overrides):
     plain = [override for override in overrides if not override.startswith("compression.")]
     (compressed, _), _ = run(tmp_path / "a", "task=measure", *overrides)
-    (fp32, _), _ = run(tmp_path / "b", "task=measure", "compression=none", *plain)
+    (fp32, _), _ = run(tmp_path / "b", "task=measure", "compression=plain", *plain)
     assert compressed["memory"]["saved_mib_fp32"] == fp32["memory"]["saved_mib"] > 0
 
 

@@ -64,6 +64,8 @@ class Formula:
     def sage(self, layers, hidden):
         if self.sketched:
             return (layers - 1) * self.sketched_norm(hidden)
+        if self.compression.share_maps:  # mean(x) W = mean(x W): as GCN
+            return self.gcn(layers, hidden)
         first = 2 * self.projected(FEATURES) if self.compressed else FLOAT * FEATURES
         later = (layers - 1) * 2 * self.input(hidden)
         return first + later + (layers - 1) * (self.norm(hidden) + self.masks(hidden))
@@ -120,7 +122,7 @@ def kept_bytes(dataset, model, preset, *overrides):
     return kept, total_bytes(problem.tensors()), Formula(config.compression)
 
 
-@pytest.mark.parametrize("preset", ["none", "exact", "iexact", "lowrank"])
+@pytest.mark.parametrize("preset", ["plain", "none", "exact", "iexact", "lowrank"])
 @pytest.mark.parametrize(
     ("model", "sizes", "overrides"),
     [

@@ -100,7 +100,7 @@ def fails(path, monkeypatch, target, name, error, *overrides):
     def raises(*_, **__):
         raise error
 
-    config = compose_config("training.epochs=3", "model.hidden_channels=16", "compression=none", *overrides)
+    config = compose_config("training.epochs=3", "model.hidden_channels=16", "compression=plain", *overrides)
     with monkeypatch.context() as patch, pytest.raises(OutOfMemory) as caught:
         patch.setattr(target, name, raises)
         Experiment(config, RunFolder(path), Console(file=io.StringIO())).run("the: config\n")
@@ -167,7 +167,7 @@ def limited_run(folder, compression):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
 def test_suggested_preset_runs_where_fp32_did_not(tmp_path):
-    result, summary = limited_run(tmp_path / "fp32", "none")
+    result, summary = limited_run(tmp_path / "fp32", "plain")
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     failed = "out of memory on cpu when allocating 58.59 MiB: the backward pass needs 1186.53 MiB of maps"
     assert result.stderr == f"iexact: {failed}; compression=int8 keeps 193.64 MiB, which would fit\n"

@@ -67,4 +67,4 @@ def test_exact_is_one_block_a_row(problem):
 
 
 def test_fp32_keeps_what_plain_modules_keep(problem):
-    assert kept_mib(problem, "compression=none")[0] == pytest.approx(910, rel=0.001)
+    assert kept_mib(problem, "compression=plain")[0] == pytest.approx(910, rel=0.001)

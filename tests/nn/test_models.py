@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import FP32, assert_close, tiny_dataset
-from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
+from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
 from iexact_runner.data.graph import attention_edges
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import MODELS, build_model
@@ -37,10 +37,11 @@ def name(config: ModelConfig) -> str:
     return "-".join([config.name, str(config.num_layers), *changed, *extra])
 
 
-def pair(config, dataset):
+def pair(config, dataset, *, share_maps=False):
     """Our model and PyG's with the same parameters, and what each takes for a graph."""
     torch.manual_seed(0)
-    model = build_model(config, in_channels=13, out_channels=3, compression=FP32)
+    compression = CompressionConfig(scheme="none", share_maps=share_maps)
+    model = build_model(config, in_channels=13, out_channels=3, compression=compression)
     baseline = PyGBaseline(config, in_channels=13, out_channels=3)
     ours, theirs = list(model.parameters()), list(baseline.parameters())
     assert sum(p.numel() for p in ours) == sum(p.numel() for p in theirs)
@@ -63,11 +64,12 @@ def translated(key: str, config: ModelConfig) -> str:
     return f"blocks.{index}.conv.{rest}" if int(index) < blocks else f"head.{rest}"
 
 
+@pytest.mark.parametrize("share_maps", [False, True], ids=["plain", "one map"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "directed"])
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
-def test_fp32_equals_plain_pyg_modules(config, symmetric):
+def test_fp32_equals_plain_pyg_modules(config, symmetric, share_maps):
     dataset = tiny_dataset(symmetric=symmetric)
-    model, baseline, graph, adjacency = pair(config, dataset)
+    model, baseline, graph, adjacency = pair(config, dataset, share_maps=share_maps)
     for training in (True, False):
         model.train(training)
         baseline.train(training)
