@@ -138,7 +138,7 @@ def _block_runs(kernels: ModuleType, x: Tensor) -> dict[str, KernelRun]:
     directions = torch.randn(x.size(1), 8, device=x.device)
     coefficients = torch.randn(x.size(0), 8, device=x.device)
     mask = kernels.leaky_relu(x, negative_slope=0.0)[1]
-    form: dict[str, Any] = {"bits": 4, "block_size": 128, "levels": None, "seed": 0}
+    form: dict[str, Any] = {"bits": 4, "block_size": 32, "levels": None, "seed": 0}
     kept = sum(part.nbytes for part in kernels.quantize(coefficients, **form))
     decoded = mask.nbytes + coefficients.nbytes
     return {
@@ -146,7 +146,7 @@ def _block_runs(kernels: ModuleType, x: Tensor) -> dict[str, KernelRun]:
             lambda: kernels.normalize_relu_dropout(x, vector, vector, vector, vector, **random),
             2 * x.nbytes + mask.nbytes,
         ),
-        "quantize_product int4/128": KernelRun(
+        "quantize_product int4/32": KernelRun(
             lambda: kernels.quantize_product(x, directions, vector[:8], **form), x.nbytes + kept
         ),
         "decode_relu_dropout": KernelRun(

@@ -141,7 +141,9 @@ def block_calls() -> Iterator[tuple[str, Any]]:
         )
         for call, tensors in calls:
             yield name, lambda call=call, tensors=tensors, random=random: call(*tensors, **random)
-    for width, rank, rows, bits, levels in ((128, 8, 16, 4, None), (500, 8, 1, 2, LEVELS), (512, 64, 64, 8, None)):
+    # Those of the preset at two ranks, the smallest block, and the largest of both.
+    forms = ((128, 8, 4, 4, None), (256, 16, 4, 4, None), (500, 8, 1, 2, LEVELS), (512, 64, 64, 8, None))
+    for width, rank, rows, bits, levels in forms:
         z, matrix = torch.empty(1024, width, device="meta"), torch.empty(width, rank, device="meta")
         form = {"bits": bits, "block_size": rows * rank, "levels": levels, "seed": 1}
         shift = torch.empty(rank, device="meta")

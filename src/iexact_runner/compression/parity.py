@@ -252,7 +252,7 @@ def _block_cases(quick: bool) -> Iterator[Case]:
 def _product_cases(quick: bool) -> Iterator[Case]:
     """Calls of quantize_product with small integers, whose products have one result in any order."""
     seeds = cycle(_seeds())
-    forms = ((8, 16, 4),) if quick else ((8, 16, 4), (8, 1, 2), (16, 64, 8), (24, 2, 1), (5, 3, 4), (8, 12, 2))
+    forms = [(8, 4, 4), (16, 4, 4), (8, 1, 2), (16, 64, 8), (24, 2, 1), (5, 3, 4), (8, 12, 2)][: 1 if quick else None]
     shapes = ((37, 63),) if quick else ((0, 8), (1, 1), (37, 63), (200, 128), (1031, 500))
     for (nodes, width), (rank, rows, bits) in product(shapes, forms):
         # Up to 12 bits: a product in TF32, which has 11, would show.
