@@ -91,6 +91,17 @@ def test_what_the_projection_costs_stands_in_the_committed_rows():
     assert f"off {exact} of its length, that of `int2`, the same without projection, {plain}." in text
 
 
+def test_noise_of_the_unbiased_option_stands_in_the_committed_rows():
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_residual_cpu.csv").set_index("compression.residual")
+    errors = rows[[f"gradient_error_{epoch}_mean" for epoch in (5, 30, 100)]]
+    biased, few, many = (
+        f"{errors.loc[columns].min():.2f}"[1:] + " to " + f"{errors.loc[columns].max():.2f}"[1:]
+        for columns in (0, 8, 32)
+    )
+    text = " ".join((REPOSITORY / "docs" / "lowrank.md").read_text().split())
+    assert f"relative error of {few} at k = 8 and {many} at k = 32, where the biased scheme has {biased}." in text
+
+
 def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
     text = (REPOSITORY / "docs" / "lowrank.md").read_text()
     for _, row in pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_lowrank_cpu.csv").iterrows():
