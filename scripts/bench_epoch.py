@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,18 @@ def main() -> None:
 
 
 def time_presets(
-    dataset: str, model: str, device: torch.device, *, rounds: int, backend: str = "auto"
+    dataset: str,
+    model: str,
+    device: torch.device,
+    *,
+    rounds: int,
+    backend: str = "auto",
+    presets: Mapping[str, tuple[str, ...]] = PRESETS,
 ) -> list[dict[str, Any]]:
     """One row a preset: epoch seconds and their ratio to the baseline's."""
     configs = {
         name: compose_config(f"dataset={dataset}", f"model={model}", *overrides, f"compression.backend={backend}")
-        for name, overrides in PRESETS.items()
+        for name, overrides in presets.items()
     }
     first = configs["none"]
     problem = prepare(load_dataset(first.dataset), first.model, inductive=False, device=device)
