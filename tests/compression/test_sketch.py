@@ -24,6 +24,7 @@ SHAPES = [(1, 1), (37, 63), (101, 100), (64, 128)]
 def small_chunks(monkeypatch):
     """Several runs of rows even for the smallest maps."""
     monkeypatch.setattr(sketch, "CHUNK_ELEMENTS", 512)
+    monkeypatch.setattr(sketch, "LEAST_CHUNK_ROWS", 8)
 
 
 def form(bits):

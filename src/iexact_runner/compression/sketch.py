@@ -24,6 +24,7 @@ from iexact_runner.compression.maps import Layout, MapFormat, MapLayout
 CHUNK_ELEMENTS = 1 << 17
 # The same on a GPU: 16 MiB of float32 stay in its cache, and each run is worth a launch.
 GPU_CHUNK_ELEMENTS = 1 << 22
+LEAST_CHUNK_ROWS = 64
 # Rows that the deviations of coefficients are estimated from.
 DEVIATION_ROWS = 4096
 
@@ -68,8 +69,8 @@ class _Chunked(ABC):
     def _row_chunks(self, device: torch.device) -> Iterator[slice]:
         nodes, width = self.shape
         elements = CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
-        # A multiple of 8 rows: masks then begin with a byte.
-        rows = max(8, elements // max(1, width) // 8 * 8)
+        # A multiple of 8 rows: masks then begin with a byte. Products of a few rows alone are slow.
+        rows = max(LEAST_CHUNK_ROWS, elements // max(1, width) // 8 * 8)
         return (slice(start, min(start + rows, nodes)) for start in range(0, nodes, rows))
 
 
@@ -169,6 +170,12 @@ class ResidentLayout(_Chunked):
             if self.dropout:
                 piece = ops.dropout(piece, p=self.dropout, seed=seed, offset=first, backend=self.backend)
             yield part, piece
+
+    def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Product grad^T x for grad (N, C): (C, D); one product where the features are used as they are."""
+        if self.dropout or grad.dtype != tensors[0].dtype:
+            return super().weight_gradient(grad, tensors)
+        return grad.T @ tensors[0]
 
 
 @dataclass(frozen=True)
