@@ -104,10 +104,11 @@ def test_noise_of_the_unbiased_option_stands_in_the_committed_rows():
 
 def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
     text = (REPOSITORY / "docs" / "lowrank.md").read_text()
-    for _, row in pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_lowrank_cpu.csv").iterrows():
+    fidelity = pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_lowrank_cpu.csv")
+    errors = [f"gradient_error_{epoch}_mean" for epoch in (5, 30, 100)]
+    for _, row in fidelity.iterrows():
         directions = "fresh" if row["compression.refresh"] == 1 else f"{row['compression.refresh'] - 1} epochs old"
-        errors = (row[f"gradient_error_{epoch}_mean"] for epoch in (5, 30, 100))
-        figures = " | ".join("-" if pd.isna(error) else f"{error:.2f}"[1:] for error in errors)
+        figures = " | ".join(f"{error:.2f}"[1:] for error in row[errors])
         assert f"| {row['dataset.name']} | {row['compression.rank']:.0f} | {directions} | {figures} |" in text
     paired = pd.read_csv(REPOSITORY / "benchmarks" / "paired_accuracy_cpu.csv").dropna(subset=["test_difference_mean"])
     assert len(paired) == 3
@@ -119,6 +120,11 @@ def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
     step = steps.loc["sage", "lowrank"]
     time, peak = (f"{step[name]:.2f}"[1:] for name in ("ratio_median", "peak_ratio"))
     assert f"takes {time} of the time of plain PyG in FP32 and {peak} of its peak memory" in text
+    amazon = fidelity[(fidelity["dataset.name"] == "amazon_computers") & (fidelity["compression.refresh"] == 1)]
+    by_rank = amazon.set_index("compression.rank")[errors]
+    low, high = (by_rank.agg(extreme, axis=1).map(lambda error: f"{error:.2f}"[1:]) for extreme in ("min", "max"))
+    few, many = (f"{low[rank]} to {high[rank]}" for rank in (8, 16))
+    assert f"on Amazon Computers {few} of the gradient at rank 8 and {many} at rank 16" in text
     (products,) = pd.read_csv(REPOSITORY / "benchmarks" / "synthetic_products_cpu.csv").to_dict("records")
     for name in ("saved_mib", "saved_mib_fp32", "peak_resident_mib", "data_mib", "step_peak_mib"):
         assert f"{products[name]:.2f}" in text
