@@ -114,12 +114,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, (25), 8))",
     ): "another size does as well",
     (
-        "compression/parity.py",
-        "forms = ((8, 16, 4),) if quick else ((8, 16, 4), (8, 1, 2), (16, 64, 8), (24, 2, 1), (5, 3, 4), (8, 12, 2))"
-        " -> "
-        "forms = ((8, 16, 4),) if quick else ((8, 16, 4), (8, 1, 2), (16, (65), 8), (24, 2, 1), (5, 3, 4), (8, 12, 2))",
-    ): "another size does as well",
-    (
         "compression/triton_blocks.py",
         "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=0.0) -> "
         "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=(1.0))",
