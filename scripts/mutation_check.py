@@ -193,7 +193,8 @@ def main() -> None:
             for mutant in draw(checkout / PACKAGE, count=arguments.count, seed=arguments.seed)
             if mutant.module in arguments.modules
         ]
-        rows = known(arguments.csv) if arguments.again else {}
+        keys = {(mutant.module, mutant.line, mutant.mutation) for mutant in drawn}
+        rows = {key: row for key, row in known(arguments.csv).items() if key in keys} if arguments.again else {}
         trials = Trials(checkout)
         facts = describe()
         for index, mutant in enumerate(drawn):
