@@ -109,7 +109,7 @@ def timed(
         process.send_signal(signal.SIGINT)
     shown, said = process.communicate(timeout=TIMEOUT)
     seconds = time.monotonic() - began
-    last = (shown if expected == 0 else said).strip().splitlines()[-1:]
+    last = (shown if process.returncode == 0 else said).strip().splitlines()[-1:]
     print(f"{name}: {seconds:.1f} s, exit status {process.returncode}: {''.join(last)}", flush=True)
     facts = {"journey": name, "seconds": round(seconds, 2), "exit_status": process.returncode, "expected": expected}
     return facts | {"load_before": round(load, 2), "shared_machine": load > 1}

@@ -68,15 +68,23 @@ def test_parquet_holds_the_rows_of_the_csv(runs, monkeypatch, capsys):
     ("package", "arguments"),
     [
         ("pyarrow", ("--format", "parquet", "--output", "x")),
-        ("matplotlib", ("--format", "html")),
         ("matplotlib", ("--figures", "x")),
     ],
 )
 def test_missing_extra_is_one_line(runs, monkeypatch, capsys, package, arguments):
     monkeypatch.setitem(sys.modules, package, None)
     status, shown, error = iexact_report(monkeypatch, capsys, "runs", *arguments)
-    assert status == 1 and shown == "" and error.count("\n") == 1
+    assert status == 1 and shown == "" and error.count("\n") == 1 and not (runs.parent / "x").exists()
     assert f"needs {package}" in error.replace("figures need ", "needs ") and "pip install 'iexact-runner[" in error
+
+
+def test_page_without_matplotlib_has_its_tables_and_says_what_figures_need(runs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, shown, error = iexact_report(monkeypatch, capsys, "runs", "--format", "html", "--title", "golden")
+    assert status == 0 and (GOLDEN / "report.html").read_text() in shown and "<svg" not in shown
+    assert "<p>figures need matplotlib; pip install &#x27;iexact-runner[figures]&#x27;</p>" in shown
+    needed = "figures need matplotlib; pip install 'iexact-runner[figures]'"
+    assert error == f"iexact-report: a page without figures: {needed}\n"
 
 
 def test_figures_are_written_twice(runs, monkeypatch, capsys):

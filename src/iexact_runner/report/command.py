@@ -85,8 +85,11 @@ def _render(report: Report, options: argparse.Namespace) -> str:
     if options.format == "csv":
         return tables.to_csv(report.results)
     if options.format == "html":
+        from iexact_runner.report import figures
         from iexact_runner.report.page import render_page
 
+        if not figures.can_draw():
+            print(f"iexact-report: a page without figures: {figures.NEEDS_MATPLOTLIB}", file=sys.stderr)
         return render_page(report, title=options.title)
     if options.format == "table":
         text = io.StringIO()

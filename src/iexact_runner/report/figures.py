@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 import statistics
@@ -52,6 +53,7 @@ KINDS = (
 )
 MOST_CURVES = 8
 MIB = 1024**2
+NEEDS_MATPLOTLIB = "figures need matplotlib; pip install 'iexact-runner[figures]'"
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -60,14 +62,19 @@ def write(report: Report, folder: Path) -> list[Path]:
     Raises:
         UserError: if matplotlib is not installed.
     """
+    drawn, paths = draw(report), []
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in draw(report).items():
+    for name, figure in drawn.items():
         write_atomically(folder / f"{name}.svg", to_svg(figure))
         with _style():
             figure.savefig(folder / f"{name}.png", dpi=150)
         paths += [folder / f"{name}.svg", folder / f"{name}.png"]
     return paths
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(report: Report) -> dict[str, Figure]:
@@ -274,10 +281,10 @@ def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Ax
 
 @contextmanager
 def _style() -> Iterator[None]:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UserError("figures need matplotlib; pip install 'iexact-runner[figures]'") from error
+    if not can_draw():
+        raise UserError(NEEDS_MATPLOTLIB)
+    import matplotlib
+
     with matplotlib.rc_context(STYLE):
         yield
 

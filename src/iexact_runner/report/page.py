@@ -25,17 +25,16 @@ svg { max-width: 100%; height: auto; }
 
 
 def render_page(report: Report, *, title: str) -> str:
-    """The page as text, its figures inlined as SVG.
-
-    Raises:
-        UserError: if matplotlib is not installed.
-    """
+    """The page as text, its figures inlined as SVG; without matplotlib a line says what they need."""
     sections = [tables.html_table(grid) for grid in report.grids(title=title)]
     if report.damaged:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in report.damaged)
         sections.append(f"<h2>cannot be read</h2>\n{lines}\n")
-    for name, figure in figures.draw(report).items():
-        sections.append(f"<h2>{html.escape(figures.TITLES[name])}</h2>\n{figures.to_svg(figure)}\n")
+    if figures.can_draw():
+        for name, figure in figures.draw(report).items():
+            sections.append(f"<h2>{html.escape(figures.TITLES[name])}</h2>\n{figures.to_svg(figure)}\n")
+    else:
+        sections.append(f"<p>{html.escape(figures.NEEDS_MATPLOTLIB)}</p>\n")
     where = ", ".join(sorted({str(run.folder.parent) for run in report.completed}))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
