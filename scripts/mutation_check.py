@@ -3,13 +3,11 @@
     taskset -c 1 python scripts/mutation_check.py --csv benchmarks/mutation_cpu.csv
     taskset -c 1 python scripts/mutation_check.py --csv benchmarks/mutation_cpu.csv --again     # but the killed ones
 
-A mutant is an operator, a number or a truth value exchanged, a condition turned round, a keyword or a statement left
-out. Error messages, annotations, and what says on which device a tensor is made are left alone. About ``--count``
-mutants are drawn from the modules of ``TESTS``, from each in proportion to the places it has. Modules of compiled
-kernels count a quarter, for each of their mutants compiles them anew, and so does the one with the calls to compare
-backends on, most of which would do as well with another size. A mutant is killed if one of its module's tests fails,
-or they take several times as long as without it. One that survives is a test that is missing, or has its reason in
-``EQUIVALENT``.
+``mutants.py`` says what a mistake is. About ``--count`` mutants are drawn from the modules of ``TESTS``, from each in
+proportion to the places it has. Modules of compiled kernels count a quarter, for each of their mutants compiles them
+anew, and so does the one with the calls to compare backends on, most of which would do as well with another size. A
+mutant is killed if one of its module's tests fails, or they take several times as long as without it. One that
+survives is a test that is missing, or has its reason in ``EQUIVALENT``.
 
 Not mutmut or cosmic-ray: importing torch and compiling Numba's kernels would take most of their time. Here every mutant
 is a fork of one process that has imported what the tests need, and only what it changes is compiled again. All happens
@@ -19,9 +17,7 @@ in a clone of what is committed; the checkout is not touched.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import copy
 import importlib
 import json
 import os
@@ -34,12 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from mutants import Mutant, mutants
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = Path("src/iexact_runner")
@@ -129,51 +126,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "of one device both are known or neither",
 }
 
-OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Add,
-    ast.Pow: ast.Mult,
-    ast.MatMult: ast.Mult,
-    ast.LShift: ast.RShift,
-    ast.RShift: ast.LShift,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-    ast.BitXor: ast.BitAnd,
-}
 ENVIRONMENT = ("device_name", "torch_threads", "python", "torch", "numba", "git_commit")
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one module.
-
-    Args:
-        module: path below the package.
-        line: where the change is, from 1.
-        mutation: the code before and after it.
-        source: the module with it.
-    """
-
-    module: str
-    line: int
-    mutation: str
-    source: str
 
 
 def main() -> None:
@@ -246,79 +199,6 @@ def draw(package: Path, *, count: int, seed: int) -> list[Mutant]:
         draws = random.Random(f"{seed} {module}")  # of its own, so that a changed module changes no other's
         drawn += sorted(draws.sample(places, share), key=lambda mutant: mutant.line)
     return drawn
-
-
-def mutants(module: str, source: str) -> Iterator[Mutant]:
-    """Every mutant of a module."""
-    starts = [0]
-    for line in source.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line.encode()))
-    encoded = source.encode()
-    for place in _places(ast.parse(source)):
-        for old, new in _changes(place):
-            first = starts[old.lineno - 1] + old.col_offset
-            last = starts[old.end_lineno - 1] + old.end_col_offset
-            text = f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
-            mutated = (encoded[:first] + text.encode() + encoded[last:]).decode()
-            try:
-                ast.parse(mutated)
-            except SyntaxError:  # such as a number in parentheses within a pattern
-                continue
-            if old.lineno == old.end_lineno:
-                before, after = (part.splitlines()[old.lineno - 1] for part in (source, mutated))
-            else:
-                before, after = ast.unparse(old), ast.unparse(new)
-            yield Mutant(module, old.lineno, " -> ".join(" ".join(part.split()) for part in (before, after)), mutated)
-
-
-def _places(node: ast.AST) -> Iterator[Any]:
-    """Nodes that could change: not what a type or an error says."""
-    for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list") or isinstance(node, ast.Raise):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
-                if isinstance(child, (ast.expr, ast.stmt)):
-                    yield child
-                yield from _places(child)
-
-
-def _changes(node: Any) -> Iterator[tuple[Any, ast.AST]]:
-    """What a node, or a part of it, could be by mistake."""
-
-    def changed(**fields: Any) -> tuple[Any, ast.AST]:
-        other = copy.copy(node)
-        for name, value in fields.items():
-            setattr(other, name, value)
-        return node, other
-
-    match node:
-        case ast.Compare(ops=operators):
-            for place, operator in enumerate(operators):
-                yield changed(ops=[*operators[:place], OPERATORS[type(operator)](), *operators[place + 1 :]])
-        case ast.BinOp(op=operator) | ast.BoolOp(op=operator):
-            yield changed(op=OPERATORS[type(operator)]())
-        case ast.AugAssign(op=operator):
-            yield changed(op=OPERATORS[type(operator)]())
-            yield node, ast.Pass()
-        case ast.Constant(value=bool(value)):
-            yield changed(value=not value)
-        case ast.Constant(value=int(value) | float(value)):
-            yield changed(value=value + 1)
-        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert(), operand=operand):
-            yield node, operand
-        case ast.IfExp(body=body, orelse=orelse):
-            yield changed(body=orelse, orelse=body)
-        case ast.If(test=test) | ast.While(test=test) if not isinstance(test, (ast.Compare, ast.UnaryOp)):
-            yield test, ast.UnaryOp(ast.Not(), test)
-        case ast.Call(keywords=keywords):
-            for keyword in keywords:
-                if keyword.arg != "device":
-                    yield changed(keywords=[other for other in keywords if other is not keyword])
-        case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Continue() | ast.Break():
-            yield node, ast.Pass()
-        case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
-            yield changed(value=None)
 
 
 class Trials:

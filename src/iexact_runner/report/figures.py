@@ -327,7 +327,7 @@ def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], looks: _Loo
             axes.barh(places, widths, 0.7, left=left, color=looks.of(name)[0])
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, total in zip(places, left, strict=True):
-        axes.text(total, place, f" {total:.2f}", va="center", fontsize=8)
+        axes.annotate(f"{total:.2f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(places, [_short(row) for row, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(left))
