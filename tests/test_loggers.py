@@ -15,6 +15,7 @@ from iexact_runner.config import LOGGERS
 from iexact_runner.errors import ConfigError
 from iexact_runner.experiment import Experiment
 from iexact_runner.runs.records import RunFolder
+from iexact_runner.training import Epoch, Scores
 
 
 def run(path, *overrides):
@@ -41,6 +42,27 @@ def test_tensorboard_has_every_epoch(tmp_path):
             recorded = {line["epoch"]: line[name] for line in lines if line["run"] == repeat}
             assert logged == pytest.approx(recorded)
         assert events.Scalars("saved_mib")[0].value == pytest.approx(summary["memory"]["saved_mib"])
+
+
+def test_tensorboard_has_the_epochs_of_a_resumed_run_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for session, epochs in enumerate((range(1, 6), range(4, 8))):
+        logger = loggers.TensorBoardLogger(tmp_path)
+        for number in epochs:
+            logger.log(0, Epoch(number, loss=10.0 * session + number, seconds=0.1, scores=Scores(0.5, 0.5, 0.5)))
+        logger.close({"memory": None, "throughput": None})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "run_0")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 14),
+        (5, 15),
+        (6, 16),
+        (7, 17),
+    ]
 
 
 def test_mlflow_has_every_epoch_and_the_configuration(tmp_path, monkeypatch):

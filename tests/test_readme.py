@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pandas as pd
+
 from conftest import REPOSITORY
 from iexact_runner.cli import compose_config
 
@@ -17,8 +19,6 @@ def test_every_field_that_is_named_exists():
 
 
 def test_figures_stand_in_the_committed_rows():
-    import pandas as pd
-
     rows = pd.read_csv(REPOSITORY / "benchmarks" / "amazon_computers_cpu.csv")
     for _, row in rows.iterrows():
         shown = f"{100 * row.test_mean:.2f} +- {100 * row.test_std:.2f} | {row.saved_mib:.2f} |"
@@ -46,6 +46,15 @@ def test_figures_stand_in_the_committed_rows():
     there_and_back = kernels["quantize int2/1024"] + kernels["dequantize int2/1024"]
     for target in ("existing", "fresh"):
         assert f" {there_and_back / 2 / kernels[f'copy to {target}']:.2f} times as long" in TEXT
+
+
+def test_first_minutes_are_those_of_the_committed_rows():
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "first_minutes_cpu.csv").set_index("journey")
+    assert (rows["exit_status"] == rows["expected"]).all()
+    seconds = rows["seconds"]
+    shown = f"{seconds['clone to first result']:.0f} seconds and {seconds['to green tests'] / 60:.0f} minutes"
+    assert f"On two cores they take {shown}" in " ".join(TEXT.split())
+    assert seconds["iexact --help again"] < 3
 
 
 def _short(ratio):

@@ -49,7 +49,8 @@ class TensorBoardLogger(Logger):
         from torch.utils.tensorboard import SummaryWriter
 
         if run not in self._writers:
-            self._writers[run] = SummaryWriter(str(self._folder / f"run_{run}"))
+            # A resumed run does the epochs after its checkpoint again: those logged before go.
+            self._writers[run] = SummaryWriter(str(self._folder / f"run_{run}"), purge_step=epoch.number)
         for name, value in _scalars(epoch).items():
             self._writers[run].add_scalar(name, value, epoch.number)
 

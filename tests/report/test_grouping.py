@@ -59,6 +59,20 @@ def test_seed_that_counts_twice_is_flagged(tmp_path):
     assert "the same seed twice" in warning and str(tmp_path / "0") in warning and str(tmp_path / "1") in warning
 
 
+def test_epochs_per_second_of_a_shared_device_are_flagged(tmp_path):
+    throughput = {"epochs_per_second": {"median": 5.0, "p20": 4.0, "p80": 6.0}}
+    runs = []
+    for seed, alone in enumerate((True, False, False)):
+        folder = record(tmp_path / str(seed), seed=seed)
+        edit_summary(folder, throughput=throughput | {"alone": alone})
+        runs.append(read_run(folder))
+    assert group(runs, [METRICS["epochs_per_second"]], by=["model"]).warnings == [
+        "one row (sage) was timed beside other jobs, in 2 of 3 runs"
+    ]
+    assert group(runs, [METRICS["saved_mib"]], by=["model"]).warnings == []
+    assert group(runs[:1], [METRICS["epochs_per_second"]], by=["model"]).warnings == []
+
+
 def test_any_number_of_a_summary_is_a_metric(tmp_path):
     (row,) = results(tmp_path, {}, metrics=["memory.model_mib", "config.training.lr"]).rows
     assert row.cells["memory.model_mib"].value == 0.2954 and row.cells["config.training.lr"].value == 0.01

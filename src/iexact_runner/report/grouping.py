@@ -203,7 +203,7 @@ def group(runs: Sequence[Run], metrics: list[Metric], *, by: Sequence[str]) -> R
         Row(label, {metric.name: cell for metric in metrics if (cell := _cell(pooled, metric))}, pooled)
         for label, pooled in zip(labels, members, strict=True)
     ]
-    return Results(rows, metrics, [*_mixed_environment(runs), *_mixed_rows(rows)])
+    return Results(rows, metrics, [*_mixed_environment(runs), *_mixed_rows(rows), *_timed_beside_others(rows)])
 
 
 def _labels(members: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
@@ -294,6 +294,17 @@ def _mixed_rows(rows: Sequence[Row]) -> list[str]:
             if key in seen:
                 warnings.append(f"one row ({name}) holds the same seed twice: {seen[key].folder} and {run.folder}")
             seen[key] = run
+    return warnings
+
+
+def _timed_beside_others(rows: Sequence[Row]) -> list[str]:
+    """Rows whose epochs per second are those of a shared device."""
+    warnings = []
+    for row in rows:
+        beside = sum(run.lookup("throughput.alone") is False for run in row.runs)
+        if beside and "epochs_per_second" in row.cells:
+            name = ", ".join(map(_text, row.labels.values()))
+            warnings.append(f"one row ({name}) was timed beside other jobs, in {beside} of {len(row.runs)} runs")
     return warnings
 
 
