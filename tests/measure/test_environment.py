@@ -24,6 +24,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module = tmp_path / "src/iexact_runner/measure/environment.py"
     module.parent.mkdir(parents=True)
     module.write_text("old")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "rows.csv").write_text("old")
     monkeypatch.setattr(environment, "__file__", str(module))
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
@@ -35,6 +37,8 @@ def test_commit_is_that_of_the_checkout_and_changes_show(checkout: Path, tmp_pat
     commit = git(tmp_path, "rev-parse", "HEAD")
     assert environment.git_commit() == commit
     (tmp_path / "untracked").touch()
+    assert environment.git_commit() == commit
+    (tmp_path / "benchmarks" / "rows.csv").write_text("new")  # what a script is writing
     assert environment.git_commit() == commit
     checkout.write_text("new")
     assert environment.git_commit() == f"{commit}-dirty"

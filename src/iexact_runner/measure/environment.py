@@ -14,6 +14,7 @@ import torch
 from iexact_runner import __version__
 
 PACKAGES = ("torch", "torch_geometric", "triton", "numba", "numpy", "scipy", "ogb", "hydra-core")
+CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks")
 
 
 def describe(device: torch.device, *, backend: str) -> dict[str, Any]:
@@ -35,14 +36,17 @@ def describe(device: torch.device, *, backend: str) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, ``-dirty`` if changed; None away from a checkout."""
+    """Commit of the checkout that this package runs from, ``-dirty`` if changed; None away from a checkout.
+
+    Rows under ``benchmarks/``, which a script may be writing, are no change.
+    """
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
     try:
         commit, changes = (
             subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True, timeout=10).stdout
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+            for command in (("rev-parse", "HEAD"), CHANGES)
         )
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a checkout of somebody else
         return None
