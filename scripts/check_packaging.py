@@ -41,12 +41,13 @@ JOURNEYS = {
     "lowrank on digits": (*RUN, "compression=lowrank"),
     "sweep of two": (*SWEEP, "output_dir=sweeps"),
     "report": ("iexact-report", "runs", "sweeps", "--format", "csv", "--output", "report.csv"),
+    "page": ("iexact-report", "runs", "sweeps", "--format", "html", "--output", "report.html"),
 }
 # What an extra is for; without the extra the same command must name it.
 EXTRAS = {
     "cpu": (*RUN, "compression.backend=numba"),
     "energy": (*RUN, "task=measure", "measure.energy=true", "measure.timed_epochs=2"),
-    "figures": ("iexact-report", "../runs", "--format", "html", "--output", "report.html"),
+    "figures": ("iexact-report", "../runs", "--figures", "figures"),
     "parquet": ("iexact-report", "../runs", "--format", "parquet", "--output", "report.parquet"),
     "tensorboard": (*RUN, "logger=tensorboard"),
     "mlflow": (*RUN, "logger=mlflow"),
