@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default all: {', '.join(names)}")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="experiments at once")
     arguments = parser.parse_args()
     began = time.monotonic()
-    problems = [problem for name in arguments.names or names for problem in run(name, arguments.out / name)]
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = pool.map(lambda name: run(name, arguments.out / name, threads=threads), arguments.names or names)
+        problems = [problem for several in found for problem in several]
     print(f"{len(problems)} problems, {time.monotonic() - began:.0f} s")
     sys.exit("\n".join(problems) if problems else 0)
 
 
-def run(name: str, folder: Path) -> list[str]:
-    """Runs one experiment in a folder of its own; what is wrong, a line each."""
+def run(name: str, folder: Path, *, threads: int) -> list[str]:
+    """Runs one experiment in a folder of its own on so many threads; what is wrong, a line each."""
     began = time.monotonic()
     command = [sys.executable, "-m", "iexact_runner", "-m", f"+experiment={name}", "quick=true", f"output_dir={folder}"]
-    finished = subprocess.run(command, capture_output=True, text=True)
+    shared = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    finished = subprocess.run(command, capture_output=True, text=True, env=shared)
     if finished.returncode:
         return [f"{name}: exit status {finished.returncode}: {finished.stderr.strip()}"]
     reported = [sys.executable, "-c", REPORT, str(folder), "--format", "markdown"]
