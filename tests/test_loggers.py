@@ -54,15 +54,8 @@ def test_tensorboard_has_the_epochs_of_a_resumed_run_once(tmp_path):
             logger.log(0, Epoch(number, loss=10.0 * session + number, seconds=0.1, scores=Scores(0.5, 0.5, 0.5)))
         logger.close({"memory": None, "throughput": None})
     events = EventAccumulator(str(tmp_path / "tensorboard" / "run_0")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [
-        (1, 1),
-        (2, 2),
-        (3, 3),
-        (4, 14),
-        (5, 15),
-        (6, 16),
-        (7, 17),
-    ]
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6, 7]
+    assert [event.value for event in events] == [1, 2, 3, 14, 15, 16, 17]
 
 
 def test_mlflow_has_every_epoch_and_the_configuration(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from iexact_runner import __version__
 
 PACKAGES = ("torch", "torch_geometric", "triton", "numba", "numpy", "scipy", "ogb", "hydra-core")
-CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks")
+GIT_STATUS = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks")
 
 
 def describe(device: torch.device, *, backend: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def git_commit() -> str | None:
     try:
         commit, changes = (
             subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True, timeout=10).stdout
-            for command in (("rev-parse", "HEAD"), CHANGES)
+            for command in (("rev-parse", "HEAD"), GIT_STATUS)
         )
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or a checkout of somebody else
         return None

@@ -116,6 +116,11 @@ class Row:
     cells: dict[str, Cell]
     runs: list[Run]
 
+    @property
+    def name(self) -> str:
+        """What a warning calls it: its labels in one line."""
+        return ", ".join(map(_text, self.labels.values()))
+
     def shared(self, path: str) -> Any:
         """Value of a field of the summary in all runs of the row; the values joined by a bar where they differ."""
         values = _distinct(run.lookup(path) for run in self.runs)
@@ -282,17 +287,16 @@ def _mixed_rows(rows: Sequence[Row]) -> list[str]:
     """Fields that differ within a row, and repeats that are no repeats because their seed is the same."""
     warnings = []
     for row in rows:
-        name = ", ".join(map(_text, row.labels.values()))
         experiments = [experiment_of(run) for run in row.runs]
         for path in experiments[0]:
             values = _distinct(experiment.get(path) for experiment in experiments)
             if len(values) > 1:
-                warnings.append(f"one row ({name}) mixes {path}: {', '.join(map(_text, values))}")
+                warnings.append(f"one row ({row.name}) mixes {path}: {', '.join(map(_text, values))}")
         seen: dict[str, Run] = {}
         for run, experiment in zip(row.runs, experiments, strict=True):
             key = json.dumps([experiment, run.lookup("config.task"), run.lookup("config.seed")], default=str)
             if key in seen:
-                warnings.append(f"one row ({name}) holds the same seed twice: {seen[key].folder} and {run.folder}")
+                warnings.append(f"one row ({row.name}) holds the same seed twice: {seen[key].folder} and {run.folder}")
             seen[key] = run
     return warnings
 
@@ -303,8 +307,7 @@ def _timed_beside_others(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         beside = sum(run.lookup("throughput.alone") is False for run in row.runs)
         if beside and "epochs_per_second" in row.cells:
-            name = ", ".join(map(_text, row.labels.values()))
-            warnings.append(f"one row ({name}) was timed beside other jobs, in {beside} of {len(row.runs)} runs")
+            warnings.append(f"one row ({row.name}) was timed beside other jobs, in {beside} of {len(row.runs)} runs")
     return warnings
 
 
