@@ -22,9 +22,9 @@ from torch import Tensor
 
 from iexact_runner.analysis.distribution import CapturedMap, captured_maps, map_figures
 from iexact_runner.cli import compose_config
-from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
+from iexact_runner.kernels import backends
 from iexact_runner.measure import environment
 from iexact_runner.nn import Model, build_model
 from iexact_runner.training import Optimization, Problem, prepare, train_epochs

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from iexact_runner import tasks
 from iexact_runner.cli import compose_config
-from iexact_runner.compression import backends
 from iexact_runner.experiment import Experiment
+from iexact_runner.kernels import backends
 from iexact_runner.measure import environment
 from iexact_runner.runs.checkpoint import Checkpoints
 from iexact_runner.runs.records import RunFolder

@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from iexact_runner.cli import compose_config
-from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.experiment import resolve_device
+from iexact_runner.kernels import backends
 from iexact_runner.loss import loss_per_node
 from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
 from iexact_runner.measure.peak import PeakMemory

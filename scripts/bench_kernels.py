@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from iexact_runner.compression import backends, parity
+from iexact_runner.kernels import backends, parity
 from iexact_runner.measure import environment
 
 BITS = (1, 2, 4, 8)

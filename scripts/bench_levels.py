@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from iexact_runner.compression import backends
 from iexact_runner.compression.bins import ClippedNormal, normal_levels, normal_sigma, optimal_levels
+from iexact_runner.kernels import backends
 from iexact_runner.measure import environment
 
 SIZES = np.arange(4, 2049)

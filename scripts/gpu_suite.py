@@ -43,7 +43,7 @@ def main() -> None:
         sys.exit("gpu_suite: no CUDA device was found")
     device = torch.device(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    from iexact_runner.compression import triton_kernels
+    from iexact_runner.kernels import triton as triton_kernels
 
     start = time.monotonic()
     equal = check_parity(triton_kernels, device, arguments.out, max_seconds=arguments.parity_seconds)
@@ -59,7 +59,7 @@ def check_parity(kernels: Any, device: Any, out: Path, *, max_seconds: float) ->
     Every specialisation is compiled on first use, which all cases together have no time for: after the quick ones,
     which touch every function, width and type, the others follow in a seeded random order until the time is up.
     """
-    from iexact_runner.compression import parity
+    from iexact_runner.kernels import parity
 
     quick, others = list(parity.cases(quick=True)), list(parity.cases(quick=False))
     random.Random(0).shuffle(others)
@@ -84,7 +84,7 @@ def time_kernels(device: Any, out: Path) -> None:
     from triton.testing import do_bench
 
     from bench_kernels import kernel_runs
-    from iexact_runner.compression import triton_kernels
+    from iexact_runner.kernels import triton as triton_kernels
 
     rows = []
     for shape in ((169_343, 128), (2_449_029, 128)):

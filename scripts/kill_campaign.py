@@ -27,7 +27,7 @@ import torch
 
 # What a trial needs, imported once: a forked process starts at once.
 from iexact_runner import cli, experiment  # noqa: F401
-from iexact_runner.compression import backends
+from iexact_runner.kernels import backends
 from iexact_runner.measure import environment  # noqa: F401
 from iexact_runner.runs import resume  # noqa: F401
 from iexact_runner.runs.files import count_lines

@@ -52,34 +52,40 @@ IMPORTED = (
     "triton",
 )
 
-_QUANTIZER = ("compression/test_reference.py", "compression/test_codec.py")
+_QUANTIZER = ("kernels/test_reference.py", "compression/test_codec.py")
 _SCHEMES = ("schemes/test_functions.py", "schemes/test_projected.py", "schemes/test_lowrank.py")
 _LEVELS = ("compression/test_curves.py", "compression/test_bins.py", "compression/test_maps.py", "tasks/test_bins.py")
-_NUMBA = ("compression/test_numba.py",)
-_TRITON = ("compression/test_triton_interpreter.py",)
+_NUMBA = ("kernels/test_numba.py",)
+_PARTS = ("blocks", "common", "elementwise", "product", "quantizer")
+_REFERENCE = (*_QUANTIZER, *_SCHEMES, *_NUMBA)
+_TRITON = ("kernels/test_triton_interpreter.py",)
 _SAVED = ("measure/test_saved.py", "measure/test_memory_formulas.py")
 # The tests that mirror a module first, then those of what it serves.
 TESTS: dict[str, tuple[str, ...]] = {
-    "compression/backends.py": ("compression/test_backends.py", "compression/test_codec.py"),
+    "kernels/backends.py": ("kernels/test_backends.py", "compression/test_codec.py"),
     "compression/bins.py": _LEVELS,
-    "compression/block_ops.py": ("compression/test_ops.py", *_SCHEMES, "schemes/test_compile.py"),
+    "kernels/block_ops.py": ("kernels/test_ops.py", *_SCHEMES, "schemes/test_compile.py"),
     "compression/codec.py": ("compression/test_codec.py",),
     "compression/curves.py": _LEVELS,
     "compression/maps.py": ("compression/test_maps.py", *_SCHEMES),
-    "compression/numba_blocks.py": _NUMBA,
-    "compression/numba_common.py": _NUMBA,
-    "compression/numba_elementwise.py": _NUMBA,
-    "compression/numba_kernels.py": _NUMBA,
-    "compression/ops.py": ("compression/test_ops.py", *_QUANTIZER, *_SCHEMES, "schemes/test_compile.py"),
-    "compression/parity.py": ("compression/test_parity_cases.py", *_NUMBA, *_TRITON),
-    "compression/reference.py": (*_QUANTIZER, *_SCHEMES, *_NUMBA),
-    "compression/seeds.py": ("compression/test_reference.py", *_SCHEMES),
+    "kernels/numba/blocks.py": _NUMBA,
+    "kernels/numba/common.py": _NUMBA,
+    "kernels/numba/elementwise.py": _NUMBA,
+    "kernels/numba/quantizer.py": _NUMBA,
+    "kernels/ops.py": ("kernels/test_ops.py", *_QUANTIZER, *_SCHEMES, "schemes/test_compile.py"),
+    "kernels/parity.py": ("kernels/test_parity_cases.py", *_NUMBA, *_TRITON),
+    **{
+        f"kernels/reference/{part}.py": _REFERENCE
+        for part in ("blocks", "common", "elementwise", "product", "quantizer")
+    },
+    "kernels/numba/product.py": _NUMBA,
+    "compression/seeds.py": ("kernels/test_reference.py", *_SCHEMES),
     "compression/sketch.py": ("compression/test_sketch.py", "schemes/test_lowrank.py"),
-    "compression/triton_blocks.py": _TRITON,
-    "compression/triton_common.py": _TRITON,
-    "compression/triton_elementwise.py": _TRITON,
-    "compression/triton_kernels.py": _TRITON,
-    "compression/triton_product.py": _TRITON,
+    "kernels/triton/blocks.py": _TRITON,
+    "kernels/triton/common.py": _TRITON,
+    "kernels/triton/elementwise.py": _TRITON,
+    "kernels/triton/quantizer.py": _TRITON,
+    "kernels/triton/product.py": _TRITON,
     "loss.py": ("test_loss.py", "test_training.py"),
     "measure/energy.py": ("measure/test_energy.py",),
     "measure/environment.py": ("measure/test_environment.py",),
@@ -93,30 +99,30 @@ TESTS: dict[str, tuple[str, ...]] = {
     "schemes/attention.py": ("schemes/test_aggregation.py",),
     "schemes/functions.py": (*_SCHEMES, "measure/test_out_of_memory.py"),
 }
-QUARTERED = ("numba_", "triton_", "parity")
+QUARTERED = ("kernels/numba/", "kernels/triton/", "kernels/parity")
 # Why no test can notice: module, and the mutation as the rows have it.
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
-        "compression/numba_kernels.py",
+        "kernels/numba/quantizer.py",
         "decoded = torch.empty(shape, dtype=torch.float32) -> decoded = (torch.empty(shape))",
     ): "torch's default type is float32 too, or holds every float32",
     (
-        "compression/parity.py",
+        "kernels/parity.py",
         "WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16)) -> "
         "WIDTHS = ((0, 5, 2), (1, (2), 1), (37, 63, 5), (101, 16, 8), (130, 136, 16))",
     ): "another size does as well",
     (
-        "compression/parity.py",
+        "kernels/parity.py",
         "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, 24, 8)) -> "
         "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, (25), 8))",
     ): "another size does as well",
     (
-        "compression/triton_blocks.py",
+        "kernels/triton/blocks.py",
         "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=0.0) -> "
         "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=(1.0))",
     ): "columns past the last are neither added up nor stored",
     (
-        "compression/triton_elementwise.py",
+        "kernels/triton/elementwise.py",
         "grad = widen(tl.load(grad_ptr + start + position, mask=inside, other=0.0)) -> "
         "grad = widen((tl.load(grad_ptr + start + position, mask=inside)))",
     ): "elements past the last are not stored",
@@ -188,10 +194,7 @@ def write(path: Path, rows: dict[tuple[str, int, str], dict[str, Any]]) -> None:
 def draw(package: Path, *, count: int, seed: int) -> list[Mutant]:
     """About ``count`` mutants of the modules of ``TESTS``, by the number of places that each has."""
     found = {module: list(mutants(module, (package / module).read_text())) for module in TESTS}
-    weights = {
-        module: len(places) * (0.25 if Path(module).name.startswith(QUARTERED) else 1)
-        for module, places in found.items()
-    }
+    weights = {module: len(places) * (0.25 if module.startswith(QUARTERED) else 1) for module, places in found.items()}
     total = sum(weights.values())
     drawn = []
     for module, places in found.items():

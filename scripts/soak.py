@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from iexact_runner.compression import backends
+from iexact_runner.kernels import backends
 from iexact_runner.measure import MIB, environment
 from iexact_runner.runs.files import count_lines
 

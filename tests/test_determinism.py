@@ -15,12 +15,13 @@ from rich.console import Console
 from conftest import projected, tiny_dataset
 from iexact_runner import experiment
 from iexact_runner.cli import compose_config
-from iexact_runner.compression import backends, dequantize, quantize
+from iexact_runner.compression import dequantize, quantize
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data import load_dataset
 from iexact_runner.determinism import deterministic_algorithms
 from iexact_runner.errors import ConfigError
 from iexact_runner.experiment import Experiment
+from iexact_runner.kernels import backends
 from iexact_runner.nn import build_model, compress
 from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks import train

@@ -37,7 +37,8 @@ for words in json.loads(sys.argv[1]):
 """
 NUMBA_EQUALS_THE_REFERENCE = """
 import torch
-from iexact_runner.compression import numba_kernels, parity
+from iexact_runner.kernels import parity
+from iexact_runner.kernels import numba as numba_kernels
 
 calls = [case for case in parity.cases(quick=True) if case.function == "relu6"]
 assert len(calls) > 1 and not parity.mismatches(numba_kernels, torch.device("cpu"), calls)

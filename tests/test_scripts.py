@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
-from iexact_runner.compression import reference
+from iexact_runner.kernels import reference
 from iexact_runner.report import tables
 from iexact_runner.report.reading import read_report
 from recorded import edit_summary, record

@@ -13,12 +13,12 @@ from rich.console import Console
 
 from iexact_runner import loggers, measure
 from iexact_runner.analysis import fidelity
-from iexact_runner.compression import backends
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.determinism import deterministic_algorithms
 from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, OutOfMemory, UserError
+from iexact_runner.kernels import backends
 from iexact_runner.measure import energy, environment, out_of_memory
 from iexact_runner.measure.step import step_memory
 from iexact_runner.runs import checkpoint

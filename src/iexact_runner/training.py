@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iexact_runner.compression import reference
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import GATConfig, ModelConfig, TrainingConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.graph import Graph, training_subgraph
 from iexact_runner.errors import TrainingError
+from iexact_runner.kernels import reference
 from iexact_runner.loss import node_loss
 from iexact_runner.nn import MODELS, Model
 

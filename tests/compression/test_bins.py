@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import minimize
 
-from iexact_runner.compression import bins, quantize, reference
+from iexact_runner.compression import bins, quantize
 from iexact_runner.compression.bins import (
     ClippedNormal,
     Empirical,
@@ -23,6 +23,7 @@ from iexact_runner.compression.bins import (
     normal_variances,
     optimal_levels,
 )
+from iexact_runner.kernels import reference
 
 BITS = (1, 2, 4, 8)
 HISTOGRAM = Empirical((4.0, 0.0, 1.0, 2.0, 0.0, 1.0), inside=0.75)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from conftest import assert_close
-from iexact_runner.compression import reference
 from iexact_runner.compression.bins import ClippedNormal, optimal_levels
 from iexact_runner.compression.maps import MapFormat, best_levels, block_size_for, kept_columns, levels_for
+from iexact_runner.kernels import reference
 
 
 @pytest.mark.parametrize(

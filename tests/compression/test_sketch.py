@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import assert_close
-from iexact_runner.compression import ops, sketch
+from iexact_runner.compression import sketch
 from iexact_runner.compression.maps import MapFormat
 from iexact_runner.compression.sketch import (
     ProductLayout,
@@ -16,6 +16,7 @@ from iexact_runner.compression.sketch import (
     leading_directions,
     sampled_rows,
 )
+from iexact_runner.kernels import ops
 
 SHAPES = [(1, 1), (37, 63), (101, 100), (64, 128)]
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from conftest import assert_close, bin_widths, relative_error
-from iexact_runner.compression import reference
 from iexact_runner.compression.maps import KeptMap, MapFormat
 from iexact_runner.compression.seeds import mix
 from iexact_runner.compression.sketch import SketchLayout
+from iexact_runner.kernels import reference
 from iexact_runner.measure.peak import record_allocations
 from iexact_runner.schemes import functions
 

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import block_ops, ops
 from iexact_runner.compression.bins import ClippedNormal, optimal_levels
+from iexact_runner.kernels import block_ops, ops
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import block_ops, ops
 from iexact_runner.compression.maps import Layout, MapFormat, MapLayout
+from iexact_runner.kernels import block_ops, ops
 
 # Elements of a map that are decoded at once, in runs of whole rows whose masks begin with a byte.
 CHUNK_ELEMENTS = 1 << 17

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from iexact_runner.compression import ops
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.data.sparse import CSR
+from iexact_runner.kernels import ops
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
 

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from iexact_runner.compression import block_ops, ops
 from iexact_runner.compression.maps import KeptMap
+from iexact_runner.kernels import block_ops, ops
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
 # Elements of a map that one step of a chunked pass works on: 1 MiB of float32, which stays in a cache.

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.utils import scatter, softmax
 
-from iexact_runner.compression import reference
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
+from iexact_runner.kernels import reference
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import SpMM
 

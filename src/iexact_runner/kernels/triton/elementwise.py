@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iexact_runner.compression.reference import DRAWS, DROPOUT, PROJECTION, dropout_factor, dropout_threshold
-from iexact_runner.compression.triton_common import (
+from iexact_runner.kernels.reference import DRAWS, DROPOUT, PROJECTION, dropout_factor, dropout_threshold
+from iexact_runner.kernels.triton.common import (
     TILE,
     WARPS,
     bytes_of_tile,

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iexact_runner.compression.reference import DROPOUT, dropout_factor, dropout_threshold
-from iexact_runner.compression.triton_common import (
+from iexact_runner.kernels.reference import DROPOUT, dropout_factor, dropout_threshold
+from iexact_runner.kernels.triton.common import (
     TILE,
     WARPS,
     draw16,
@@ -29,7 +29,7 @@ from iexact_runner.compression.triton_common import (
     tile,
     widen,
 )
-from iexact_runner.compression.triton_elementwise import scale_kept, store_mask
+from iexact_runner.kernels.triton.elementwise import scale_kept, store_mask
 
 _DROPOUT = tl.constexpr(DROPOUT)
 # 8 elements a thread: a tile of gradients, one of sketched values and two of sums stay in registers.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iexact_runner.compression.numba_common import (
+from iexact_runner.kernels.numba.common import (
     CHUNK,
     Array,
     chunk_bounds,
@@ -23,7 +23,7 @@ from iexact_runner.compression.numba_common import (
     torch_threads,
     unpack,
 )
-from iexact_runner.compression.reference import (
+from iexact_runner.kernels.reference import (
     DRAWS,
     DROPOUT,
     PROJECTION,
@@ -191,7 +191,7 @@ def _rademacher_kernel(size: np.float32, key0: np.uint64, key1: np.uint64, signs
 
 
 def leaky_relu(x: Tensor, *, negative_slope: float) -> tuple[Tensor, Tensor]:
-    """See :func:`iexact_runner.compression.reference.leaky_relu`."""
+    """See :func:`iexact_runner.kernels.reference.leaky_relu`."""
     y, mask = torch.empty(x.shape, dtype=torch.float32), empty_mask(x.numel())
     with torch_threads():
         _leaky_relu_kernel(flat32(x), np.float32(negative_slope), flat32(y), mask.numpy())
@@ -199,7 +199,7 @@ def leaky_relu(x: Tensor, *, negative_slope: float) -> tuple[Tensor, Tensor]:
 
 
 def leaky_relu_backward(grad: Tensor, packed_mask: Tensor, *, negative_slope: float) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.leaky_relu_backward`."""
+    """See :func:`iexact_runner.kernels.reference.leaky_relu_backward`."""
     out = torch.empty(grad.shape, dtype=torch.float32)
     with torch_threads():
         _leaky_relu_backward_kernel(flat32(grad), packed_mask.numpy(), np.float32(negative_slope), flat32(out))
@@ -207,7 +207,7 @@ def leaky_relu_backward(grad: Tensor, packed_mask: Tensor, *, negative_slope: fl
 
 
 def dropout_mask(count: int, *, p: float, seed: int | Tensor, device: torch.device, offset: int = 0) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.dropout_mask`; ``device`` is the CPU."""
+    """See :func:`iexact_runner.kernels.reference.dropout_mask`; ``device`` is the CPU."""
     mask = empty_mask(count)
     with torch_threads():
         _dropout_mask_kernel(count, np.uint16(dropout_threshold(p)), *keys(seed), offset, mask.numpy())
@@ -215,7 +215,7 @@ def dropout_mask(count: int, *, p: float, seed: int | Tensor, device: torch.devi
 
 
 def apply_dropout_mask(x: Tensor, packed_mask: Tensor, *, p: float) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.apply_dropout_mask`."""
+    """See :func:`iexact_runner.kernels.reference.apply_dropout_mask`."""
     out = torch.empty(x.shape, dtype=torch.float32)
     with torch_threads():
         _scale_kept_kernel(flat32(x), packed_mask.numpy(), np.float32(dropout_factor(p)), flat32(out))
@@ -223,7 +223,7 @@ def apply_dropout_mask(x: Tensor, packed_mask: Tensor, *, p: float) -> Tensor:
 
 
 def dropout(x: Tensor, *, p: float, seed: int | Tensor, offset: int = 0) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.dropout`."""
+    """See :func:`iexact_runner.kernels.reference.dropout`."""
     y = torch.empty(x.shape, dtype=torch.float32)
     with torch_threads():
         _dropout_kernel(flat32(x), *dropout_numbers(p), *keys(seed), offset, flat32(y))
@@ -233,7 +233,7 @@ def dropout(x: Tensor, *, p: float, seed: int | Tensor, offset: int = 0) -> Tens
 def leaky_relu_dropout(
     x: Tensor, *, negative_slope: float, p: float, seed: int | Tensor, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`iexact_runner.compression.reference.leaky_relu_dropout`."""
+    """See :func:`iexact_runner.kernels.reference.leaky_relu_dropout`."""
     if x.dtype != torch.float32:  # then the activation is rounded before dropout scales it
         activated, mask = leaky_relu(x, negative_slope=negative_slope)
         return dropout(activated, p=p, seed=seed, offset=offset), mask
@@ -247,7 +247,7 @@ def leaky_relu_dropout(
 def leaky_relu_dropout_backward(
     grad: Tensor, packed_mask: Tensor, *, negative_slope: float, p: float, seed: int | Tensor, offset: int = 0
 ) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.leaky_relu_dropout_backward`."""
+    """See :func:`iexact_runner.kernels.reference.leaky_relu_dropout_backward`."""
     if grad.dtype != torch.float32:  # then the gradient is rounded after dropout has scaled it
         dropped = dropout(grad, p=p, seed=seed, offset=offset)
         return leaky_relu_backward(dropped, packed_mask, negative_slope=negative_slope)
@@ -259,7 +259,7 @@ def leaky_relu_dropout_backward(
 
 
 def rademacher(rows: int, columns: int, *, seed: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.rademacher`; ``device`` is the CPU."""
+    """See :func:`iexact_runner.kernels.reference.rademacher`; ``device`` is the CPU."""
     signs = torch.empty(rows, columns, dtype=torch.float32)
     with torch_threads():
         _rademacher_kernel(np.float32(columns**-0.5), *keys(seed), flat32(signs))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iexact_runner.compression.reference import SMALLEST_SCALE, level_table
+from iexact_runner.kernels.reference import SMALLEST_SCALE, level_table
 
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 

@@ -13,13 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iexact_runner.compression.numba_blocks import (
-    decode_relu_dropout,
-    gated_gradient,
-    gated_sums,
-    normalize_relu_dropout,
-)
-from iexact_runner.compression.numba_common import (
+from iexact_runner.kernels.numba.common import (
     CHUNK,
     Array,
     chunk_bounds,
@@ -32,35 +26,7 @@ from iexact_runner.compression.numba_common import (
     torch_threads,
     unpack,
 )
-from iexact_runner.compression.numba_elementwise import (
-    apply_dropout_mask,
-    dropout,
-    dropout_mask,
-    leaky_relu,
-    leaky_relu_backward,
-    leaky_relu_dropout,
-    leaky_relu_dropout_backward,
-    rademacher,
-)
-from iexact_runner.compression.reference import DRAWS, ROUNDING, SMALLEST_SCALE, level_table, stored_dtype
-
-__all__ = [
-    "apply_dropout_mask",
-    "decode_relu_dropout",
-    "dequantize",
-    "dropout",
-    "dropout_mask",
-    "gated_gradient",
-    "gated_sums",
-    "leaky_relu",
-    "leaky_relu_backward",
-    "leaky_relu_dropout",
-    "leaky_relu_dropout_backward",
-    "normalize_relu_dropout",
-    "quantize",
-    "quantize_product",
-    "rademacher",
-]
+from iexact_runner.kernels.reference import DRAWS, ROUNDING, SMALLEST_SCALE, level_table, stored_dtype
 
 _ZERO, _ONE, _HALF, _DRAW_STEP = (np.float32(number) for number in (0.0, 1.0, 0.5, 1.0 / DRAWS))
 _SMALLEST_SCALE, _NAN = np.float32(SMALLEST_SCALE), np.float32(np.nan)
@@ -256,7 +222,7 @@ def _dequantize_kernel(
 def quantize(
     x: Tensor, *, bits: int, block_size: int, levels: tuple[float, ...] | None, seed: int | Tensor, offset: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`iexact_runner.compression.reference.quantize`."""
+    """See :func:`iexact_runner.kernels.reference.quantize`."""
     flat, dtype = flat32(x), stored_dtype(x.dtype)
     count = len(flat)
     size = min(block_size, max(count, 1))  # so that no product of it overflows
@@ -273,21 +239,6 @@ def quantize(
     return packed, _stored(zero, dtype), _stored(scale, dtype)
 
 
-def quantize_product(
-    z: Tensor,
-    matrix: Tensor,
-    shift: Tensor,
-    *,
-    bits: int,
-    block_size: int,
-    levels: tuple[float, ...] | None,
-    seed: int | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`iexact_runner.compression.reference.quantize_product`; torch's product is the fastest here."""
-    product = torch.addmm(shift, z, matrix)
-    return quantize(product, bits=bits, block_size=block_size, levels=levels, seed=seed)
-
-
 def dequantize(
     packed: Tensor,
     zero: Tensor,
@@ -299,7 +250,7 @@ def dequantize(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.dequantize`."""
+    """See :func:`iexact_runner.kernels.reference.dequantize`."""
     decoded = torch.empty(shape, dtype=torch.float32)
     table, _, _ = _tables(levels)
     size = min(block_size, max(decoded.numel(), 1))

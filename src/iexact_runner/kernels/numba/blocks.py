@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iexact_runner.compression.numba_common import (
+from iexact_runner.kernels.numba.common import (
     CHUNK,
     Array,
     draw16,
@@ -25,7 +25,7 @@ from iexact_runner.compression.numba_common import (
     torch_threads,
     unpack,
 )
-from iexact_runner.compression.numba_elementwise import (
+from iexact_runner.kernels.numba.elementwise import (
     activate,
     drop,
     dropout_numbers,
@@ -34,7 +34,7 @@ from iexact_runner.compression.numba_elementwise import (
     leaky_relu_dropout,
     passes,
 )
-from iexact_runner.compression.reference import DROPOUT
+from iexact_runner.kernels.reference import DROPOUT
 
 # Threshold of the draws, factor of what stays, and Philox key.
 Drawing = tuple[np.uint16, np.float32, np.uint64, np.uint64]
@@ -219,7 +219,7 @@ def _decode_relu_dropout_kernel(
 def normalize_relu_dropout(
     h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, *, p: float, seed: int | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`iexact_runner.compression.reference.normalize_relu_dropout`."""
+    """See :func:`iexact_runner.kernels.reference.normalize_relu_dropout`."""
     if h.dtype != torch.float32:  # then the normalised map is rounded before its sign is looked at
         normalised = (h.float() - mean) * inverse_std * weight + bias
         return leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed)
@@ -242,7 +242,7 @@ def decode_relu_dropout(
     seed: int | Tensor,
     offset: int = 0,
 ) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.decode_relu_dropout`."""
+    """See :func:`iexact_runner.kernels.reference.decode_relu_dropout`."""
     out = torch.empty(coefficients.size(0), directions.size(0), dtype=torch.float32)
     mask = None if packed_mask is None else packed_mask.numpy()
     factors = (*_factors(coefficients, directions), flat32(shift))
@@ -255,7 +255,7 @@ def decode_relu_dropout(
 def gated_sums(
     grad: Tensor, packed_mask: Tensor, coefficients: Tensor, directions: Tensor, *, p: float, seed: int | Tensor
 ) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.gated_sums`."""
+    """See :func:`iexact_runner.kernels.reference.gated_sums`."""
     sums = np.zeros((_PARTS, 2, directions.size(0)))
     numbers = ((*dropout_numbers(p), *keys(seed)), _rows(directions.size(0)))
     factors = _factors(coefficients, directions)
@@ -275,7 +275,7 @@ def gated_gradient(
     p: float,
     seed: int | Tensor,
 ) -> Tensor:
-    """See :func:`iexact_runner.compression.reference.gated_gradient`."""
+    """See :func:`iexact_runner.kernels.reference.gated_gradient`."""
     out = torch.empty(grad.shape, dtype=torch.float32)
     factors = (*_factors(coefficients, directions), flat32(factor), flat32(shift))
     numbers = ((*dropout_numbers(p), *keys(seed)), _rows(directions.size(0)))

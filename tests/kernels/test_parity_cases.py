@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import parity, reference
+from iexact_runner.kernels import parity, reference
 
 CPU = torch.device("cpu")
 FUNCTIONS = {

@@ -17,8 +17,8 @@ from typing import cast
 import pytest
 import torch
 
-from iexact_runner.compression import parity, reference
-from iexact_runner.compression.parity import Case
+from iexact_runner.kernels import parity, reference
+from iexact_runner.kernels.parity import Case
 
 pytest.importorskip("triton")
 
@@ -107,13 +107,13 @@ def test_interpreted_kernels_equal_the_reference(selection: str) -> None:
     ],
 )
 def test_one_kernel_multiplies_and_quantizes_what_fits(rank, block_size, dtype, fits):
-    from iexact_runner.compression import triton_product
+    from iexact_runner.kernels.triton import product as triton_product
 
     assert triton_product.fits(torch.empty(10, 100, dtype=dtype), rank, block_size) == fits
 
 
 def main(selection: str) -> None:
-    from iexact_runner.compression import triton_kernels
+    from iexact_runner.kernels import triton as triton_kernels
 
     torch.use_deterministic_algorithms(True)  # which fills every torch.empty with NaN or the largest integer
     cases = list(SELECTIONS[selection]())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iexact_runner.compression import block_ops, ops, reference
+from iexact_runner.kernels import block_ops, ops, reference
 
 X = torch.randn(37, 63)
 SEED = torch.tensor(7)

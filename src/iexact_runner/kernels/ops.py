@@ -2,7 +2,7 @@
 
 Each operator picks the backend for its tensors' device, and has a fake implementation that tells shapes and types.
 The functions below them take a seed as an int or a 0-d int64 tensor and keyword-only options; arguments are checked
-by their callers. Formulas stand in :mod:`iexact_runner.compression.reference`.
+by their callers. Formulas stand in :mod:`iexact_runner.kernels.reference`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import reference
-from iexact_runner.compression.backends import select
+from iexact_runner.kernels import reference
+from iexact_runner.kernels.backends import select
 
 _LIBRARY = "iexact"
 

@@ -1,17 +1,19 @@
-"""The quantized product of a map with a few columns, in one pass over the map; see ``triton_kernels``.
+"""The quantized product of a map with a few columns, in one pass over the map; see ``quantizer``.
 
 Shapes: N nodes, D features, R columns, G = K R block size; a program works on ROWS rows.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iexact_runner.compression.reference import ROUNDING, stored_dtype
-from iexact_runner.compression.triton_common import (
+from iexact_runner.kernels.reference import ROUNDING, stored_dtype
+from iexact_runner.kernels.triton.common import (
     WARPS,
     codes_of,
     draw16,
@@ -25,6 +27,7 @@ from iexact_runner.compression.triton_common import (
     widen,
     zero_and_scale,
 )
+from iexact_runner.kernels.triton.quantizer import quantize
 
 _ROUNDING = tl.constexpr(ROUNDING)
 # Rows of a program, and elements of its product: 32 a thread.
@@ -103,7 +106,7 @@ def _quantize_product_kernel(
     tl.store(codes_ptr + place, pack(codes, BITS), mask=there & (byte < RANK * BITS // 8))
 
 
-def quantize_product(
+def _fused_product(
     z: Tensor,
     matrix: Tensor,
     shift: Tensor,
@@ -128,3 +131,20 @@ def quantize_product(
                 z, matrix, shift, *kept, *sizes, num_warps=WARPS, enable_fp_fusion=False
             )
     return codes, zero, scale
+
+
+def quantize_product(
+    z: Tensor,
+    matrix: Tensor,
+    shift: Tensor,
+    *,
+    bits: int,
+    block_size: int,
+    levels: tuple[float, ...] | None,
+    seed: int | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`reference.quantize_product`; the product is a map of its own where it does not fit a program."""
+    form: dict[str, Any] = {"bits": bits, "block_size": block_size, "levels": levels, "seed": seed}
+    if fits(z, matrix.size(1), block_size):
+        return _fused_product(z, matrix, shift, **form)
+    return quantize(torch.addmm(shift, z, matrix), **form)

@@ -9,7 +9,9 @@ import torch
 
 numba = pytest.importorskip("numba")
 
-from iexact_runner.compression import numba_common, numba_kernels, parity, reference  # noqa: E402
+from iexact_runner.kernels import numba as numba_kernels  # noqa: E402
+from iexact_runner.kernels import parity, reference  # noqa: E402
+from iexact_runner.kernels.numba import common as numba_common  # noqa: E402
 
 CPU = torch.device("cpu")
 

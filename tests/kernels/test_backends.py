@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iexact_runner.compression import backends, parity
 from iexact_runner.errors import ConfigError
+from iexact_runner.kernels import backends, parity
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

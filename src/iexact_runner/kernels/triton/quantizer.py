@@ -8,22 +8,13 @@ Every launch turns off floating-point fusion: a fused multiply-add would change 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iexact_runner.compression import triton_product
-from iexact_runner.compression.reference import ROUNDING, stored_dtype
-from iexact_runner.compression.triton_blocks import (
-    decode_relu_dropout,
-    gated_gradient,
-    gated_sums,
-    normalize_relu_dropout,
-)
-from iexact_runner.compression.triton_common import (
+from iexact_runner.kernels.reference import ROUNDING, stored_dtype
+from iexact_runner.kernels.triton.common import (
     TILE,
     WARPS,
     byte_count,
@@ -48,34 +39,6 @@ from iexact_runner.compression.triton_common import (
     widen,
     zero_and_scale,
 )
-from iexact_runner.compression.triton_elementwise import (
-    apply_dropout_mask,
-    dropout,
-    dropout_mask,
-    leaky_relu,
-    leaky_relu_backward,
-    leaky_relu_dropout,
-    leaky_relu_dropout_backward,
-    rademacher,
-)
-
-__all__ = [
-    "apply_dropout_mask",
-    "decode_relu_dropout",
-    "dequantize",
-    "dropout",
-    "dropout_mask",
-    "gated_gradient",
-    "gated_sums",
-    "leaky_relu",
-    "leaky_relu_backward",
-    "leaky_relu_dropout",
-    "leaky_relu_dropout_backward",
-    "normalize_relu_dropout",
-    "quantize",
-    "quantize_product",
-    "rademacher",
-]
 
 _ROUNDING = tl.constexpr(ROUNDING)
 # Far above any tile, far below 2**31: distances within a program are clipped to it and fit int32.
@@ -268,23 +231,6 @@ def quantize(
             x, codes, zero, scale, *drawing, min(width_unit, 8), TILE, num_warps=2 * WARPS, enable_fp_fusion=False
         )
     return codes, zero, scale
-
-
-def quantize_product(
-    z: Tensor,
-    matrix: Tensor,
-    shift: Tensor,
-    *,
-    bits: int,
-    block_size: int,
-    levels: tuple[float, ...] | None,
-    seed: int | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`reference.quantize_product`; the product is a map of its own where it does not fit a program."""
-    form: dict[str, Any] = {"bits": bits, "block_size": block_size, "levels": levels, "seed": seed}
-    if triton_product.fits(z, matrix.size(1), block_size):
-        return triton_product.quantize_product(z, matrix, shift, **form)
-    return quantize(torch.addmm(shift, z, matrix), **form)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ import torch
 from iexact_runner.errors import ConfigError
 
 BACKENDS = ("auto", "torch", "numba", "triton")
-_MODULES = {"torch": "reference", "numba": "numba_kernels", "triton": "triton_kernels"}
 
 
 def resolve(name: str, device: torch.device) -> str:
@@ -45,7 +44,7 @@ def _installed(package: str) -> bool:
 @functools.cache
 def _module(backend: str) -> ModuleType:
     # Imported on first use: Numba and Triton take a second to import, and either may be absent.
-    return importlib.import_module(f"iexact_runner.compression.{_MODULES[backend]}")
+    return importlib.import_module("iexact_runner.kernels." + ("reference" if backend == "torch" else backend))
 
 
 def select(name: str, device: torch.device) -> ModuleType:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iexact_runner.compression import reference
 from iexact_runner.compression.seeds import mix, tensor_seed
+from iexact_runner.kernels import reference
 
 CPU = torch.device("cpu")
 BITS = (1, 2, 4, 8)
@@ -50,7 +50,7 @@ def test_draws_follow_the_written_mapping(offset):
 
 def test_draws_do_not_depend_on_how_they_are_cut(monkeypatch):
     whole = reference.draw16(1000, seed=1, purpose=0, device=CPU)
-    monkeypatch.setattr(reference, "GROUPS_AT_ONCE", 3)
+    monkeypatch.setattr(reference.common, "GROUPS_AT_ONCE", 3)
     assert torch.equal(reference.draw16(1000, seed=1, purpose=0, device=CPU), whole)
 
 
@@ -97,7 +97,9 @@ def test_directed_rounding_brackets_and_is_tight(dtype, value):
 @pytest.mark.parametrize("block_size", [1, 3, 63, 64, 1000, 5000])
 def test_codes_without_randomness_are_the_formula(bits, block_size, monkeypatch):
     """With u = 1/2 the codes are h rounded to nearest, element by element in Python floats."""
-    monkeypatch.setattr(reference, "draw16", lambda count, **_: torch.full((count,), 1 << 15, dtype=torch.int32))
+    monkeypatch.setattr(
+        reference.quantizer, "draw16", lambda count, **_: torch.full((count,), 1 << 15, dtype=torch.int32)
+    )
     x = torch.randn(1031, generator=torch.Generator().manual_seed(bits))
     packed, zero, scale = reference.quantize(x, bits=bits, block_size=block_size, levels=None, seed=0)
     codes = reference.unpack(packed, 1031, bits).tolist()

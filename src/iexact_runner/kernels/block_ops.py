@@ -1,4 +1,4 @@
-"""What a block with BatchNorm does around its sketch, as custom operators; see :mod:`iexact_runner.compression.ops`.
+"""What a block with BatchNorm does around its sketch, as custom operators; see :mod:`iexact_runner.kernels.ops`.
 
 Shapes: N nodes, D features, R directions.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import reference
-from iexact_runner.compression.backends import select
-from iexact_runner.compression.ops import operator, packed_bytes, seed_tensor
+from iexact_runner.kernels import reference
+from iexact_runner.kernels.backends import select
+from iexact_runner.kernels.ops import operator, packed_bytes, seed_tensor
 
 
 @operator(

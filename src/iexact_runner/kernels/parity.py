@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iexact_runner.compression import reference
+from iexact_runner.kernels import reference
 
 BITS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

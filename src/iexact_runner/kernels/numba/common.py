@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from iexact_runner.compression.reference import MASK32, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
+from iexact_runner.kernels.reference import MASK32, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
 
 Array = npt.NDArray[Any]
 # What is compiled has no useful static type: Numba infers its own from each call.

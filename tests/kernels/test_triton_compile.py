@@ -21,12 +21,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402  (after importorski
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from iexact_runner.compression import (  # noqa: E402
-    triton_blocks,
-    triton_elementwise,
-    triton_kernels,
-    triton_product,
-)
+from iexact_runner.kernels import triton as triton_kernels  # noqa: E402
+from iexact_runner.kernels.reference import stored_dtype  # noqa: E402
+from iexact_runner.kernels.triton import blocks, elementwise, product, quantizer  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
@@ -92,7 +89,7 @@ def calls() -> Iterator[tuple[str, Any]]:
     ):
         x = torch.empty(count, dtype=dtype, device="meta")
         form = {"bits": bits, "block_size": block_size, "levels": levels}
-        zero = torch.empty(-(-count // block_size), dtype=triton_kernels.stored_dtype(dtype), device="meta")
+        zero = torch.empty(-(-count // block_size), dtype=stored_dtype(dtype), device="meta")
         codes = torch.empty(-(-count * bits // 8), dtype=torch.uint8, device="meta")
         yield name, lambda x=x, form=form, offset=offset: triton_kernels.quantize(x, **form, seed=1, offset=offset)
         yield (
@@ -214,7 +211,7 @@ def re_find(text: str, *patterns: str) -> list[re.Match[str]]:
 def test_every_kernel_is_compiled(launches: list[Launch]) -> None:
     kernels = {
         name
-        for module in (triton_blocks, triton_elementwise, triton_kernels, triton_product)
+        for module in (blocks, elementwise, product, quantizer)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }

@@ -1,0 +1,33 @@
+"""The kernels for the CPU, compiled by Numba: same functions, signatures and bits as ``reference``."""
+
+from iexact_runner.kernels.numba.blocks import decode_relu_dropout, gated_gradient, gated_sums, normalize_relu_dropout
+from iexact_runner.kernels.numba.elementwise import (
+    apply_dropout_mask,
+    dropout,
+    dropout_mask,
+    leaky_relu,
+    leaky_relu_backward,
+    leaky_relu_dropout,
+    leaky_relu_dropout_backward,
+    rademacher,
+)
+from iexact_runner.kernels.numba.product import quantize_product
+from iexact_runner.kernels.numba.quantizer import dequantize, quantize
+
+__all__ = [
+    "apply_dropout_mask",
+    "decode_relu_dropout",
+    "dequantize",
+    "dropout",
+    "dropout_mask",
+    "gated_gradient",
+    "gated_sums",
+    "leaky_relu",
+    "leaky_relu_backward",
+    "leaky_relu_dropout",
+    "leaky_relu_dropout_backward",
+    "normalize_relu_dropout",
+    "quantize",
+    "quantize_product",
+    "rademacher",
+]
