@@ -8,6 +8,7 @@ import torch
 from conftest import assert_close
 from iexact_runner.compression import sketch
 from iexact_runner.compression.maps import MapFormat
+from iexact_runner.compression.signs import SignLayout
 from iexact_runner.compression.sketch import (
     ProductLayout,
     ResidentLayout,
@@ -36,11 +37,19 @@ def sketch_of(z, *, bits, rank, relu=False, dropout=0.0, seed=7):
     """The layout and tensors of dropout(ReLU(z)), and the activation itself."""
     mean, scale = z.mean(0), 1.0 / (z.std(0, correction=0) + 1.0)
     directions = leading_directions((z - mean) * scale, rank=rank, energy=None)
-    (coefficients, tensors), scaled = keep_coefficients(z, mean, scale, directions, form(bits), seed=1)
+    (coefficients, tensors), deviation = keep_coefficients(z, mean, scale, directions, form(bits), seed=1)
+    scaled = directions * deviation
     value, signs = ops.leaky_relu(z, negative_slope=0.0, backend="torch") if relu else (z, None)
     if dropout:
         value = ops.dropout(value, p=dropout, seed=seed, backend="torch")
-    layout = SketchLayout(coefficients, tuple(z.shape), relu, dropout, None if torch.is_tensor(seed) else seed, "torch")
+    layout = SketchLayout(
+        coefficients,
+        tuple(z.shape),
+        signs=SignLayout() if relu else None,
+        dropout=dropout,
+        seed=None if torch.is_tensor(seed) else seed,
+        backend="torch",
+    )
     rest = [part for part in (signs, seed if torch.is_tensor(seed) else None) if part is not None]
     return layout, (*tensors[: coefficients.parts], scaled / scale[:, None], mean, *rest), value
 
@@ -75,7 +84,8 @@ def test_rounding_of_coefficients_is_unbiased():
     exact = (z - mean) @ directions @ directions.T
     draws = []
     for seed in range(400):
-        (layout, tensors), scaled = keep_coefficients(z, mean, torch.ones(12), directions, form(2), seed=seed)
+        (layout, tensors), deviation = keep_coefficients(z, mean, torch.ones(12), directions, form(2), seed=seed)
+        scaled = directions * deviation
         draws.append(layout.stored(tensors[:3]) @ scaled.T - exact)
     errors = torch.stack(draws).flatten(1) @ torch.randn(64 * 12, 20)
     assert (errors.mean(0).abs() < 4 * errors.std(0) / len(draws) ** 0.5).all()

@@ -10,15 +10,18 @@ Shapes: N nodes, D features, R directions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from iexact_runner.compression.maps import Layout, MapFormat, MapLayout
+from iexact_runner.compression.coefficients import CoefficientFormat
+from iexact_runner.compression.maps import Layout, MapFormat
+from iexact_runner.compression.signs import Decoded, Room, SignLayout
 from iexact_runner.kernels import block_ops, ops
+from iexact_runner.kernels.reference import dropout_factor
 
 # Elements of a map that are decoded at once, in runs of whole rows whose masks begin with a byte.
 CHUNK_ELEMENTS = 1 << 17
@@ -27,6 +30,21 @@ GPU_CHUNK_ELEMENTS = 1 << 22
 LEAST_CHUNK_ROWS = 64
 # Rows that the deviations of coefficients are estimated from.
 DEVIATION_ROWS = 4096
+
+
+class Coefficients(Protocol):
+    """How the coefficients (N, R) of a sketch are kept."""
+
+    @property
+    def parts(self) -> int:
+        """How many tensors they are made of."""
+
+    @property
+    def stored_type(self) -> str:
+        """What they are kept as, for people."""
+
+    def stored(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The coefficients, decoded."""
 
 
 class _Chunked(ABC):
@@ -78,33 +96,44 @@ class _Chunked(ABC):
 class SketchLayout(_Chunked):
     """An activation dropout(ReLU(z)) of a map z that is kept as a sketch.
 
-    Its tensors are those of the coefficients, the directions (D, R) with all scales, the shift (D,), the sign mask of
-    ReLU if there was one, and the seed if it is a tensor.
+    Its tensors are those of the coefficients, the directions (D, R) with all scales, the shift (D,), from which |z~| on
+    the sketch is sure of signs (D,) if it gives any, those of the signs if ReLU came after, and the seed if it is one.
 
     Args:
         coefficients: how the coefficients (N, R) are kept.
         shape: (N, D).
-        relu: whether ReLU came after the sketch.
+        gives_signs: whether the sketch gives the signs that it is sure of.
+        signs: how the signs of z are kept; None if no ReLU came after the sketch.
         dropout: rate of the dropout after it.
         seed: of its mask; None if it is a tensor.
         backend: who runs the kernels.
         residual: k, if the last 2 k directions are two random sketches of what the others miss, k each.
         half: which of the two to decode with, 0 or 1; None takes their mean, which has half the variance.
+        room: for the signs, from pass to pass.
+        decoded: what the backward pass needs more than once.
     """
 
-    coefficients: MapLayout
+    coefficients: Coefficients
     shape: tuple[int, ...]
-    relu: bool = False
+    gives_signs: bool = False
+    signs: SignLayout | None = None
     dropout: float = 0.0
     seed: int | None = 0
     backend: str = "auto"
     residual: int = 0
     half: int | None = None
+    room: Room = field(default_factory=Room, compare=False, repr=False)
+    decoded: Decoded = field(default_factory=Decoded, compare=False, repr=False)
 
     @property
     def stored_type(self) -> str:
         """What a coefficient is kept as."""
         return self.coefficients.stored_type
+
+    @property
+    def parts(self) -> int:
+        """How many tensors the map is made of, before those of its signs."""
+        return self.coefficients.parts + 2 + self.gives_signs
 
     def independent(self) -> SketchLayout:
         """The other half, whose error has nothing to do with that of this one."""
@@ -119,16 +148,49 @@ class SketchLayout(_Chunked):
             weights[-2 * self.residual : -self.residual] = 2.0 * (1 - self.half)
             weights[-self.residual :] = 2.0 * self.half
             directions = directions * weights
-        return self.coefficients.stored(tensors[:parts]).float(), directions
+        coefficients = self.decoded.coefficients
+        if coefficients is None:
+            coefficients = self.coefficients.stored(tensors[:parts]).float()
+            if self.signs is not None:
+                self.decoded.keep(coefficients=coefficients)
+        return coefficients, directions
+
+    def with_signs(
+        self, tensors: tuple[Tensor, ...], mask: Tensor, *, exact: bool, p: float, seed: int | Tensor
+    ) -> tuple[SketchLayout, tuple[Tensor, ...]]:
+        """This sketch of a map z and what is kept of the packed mask of ReLU(z), which dropout of rate p follows."""
+        signs = SignLayout(self.gives_signs, exact, p, self.backend)
+        if not self.gives_signs:
+            return replace(self, signs=signs, decoded=Decoded()), (*tensors, mask)
+        coefficients = self.coefficients.stored(tensors[: self.coefficients.parts]).float()
+        kept = signs.keep(mask, coefficients, *tensors[self.coefficients.parts : self.parts], seed=seed, room=self.room)
+        return replace(self, signs=signs, decoded=Decoded()), (*tensors, *kept)
+
+    def mask(self, tensors: tuple[Tensor, ...], seed: int | Tensor) -> Tensor:
+        """The packed mask of ReLU, of which nothing is set where dropout drops if ``signs.dropped``."""
+        assert self.signs is not None
+        stored = tensors[self.parts : self.parts + self.signs.parts]
+        if not self.gives_signs:
+            return stored[0]
+        if self.decoded.mask is None:
+            coefficients, directions = self.factors(tensors)
+            mask = self.signs.mask(stored, coefficients, directions, *tensors[self.parts - 2 : self.parts], seed=seed)
+            self.decoded.keep(mask=mask)
+            return mask
+        return self.decoded.mask
 
     def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
         """Runs of rows, and the activation there."""
         coefficients, directions = self.factors(tensors)
-        shift, *rest = tensors[self.coefficients.parts + 1 :]
-        seed = rest[-1] if self.seed is None else self.seed
+        shift, p = tensors[self.coefficients.parts + 1], self.dropout
+        seed = tensors[-1] if self.seed is None else self.seed
+        signs = None if self.signs is None else self.mask(tensors, seed)
+        if self.signs is not None and self.signs.dropped:
+            factor, p = dropout_factor(p), 0.0
+            directions, shift = directions * factor, shift * factor
         for part in self._row_chunks(shift.device):
             first, last = part.start * self.shape[1], part.stop * self.shape[1]
-            mask = rest[0][first // 8 : (last + 7) // 8] if self.relu else None
+            mask = None if signs is None else signs[first // 8 : (last + 7) // 8]
             yield (
                 part,
                 block_ops.decode_relu_dropout(
@@ -136,7 +198,7 @@ class SketchLayout(_Chunked):
                     directions,
                     shift,
                     mask,
-                    p=self.dropout,
+                    p=p,
                     seed=seed,
                     offset=first,
                     backend=self.backend,
@@ -214,10 +276,24 @@ class Directions:
     Args:
         vectors: (D, R), orthonormal columns; None before the first pass.
         age: training passes since they were found anew.
+        bits: int32 (R,), dealt when they were found anew; None if all coefficients have as many.
+        room: for the signs of the map.
     """
 
     vectors: Tensor | None = None
     age: int = 0
+    bits: Tensor | None = None
+    room: Room = field(default_factory=Room)
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room.bytes}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> Directions:
+        """What :meth:`state` was taken of."""
+        vectors, bits = (None if part is None else part.to(device) for part in (state["vectors"], state["bits"]))
+        return cls(vectors, state["age"], bits, Room(state["room"]))
 
 
 def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None) -> Tensor:
@@ -261,8 +337,15 @@ def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:
 
 
 def keep_coefficients(
-    z: Tensor, mean: Tensor, scale: Tensor, directions: Tensor, form: MapFormat, *, seed: int | Tensor
-) -> tuple[tuple[MapLayout, tuple[Tensor, ...]], Tensor]:
+    z: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    directions: Tensor,
+    form: MapFormat | CoefficientFormat,
+    *,
+    bits: Tensor | None = None,
+    seed: int | Tensor,
+) -> tuple[tuple[Coefficients, tuple[Tensor, ...]], Tensor]:
     """Keeps c = ((z - mean) scale) V, each column divided by its deviation in a few thousand rows.
 
     Args:
@@ -271,10 +354,11 @@ def keep_coefficients(
         scale: (D,), what the centred columns are multiplied by.
         directions: V (D, R).
         form: how the coefficients are quantized.
+        bits: int32 (R,), dealt over the directions, for a :class:`CoefficientFormat`.
         seed: of the rounding.
 
     Returns:
-        The kept coefficients, and the directions (D, R) times the deviations that were divided out.
+        The kept coefficients, and the deviations (R,) that were divided out.
     """
     scaled = scale.unsqueeze(1) * directions
     sample = z[sampled_rows(z.size(0), DEVIATION_ROWS, device=z.device)].float()
@@ -282,5 +366,18 @@ def keep_coefficients(
     # A column that is next to constant in these rows need not be so in the others.
     deviation = deviation.clamp_min(1e-3 * deviation.max()).clamp_min(1e-12)
     matrix = scaled / deviation
-    kept = form.encode_product(z, matrix.to(z.dtype), -(mean @ matrix).to(z.dtype), seed=seed)
-    return kept, directions * deviation
+    factors = (matrix.to(z.dtype), -(mean @ matrix).to(z.dtype))
+    if isinstance(form, MapFormat):
+        return form.encode_product(z, *factors, seed=seed), deviation
+    product = torch.addmm(factors[1], z, factors[0])
+    return encode_coefficients(product, form, bits=bits, seed=seed), deviation
+
+
+def encode_coefficients(
+    coefficients: Tensor, form: MapFormat | CoefficientFormat, *, bits: Tensor | None, seed: int | Tensor
+) -> tuple[Coefficients, tuple[Tensor, ...]]:
+    """Keeps standardised coefficients (N, R); ``bits`` (R,) are those of a :class:`CoefficientFormat`."""
+    if isinstance(form, MapFormat):
+        return form.encode(coefficients, seed=seed)
+    assert bits is not None
+    return form.encode(coefficients, bits, seed=seed)

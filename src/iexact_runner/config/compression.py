@@ -13,6 +13,8 @@ BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
 SCHEMES = ("none", "projected", "lowrank")
 LEVELS = ("uniform", "optimal")
+ROUNDINGS = ("nearest", "stochastic")
+SIGNS = ("sketch", "exact")
 
 
 @dataclass
@@ -31,8 +33,16 @@ class CompressionConfig:
         max_block_size: cap of G in elements, rounded to whole rows; null is no cap.
         share_maps: transform before aggregating, so that one kept map serves both weights of a SAGE layer.
         store_dropout_mask: keep dropout masks as 1 bit an element instead of regenerating them from the seed.
-        rank: number of directions [R] of ``lowrank``; null if ``energy`` chooses it.
+        map_bits: bits a node and map for the coefficients of ``lowrank`` [W], dealt over the directions where they
+            remove most of the error; null gives each coefficient ``bits``.
+        rounding: of dealt bits, ``nearest`` level, or ``stochastic``.
+        rank: number of directions [R] of ``lowrank``; null if ``energy`` chooses it, or a third of ``map_bits``.
         energy: share of each map's variance that the directions of ``lowrank`` hold.
+        sign_threshold: from how many residual deviations [t] on the sketch of a map gives a sign of ReLU; the others
+            are stored, but not those of dropped elements. null stores 1 bit for every element.
+        sign_share: at most about this share of the signs is stored, those that the sketch is least sure of; null for as
+            many as ``sign_threshold`` says.
+        signs: ``sketch`` takes the signs that the sketch is sure of as they are, ``exact`` lists its errors as well.
         refresh: training passes from one eigenproblem of a map to the next; its directions follow it in between.
         sample_rows: rows that new directions are found from.
         residual: columns [k] of each of two random sketches of what the directions miss, which make ``lowrank``
@@ -49,8 +59,13 @@ class CompressionConfig:
     max_block_size: int | None = None
     share_maps: bool = False
     store_dropout_mask: bool = False
+    map_bits: int | None = None
+    rounding: str = "nearest"
     rank: int | None = None
     energy: float | None = None
+    sign_threshold: float | None = None
+    sign_share: float | None = None
+    signs: str = "sketch"
     refresh: int = 1
     sample_rows: int = 4096
     residual: int = 0
@@ -109,7 +124,19 @@ class CompressionConfig:
         fits = energy is None or 0.0 < energy <= 1.0
         check(fits, "compression.energy", energy, "must be above 0 and at most 1, or null")
         both = "give compression.rank or compression.energy, one of the two, and null for the other"
-        check((rank is None) != (energy is None), "compression.rank", "null" if rank is None else rank, both)
+        dealt = self.map_bits is not None
+        one = (rank is None) != (energy is None) or (dealt and rank is None)
+        check(one, "compression.rank", "null" if rank is None else rank, both)
+        if self.map_bits is not None:
+            self._check_dealt_bits(self.map_bits)
+        check_choice("compression.rounding", self.rounding, ROUNDINGS)
+        check(
+            dealt or self.rounding == "nearest",
+            "compression.rounding",
+            self.rounding,
+            "is for compression.map_bits, which is null here; compression.bits always rounds stochastically",
+        )
+        self._check_signs()
         check_at_least("compression.refresh", self.refresh, 1)
         check_at_least("compression.sample_rows", self.sample_rows, 1)
         check_at_least("compression.residual", self.residual, 0)
@@ -119,6 +146,39 @@ class CompressionConfig:
         unused = (("kept_frac", 1.0), ("store_dropout_mask", False))
         self._check_unused("compression=lowrank has directions and regenerated masks instead", *unused)
 
+    def _check_dealt_bits(self, bits: int) -> None:
+        check(bits >= 8 and bits % 8 == 0, "compression.map_bits", bits, "must be a multiple of 8, or null")
+        dealt = "compression.map_bits deals bits over directions instead; leave out one of the two"
+        self._check_unused(dealt, ("bits", None), ("col_size", 0), ("max_block_size", None))
+        check(
+            not self.residual,
+            "compression.residual",
+            self.residual,
+            "needs compression.map_bits=null and compression.bits, whose rounding is unbiased: compression=lowrank_v1",
+        )
+
+    def _check_signs(self) -> None:
+        threshold = self.sign_threshold
+        valid = threshold is None or 0.0 < threshold < float("inf")
+        check(valid, "compression.sign_threshold", threshold, "must be above 0, or null to store all signs")
+        share = self.sign_share
+        fits = share is None or (threshold is not None and self.signs == "sketch" and 0.0 < share < 1.0)
+        needs = "must be above 0 and below 1, with a compression.sign_threshold and compression.signs=sketch; or null"
+        check(fits, "compression.sign_share", share, needs)
+        check_choice("compression.signs", self.signs, SIGNS)
+        check(
+            threshold is not None or self.signs == "sketch",
+            "compression.signs",
+            self.signs,
+            "lists errors of the signs that compression.sign_threshold takes from the sketch; null stores all of them",
+        )
+        check(
+            threshold is None or not self.residual,
+            "compression.residual",
+            self.residual,
+            "needs compression.sign_threshold=null: signs that are taken from the sketch are biased",
+        )
+
     def _check_unused(self, valid: str, *fields: tuple[str, object]) -> None:
         """A field that would be ignored is a mistake."""
         for name, unused in fields:
@@ -126,7 +186,18 @@ class CompressionConfig:
             check(value == unused, f"compression.{name}", value, valid)
 
 
-_LOW_RANK = (("rank", None), ("energy", None), ("refresh", 1), ("sample_rows", 4096), ("residual", 0))
+_LOW_RANK = (
+    ("map_bits", None),
+    ("rounding", "nearest"),
+    ("rank", None),
+    ("energy", None),
+    ("sign_threshold", None),
+    ("sign_share", None),
+    ("signs", "sketch"),
+    ("refresh", 1),
+    ("sample_rows", 4096),
+    ("residual", 0),
+)
 _QUANTIZED = (
     ("bits", None),
     ("kept_frac", 1.0),

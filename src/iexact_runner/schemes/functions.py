@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.kernels import block_ops, ops
+from iexact_runner.kernels.reference import dropout_factor
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
 # Elements of a map that one step of a chunked pass works on: 1 MiB of float32, which stays in a cache.
@@ -130,11 +131,8 @@ class LeakyReLU(Function):
         negative_slope: float,
         backend: str,
         inplace: bool = False,
-        signs: list[Tensor] | None = None,
     ) -> Tensor:
         output, mask = ops.leaky_relu(x, negative_slope=negative_slope, backend=backend)
-        if signs is not None:
-            signs.append(mask)
         ctx.negative_slope, ctx.backend = negative_slope, backend
         ctx.saved_map = SavedMap(tuple(x.shape), "mask", 4 * x.numel(), 1)
         ctx.save_for_backward(mask)
@@ -147,7 +145,7 @@ class LeakyReLU(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), *[None] * 4
+        return ops.leaky_relu_backward(grad, mask, negative_slope=ctx.negative_slope, backend=ctx.backend), *[None] * 3
 
 
 class ELU(Function):
@@ -196,11 +194,8 @@ class LeakyReLUDropout(Function):
         seed: int | Tensor,
         store_mask: bool,
         backend: str,
-        signs: list[Tensor] | None = None,
     ) -> Tensor:
         output, sign = ops.leaky_relu_dropout(x, negative_slope=negative_slope, p=p, seed=seed, backend=backend)
-        if signs is not None:
-            signs.append(sign)
         masks = [sign, ops.dropout_mask(x, p=p, seed=seed, backend=backend)] if store_mask else [sign]
         ctx.negative_slope, ctx.p, ctx.backend, ctx.masks = negative_slope, p, backend, len(masks)
         # Plain modules keep the output of ReLU and the dropout mask.
@@ -220,7 +215,53 @@ class LeakyReLUDropout(Function):
             grad_x = ops.leaky_relu_dropout_backward(
                 grad, masks[0], negative_slope=slope, p=ctx.p, seed=seed, backend=backend
             )
-        return grad_x, *[None] * 6
+        return grad_x, *[None] * 5
+
+
+class SketchedReLUDropout(Function):
+    """ReLU and dropout of a map that is kept as a sketch, with whatever ``keep`` keeps of the sign mask beside it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        p: float,
+        seed: int | Tensor,
+        backend: str,
+        keep: Callable[[Tensor], KeptMap],
+        inplace: bool = False,
+    ) -> Tensor:
+        if p:
+            output, mask = ops.leaky_relu_dropout(x, negative_slope=0.0, p=p, seed=seed, backend=backend)
+        else:
+            output, mask = ops.leaky_relu(x, negative_slope=0.0, backend=backend)
+        ctx.layout, tensors = keep(mask)
+        ctx.p, ctx.backend = p, backend
+        # Plain modules keep the output of ReLU, the dropout mask, and what comes out for the next layer.
+        shape, fp32_bytes = tuple(x.shape), 4 * x.numel() + (_dropout_mask_bytes(x) if p else 0)
+        ctx.saved_map = (
+            SavedMap(shape, ctx.layout.stored_type, 4 * x.numel(), ctx.layout.parts),
+            SavedMap(shape, "mask", fp32_bytes, ctx.layout.signs.parts),
+        )
+        save_with_seed(ctx, seed, *tensors)
+        if inplace:
+            ctx.mark_dirty(x)
+            return x.copy_(output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, seed = restore_seed(ctx)
+        mask = ctx.layout.mask(tensors, seed)
+        if ctx.layout.signs.dropped:
+            grad_x = ops.apply_dropout_mask(grad, mask, p=ctx.p, backend=ctx.backend)
+        else:
+            grad_x = ops.leaky_relu_dropout_backward(
+                grad, mask, negative_slope=0.0, p=ctx.p, seed=seed, backend=ctx.backend
+            )
+        ctx.layout.decoded.clear()
+        return grad_x, *[None] * 5
 
 
 def _batch_statistics(
@@ -236,7 +277,8 @@ def _batch_statistics(
 class BatchNormReLUDropout(Function):
     """:class:`BatchNorm` with gamma and beta, then :class:`LeakyReLUDropout` at slope 0, for maps kept as a sketch.
 
-    The sign mask and the map of ``keep`` are saved; x^ is put together from its coefficients where it is needed.
+    ``keep`` keeps x^, ``keep_signs`` the sign mask beside z = gamma x^ + beta, which has the same coefficients; both
+    are put together from them where they are needed.
     """
 
     @staticmethod
@@ -253,7 +295,7 @@ class BatchNormReLUDropout(Function):
         seed: int | Tensor,
         backend: str,
         keep: Callable[[Tensor, Tensor], KeptMap],
-        signs: list[Tensor],
+        keep_signs: Callable[[Tensor], KeptMap],
     ) -> Tensor:
         # On a processor the statistics of a 16-bit map would be rounded to 16 bits.
         exact = x if x.is_cuda else x.float()
@@ -263,33 +305,40 @@ class BatchNormReLUDropout(Function):
         output, mask = block_ops.normalize_relu_dropout(
             x, mean, inverse_std, weight, bias, p=p, seed=seed, backend=backend
         )
-        signs.append(mask)
-        ctx.layout, ctx.p, ctx.backend = layout, p, backend
-        # Plain modules keep the input of BatchNorm, the output of ReLU and the dropout mask.
+        ctx.signed, signed = keep_signs(mask)
+        ctx.layout, ctx.p, ctx.backend, ctx.parts = layout, p, backend, len(tensors)
+        # Plain modules keep the input of BatchNorm, the output of ReLU, the dropout mask, and what comes out.
         fp32_bytes = 4 * x.numel() + (_dropout_mask_bytes(x) if p else 0)
+        shape, kind, parts = layout.shape, layout.stored_type, ctx.signed.parts
         ctx.saved_map = (
-            SavedMap(layout.shape, layout.stored_type, 4 * x.numel(), len(tensors)),
-            SavedMap(layout.shape, "mask", fp32_bytes, 1),
+            SavedMap(shape, kind, 4 * x.numel(), len(tensors)),
+            SavedMap(shape, kind, 4 * x.numel(), parts),
+            SavedMap(shape, "mask", fp32_bytes, ctx.signed.signs.parts),
         )
-        save_with_seed(ctx, seed, *tensors, mask, weight, inverse_std)
+        save_with_seed(ctx, seed, *tensors, *signed, weight, inverse_std)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (*tensors, mask, weight, inverse_std), seed = restore_seed(ctx)
-        coefficients, directions = ctx.layout.factors(tuple(tensors))
-        directions = directions * inverse_std.unsqueeze(1)  # of x^, in place of x
-        gate = dict(p=ctx.p, seed=seed, backend=ctx.backend)
-        grad_bias, grad_weight = block_ops.gated_sums(grad, mask, coefficients, directions, **gate)
+        (*tensors, weight, inverse_std), seed = restore_seed(ctx)
+        signed = tuple(tensors[ctx.parts :])
+        mask, (coefficients, _) = ctx.signed.mask(signed, seed), ctx.signed.factors(signed)
+        directions = tensors[ctx.layout.coefficients.parts] * inverse_std.unsqueeze(1)  # of x^, in place of x
+        # Where dropout is in the mask already, its factor is all that is left of it.
+        p, kept = (0.0, dropout_factor(ctx.p)) if ctx.signed.signs.dropped else (ctx.p, 1.0)
+        gate = dict(p=p, seed=seed, backend=ctx.backend)
+        grad_bias, grad_weight = block_ops.gated_sums(grad, mask, coefficients, directions, **gate) * kept
         grad_x = None
         if ctx.needs_input_grad[0]:
             # dx = factor (g - mean(g) - x^ mean(g x^)).
             factor = weight * inverse_std
             slope, shift = factor * grad_weight / -grad.size(0), factor * grad_bias / -grad.size(0)
+            factor = factor * kept
             grad_x = block_ops.gated_gradient(
                 grad, mask, coefficients, directions * slope.unsqueeze(1), factor, shift, **gate
             )
+        ctx.signed.decoded.clear()
         return grad_x, grad_weight, grad_bias, *[None] * 9
 
 

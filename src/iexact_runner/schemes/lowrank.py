@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from iexact_runner.compression.maps import KeptMap, MapLayout
+from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits
+from iexact_runner.compression.maps import KeptMap, MapFormat
 from iexact_runner.compression.sketch import (
     Directions,
     ProductLayout,
     ResidentLayout,
     SketchLayout,
+    encode_coefficients,
     followed_directions,
     keep_coefficients,
     leading_directions,
@@ -28,15 +30,12 @@ from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.projected import Projected, momentum_of
 
-
-@dataclass(frozen=True)
-class Sketch:
-    """A map kept as its coefficients' tensors, with directions (D, R) that hold all scales, and a shift (D,)."""
-
-    layout: MapLayout
-    tensors: tuple[Tensor, ...]
-    directions: Tensor
-    shift: Tensor
+# Bits of an element of the maps that have no sketch, where the coefficients of sketches have bits of their own.
+OTHER_BITS = 4
+# Rows that the share of sure signs is counted in.
+SHARE_ROWS = 512
+# Directions that bits are dealt over, as a share of the bits: more of them would get none.
+DIRECTIONS_PER_BIT = 3 / 8
 
 
 class LowRank(Projected):
@@ -59,9 +58,14 @@ class LowRank(Projected):
     ) -> None:
         super().__init__(config, seed=seed, map_seed=map_seed)
         self._config = config
+        self._coefficients: MapFormat | CoefficientFormat = self._format
+        if config.map_bits is not None:
+            stochastic = config.rounding == "stochastic"
+            self._coefficients = CoefficientFormat(config.map_bits, stochastic, config.backend)
+            self._format = replace(self._format, bits=OTHER_BITS)
         self._directions = directions
         self._sketches = 0
-        self._normalized: Sketch | None = None
+        self._normalized: KeptMap | None = None
 
     def input(self, features: Tensor, *, dropout: float) -> Activation:
         """The activation a model starts from: the features are referenced, dropout on them is regenerated."""
@@ -75,37 +79,54 @@ class LowRank(Projected):
             return super().finish(convolve, norm=norm, residual=residual, dropout=dropout)
         h = convolve()
         self._normalized = None
-        signs: list[Tensor] = []
-        backend = self._format.backend
-        seed, fixed, seeds = self._mask_seed() if dropout else (0, 0, [])
-        value: Tensor | None = None
         if norm is not None and norm.affine and residual is None and not self._config.residual:
-            value = self._normalize_relu_dropout(h, norm, dropout, seed, signs)
-        elif norm is not None:
+            return self._normalize_relu_dropout(h, norm, dropout)
+        if norm is not None:
             h = self.batch_norm(h, norm)
         if residual is not None:
             h, self._normalized = h + residual, None
-        layout, tensors = self._kept_sketch(h, self._normalized)
-        if value is None and dropout:
-            value = functions.LeakyReLUDropout.apply(h, 0.0, dropout, seed, False, backend, signs)
-        elif value is None:
-            value = functions.LeakyReLU.apply(h, 0.0, backend, False, signs)
-        layout = replace(layout, relu=True, dropout=dropout, seed=fixed)
-        return Activation(value, Kept(KeptMap(layout, (*tensors, *signs, *seeds))))
+        return self._relu_dropout(h, self._normalized or self._kept_sketch(h), dropout)
 
-    def _normalize_relu_dropout(
-        self, h: Tensor, norm: nn.BatchNorm1d, p: float, seed: int | Tensor, signs: list[Tensor]
-    ) -> Tensor:
+    def _relu_dropout(self, h: Tensor, sketch: KeptMap, p: float, *, inplace: bool = False) -> Activation:
+        """ReLU and dropout of a map (N, D) with a sketch."""
+        seed, fixed, seeds = self._mask_seed() if p else (0, 0, [])
+        kept: list[KeptMap] = []
+
+        def keep(mask: Tensor) -> KeptMap:
+            kept.append(self._signed(sketch, mask, p, seed, fixed, seeds))
+            return kept[0]
+
+        value: Tensor = functions.SketchedReLUDropout.apply(h, p, seed, self._format.backend, keep, inplace)
+        return Activation(value, Kept(kept[0]))
+
+    def _normalize_relu_dropout(self, h: Tensor, norm: nn.BatchNorm1d, p: float) -> Activation:
         """BatchNorm, ReLU and dropout in one pass over h (N, D), and in two backwards."""
+        seed, fixed, seeds = self._mask_seed() if p else (0, 0, [])
+        kept: list[KeptMap] = []
 
         def keep(mean: Tensor, inverse_std: Tensor) -> KeptMap:
             return self._keep_normalized(h, mean, inverse_std, norm.weight, norm.bias)
 
+        def keep_signs(mask: Tensor) -> KeptMap:
+            assert self._normalized is not None
+            kept.append(self._signed(self._normalized, mask, p, seed, fixed, seeds))
+            return kept[0]
+
         parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum_of(norm), norm.eps)
-        finished: Tensor = functions.BatchNormReLUDropout.apply(
-            h, *parameters, p, seed, self._format.backend, keep, signs
+        value: Tensor = functions.BatchNormReLUDropout.apply(
+            h, *parameters, p, seed, self._format.backend, keep, keep_signs
         )
-        return finished
+        return Activation(value, Kept(kept[0]))
+
+    def _signed(
+        self, sketch: KeptMap, mask: Tensor, p: float, seed: int | Tensor, fixed: int | None, seeds: list[Tensor]
+    ) -> KeptMap:
+        """A sketch with the signs of the ReLU that follows it, and the dropout after that."""
+        layout, tensors = sketch
+        assert isinstance(layout, SketchLayout)
+        exact = self._config.signs == "exact"
+        signed, tensors = layout.with_signs(tensors, mask, exact=exact, p=p, seed=seed)
+        return KeptMap(replace(signed, dropout=p, seed=fixed), (*tensors, *seeds))
 
     def drop(self, x: Activation, p: float) -> Activation:
         """Dropout of an activation that has other consumers; both are decoded from one sketch."""
@@ -132,18 +153,17 @@ class LowRank(Projected):
     ) -> Activation:
         """BatchNorm1d, whose sketch its consumers share."""
         value = self.normalize(x.value, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
-        return Activation(value, Kept(KeptMap(*self._kept_sketch(value, self._normalized))))
+        return Activation(value, Kept(self._normalized or self._kept_sketch(value)))
 
     def rectified(self, x: Activation, negative_slope: float, *, inplace: bool = False) -> Activation:
         """LeakyReLU; after ReLU of a sketched map the mask is added to its sketch."""
         if negative_slope:
             return super().rectified(x, negative_slope, inplace=inplace)
-        layout, tensors = x.source.kept or (None, ())
-        if not isinstance(layout, SketchLayout) or layout.relu or layout.dropout:
-            layout, tensors = self._kept_sketch(x.value)
-        signs: list[Tensor] = []
-        value: Tensor = functions.LeakyReLU.apply(x.value, 0.0, self._format.backend, inplace, signs)
-        return Activation(value, Kept(KeptMap(replace(layout, relu=True), (*tensors, *signs))))
+        sketch = x.source.kept
+        layout = None if sketch is None else sketch.layout
+        if sketch is None or not isinstance(layout, SketchLayout) or layout.signs is not None or layout.dropout:
+            sketch = self._kept_sketch(x.value)
+        return self._relu_dropout(x.value, sketch, 0.0, inplace=inplace)
 
     def _shared(self, x: Activation) -> KeptMap:
         """The one kept map of an activation: of the features a reference, of a map with no sketch yet its own."""
@@ -151,7 +171,7 @@ class LowRank(Projected):
             if isinstance(x.source, Resident):
                 x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._format.backend), (x.value,))
             else:
-                x.source.kept = KeptMap(*self._kept_sketch(x.value))
+                x.source.kept = self._kept_sketch(x.value)
         return x.source.kept
 
     def _keep_product(self, h: Tensor, product: tuple[Activation, Tensor] | None) -> KeptMap:
@@ -166,26 +186,28 @@ class LowRank(Projected):
         self, h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> KeptMap:
         """Keeps the normalised map x^: for BatchNorm as its input, for the block as its output gamma x^ + beta."""
-        sketch = self._sketch(h.detach(), mean, inverse_std)
         gamma = torch.ones_like(mean) if weight is None else weight.detach()
         beta = torch.zeros_like(mean) if bias is None else bias.detach().clone()
-        self._normalized = replace(sketch, directions=sketch.directions * gamma.unsqueeze(1), shift=beta)
-        residual = self._config.residual
-        layout = SketchLayout(sketch.layout, tuple(h.shape), residual=residual, half=0 if residual else None)
-        return KeptMap(layout, (*sketch.tensors, sketch.directions / inverse_std.unsqueeze(1), mean))
+        layout, tensors = self._sketch(h.detach(), mean, inverse_std, offset=beta / gamma)
+        parts = layout.coefficients.parts
+        coefficients, (directions, _, *limit) = tensors[:parts], tensors[parts:]
+        scaled = (directions * gamma.unsqueeze(1), beta, *(bound * gamma.abs() for bound in limit))
+        self._normalized = KeptMap(layout, (*coefficients, *scaled))
+        input_layout = replace(layout, gives_signs=False, half=0 if self._config.residual else None)
+        return KeptMap(input_layout, (*coefficients, directions / inverse_std.unsqueeze(1), mean))
 
-    def _kept_sketch(self, z: Tensor, sketch: Sketch | None = None) -> tuple[SketchLayout, tuple[Tensor, ...]]:
-        """A map z (N, D) as its sketch, which is made here if there is none."""
-        if sketch is None:
-            mean = z.detach().float().mean(0)
-            sketch = self._sketch(z.detach(), mean, torch.ones_like(mean))
-        layout = SketchLayout(
-            sketch.layout, tuple(z.shape), backend=self._format.backend, residual=self._config.residual
-        )
-        return layout, (*sketch.tensors, sketch.directions, sketch.shift)
+    def _kept_sketch(self, z: Tensor) -> KeptMap:
+        """A map z (N, D) as a sketch of its own."""
+        mean = z.detach().float().mean(0)
+        return KeptMap(*self._sketch(z.detach(), mean, torch.ones_like(mean), offset=mean))
 
-    def _sketch(self, z: Tensor, mean: Tensor, scale: Tensor) -> Sketch:
-        """The sketch of (z - mean) * scale for a map z (N, D) with columns of this mean; its shift is the mean."""
+    def _sketch(
+        self, z: Tensor, mean: Tensor, scale: Tensor, *, offset: Tensor
+    ) -> tuple[SketchLayout, tuple[Tensor, ...]]:
+        """The sketch of (z - mean) * scale for a map z (N, D) with columns of this mean; its shift is the mean.
+
+        ``offset`` (D,) is what is added to the sketched map before its sign is taken.
+        """
         if self._sketches == len(self._directions):
             self._directions.append(Directions())
         state = self._directions[self._sketches]
@@ -193,21 +215,55 @@ class LowRank(Projected):
         config = self._config
         rows = sampled_rows(z.size(0), config.sample_rows, device=z.device)
         sample = (z[rows].float() - mean) * scale
-        if state.vectors is None or state.age >= config.refresh:
-            state.vectors, state.age = leading_directions(sample, rank=config.rank, energy=config.energy), 0
-        else:
-            state.vectors = followed_directions(sample, state.vectors)
-        state.age += 1
+        self._renew(state, sample)
         directions, residual = state.vectors, config.residual
+        assert directions is not None
         if residual:
-            halves = [self._residual_directions(state.vectors) for _ in range(2)]
+            halves = [self._residual_directions(directions) for _ in range(2)]
             directions = torch.cat([directions, *halves], dim=1)
-        (layout, tensors), directions = keep_coefficients(
-            z, mean, scale, directions, self._format, seed=self._next_map_seed()
+        form, seed = self._coefficients, self._next_map_seed()
+        (coefficients, tensors), deviation = keep_coefficients(
+            z, mean, scale, directions, form, bits=state.bits, seed=seed
         )
+        scaled, limit = directions * deviation, []
+        if config.sign_threshold is not None:
+            own, parts = encode_coefficients(sample @ (directions / deviation), form, bits=state.bits, seed=seed)
+            known = own.stored(parts[: own.parts]).float() @ scaled.T
+            limit = [self._limit(known + offset, (sample - known).square().mean(0).sqrt())]
         if residual:
-            directions[:, -2 * residual :] /= 2  # the mean of two estimates
-        return Sketch(layout, tensors[: layout.parts], directions, mean)
+            scaled[:, -2 * residual :] /= 2  # the mean of two estimates
+        layout = SketchLayout(
+            coefficients,
+            tuple(z.shape),
+            gives_signs=bool(limit),
+            backend=self._format.backend,
+            residual=residual,
+            room=state.room,
+        )
+        return layout, (*tensors[: coefficients.parts], scaled, mean, *limit)
+
+    def _limit(self, z: Tensor, missed: Tensor) -> Tensor:
+        """From which |z~| on (D,) a sign is sure, for z~ in sampled rows (S, D) and the deviation of z from it (D,)."""
+        threshold, share = self._config.sign_threshold or 0.0, self._config.sign_share
+        if share is None:
+            return threshold * missed
+        certainty = (z[:: max(1, z.size(0) // SHARE_ROWS)].abs() / missed).flatten()
+        rank = max(1, int(share * certainty.numel()))
+        return certainty.kthvalue(rank).values.clamp(max=threshold) * missed
+
+    def _renew(self, state: Directions, sample: Tensor) -> None:
+        """Finds the directions of a map from sampled rows (S, D), or has them follow; deals bits over new ones."""
+        config = self._config
+        if state.vectors is not None and state.age < config.refresh:
+            state.vectors = followed_directions(sample, state.vectors)
+            state.age += 1
+            return
+        rank = config.rank
+        if config.map_bits is not None and rank is None and config.energy is None:
+            rank = max(1, int(config.map_bits * DIRECTIONS_PER_BIT))
+        state.vectors, state.age = leading_directions(sample, rank=rank, energy=config.energy), 1
+        if config.map_bits is not None:
+            state.bits = deal_bits((sample @ state.vectors).square().mean(0), config.map_bits)
 
     def _residual_directions(self, directions: Tensor) -> Tensor:
         return residual_directions(

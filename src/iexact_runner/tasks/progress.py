@@ -96,7 +96,7 @@ class Progress:
             "epoch_seconds": findings.epoch_seconds,
             "distribution": to_json(findings.distribution),
             "model": self.model.state_dict(),
-            "directions": [{"vectors": kept.vectors, "age": kept.age} for kept in self.model.directions],
+            "directions": [kept.state() for kept in self.model.directions],
             "optimizer": self.optimization.optimizer.state_dict(),
             "scaler": self.optimization.scaler.state_dict(),
             "generator": torch.get_rng_state(),
@@ -110,10 +110,7 @@ class Progress:
         self.epoch = state["epoch"]
         self.best = state["best"] and Scores(*state["best"])
         self.model.load_state_dict(state["model"])
-        self.model.directions[:] = [
-            Directions(None if kept["vectors"] is None else kept["vectors"].to(device), kept["age"])
-            for kept in state["directions"]
-        ]
+        self.model.directions[:] = [Directions.of(kept, device) for kept in state["directions"]]
         self.optimization.optimizer.load_state_dict(state["optimizer"])
         self.optimization.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["generator"])

@@ -7,6 +7,7 @@ from iexact_runner.kernels.reference.blocks import (
     gated_sums,
     normalize_relu_dropout,
 )
+from iexact_runner.kernels.reference.coefficients import MOST_BITS, dequantize_coefficients, quantize_coefficients
 from iexact_runner.kernels.reference.common import (
     DRAWS,
     DROPOUT,
@@ -42,12 +43,21 @@ from iexact_runner.kernels.reference.elementwise import (
 )
 from iexact_runner.kernels.reference.product import quantize_product
 from iexact_runner.kernels.reference.quantizer import dequantize, quantize
+from iexact_runner.kernels.reference.signs import (
+    chunk_bytes,
+    chunk_rows,
+    join_streams,
+    pack_signs,
+    stream_lengths,
+    unpack_signs,
+)
 
 __all__ = [
     "DRAWS",
     "DROPOUT",
     "GROUPS_AT_ONCE",
     "MASK32",
+    "MOST_BITS",
     "PHILOX_MULTIPLIERS",
     "PHILOX_ROUNDS",
     "PHILOX_WEYL",
@@ -55,9 +65,12 @@ __all__ = [
     "ROUNDING",
     "SMALLEST_SCALE",
     "apply_dropout_mask",
+    "chunk_bytes",
+    "chunk_rows",
     "combine",
     "decode_relu_dropout",
     "dequantize",
+    "dequantize_coefficients",
     "draw16",
     "dropout",
     "dropout_factor",
@@ -65,6 +78,7 @@ __all__ = [
     "dropout_threshold",
     "gated_gradient",
     "gated_sums",
+    "join_streams",
     "keep_mask",
     "leaky_relu",
     "leaky_relu_backward",
@@ -73,12 +87,16 @@ __all__ = [
     "level_table",
     "normalize_relu_dropout",
     "pack",
+    "pack_signs",
     "philox",
     "quantize",
+    "quantize_coefficients",
     "quantize_product",
     "rademacher",
     "round_down",
     "round_up",
     "stored_dtype",
+    "stream_lengths",
     "unpack",
+    "unpack_signs",
 ]

@@ -1,0 +1,158 @@
+"""The signs of a map, in 1 bit an element or as its sketch knows them.
+
+Shapes: N nodes, D features, R directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from iexact_runner.kernels import sketch_ops
+from iexact_runner.kernels.reference import chunk_rows, stream_lengths
+
+# Room on a GPU for more signs than the pass before had, whose number is there without waiting.
+_SPARE, _LEAST_SPARE = 1.125, 4096
+
+
+@dataclass
+class Room:
+    """Bytes that the stored signs of one map take from pass to pass, so that a GPU is not waited for.
+
+    Args:
+        bytes: of the pass before; None before the first.
+    """
+
+    bytes: int | None = None
+    _pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __deepcopy__(self, memo: object) -> Room:
+        return Room(self.bytes)
+
+    def capacity(self, lengths: Tensor, most: int) -> int:
+        """Bytes to reserve: as many as there are on a CPU; on a GPU those of the last pass and some more.
+
+        Where the number cannot be known, on tensors without data and under ``torch.compile``, as many as there may be.
+        """
+        if torch.compiler.is_compiling() or isinstance(lengths, FakeTensor):
+            return most
+        if not lengths.is_cuda:
+            return int(lengths.sum())
+        if self._pending is not None:
+            total, copied = self._pending
+            copied.synchronize()  # of the pass before: long done
+            self.bytes = int(total)
+        total = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(lengths.sum(), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._pending = total, copied
+        return most if self.bytes is None else min(most, int(self.bytes * _SPARE) + _LEAST_SPARE)
+
+
+@dataclass
+class Decoded:
+    """What of a sketch was decoded in the backward pass and is needed again there, until its own block has had it."""
+
+    coefficients: Tensor | None = None
+    mask: Tensor | None = None
+
+    def keep(self, *, coefficients: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Keeps it for the next use, but not in a graph that is compiled."""
+        if not torch.compiler.is_compiling():
+            self.coefficients = self.coefficients if coefficients is None else coefficients
+            self.mask = self.mask if mask is None else mask
+
+    def clear(self) -> None:
+        """Forgets it."""
+        if not torch.compiler.is_compiling():
+            self.coefficients = self.mask = None
+
+
+@dataclass(frozen=True)
+class SignLayout:
+    """The signs of a map z (N, D) for the gradient of ReLU.
+
+    With all of them stored, their tensor is the packed mask. Else they are the stream of stored bits, and how many of
+    them belong to each chunk of rows.
+
+    Args:
+        sketched: whether the sketch gives those that it is sure of.
+        exact: whether its errors are listed, so that all signs are true.
+        p: rate of the dropout after ReLU, whose dropped elements have no sign; 0 where all have one.
+        backend: who runs the kernels.
+    """
+
+    sketched: bool = False
+    exact: bool = False
+    p: float = 0.0
+    backend: str = "auto"
+
+    @property
+    def parts(self) -> int:
+        """How many tensors the signs are made of."""
+        return 2 if self.sketched else 1
+
+    @property
+    def dropped(self) -> bool:
+        """Whether what dropout drops is missing from the mask already."""
+        return self.sketched and self.p > 0
+
+    def keep(
+        self,
+        mask: Tensor,
+        coefficients: Tensor,
+        directions: Tensor,
+        shift: Tensor,
+        limit: Tensor,
+        *,
+        seed: int | Tensor,
+        room: Room,
+    ) -> tuple[Tensor, ...]:
+        """What is kept of a packed mask for z~ = c V^T + shift, sure from ``limit`` (D,) on."""
+        if not self.sketched:
+            return (mask,)
+        streams, counts = sketch_ops.pack_signs(
+            mask, coefficients, directions, shift, limit, exact=self.exact, p=self.p, seed=seed, backend=self.backend
+        )
+        capacity = room.capacity(stream_lengths(counts), streams.numel())
+        stream = sketch_ops.join_streams(streams, counts, capacity=capacity, backend=self.backend)
+        short = chunk_rows(directions.size(0)) * directions.size(0) < 1 << 15
+        return stream, counts[: 1 + self.exact].to(torch.int16 if short else torch.int32)
+
+    def mask(
+        self,
+        tensors: tuple[Tensor, ...],
+        coefficients: Tensor,
+        directions: Tensor,
+        shift: Tensor,
+        limit: Tensor,
+        *,
+        seed: int | Tensor,
+    ) -> Tensor:
+        """The packed mask, of which nothing is set where dropout drops if :attr:`dropped`.
+
+        Raises:
+            RuntimeError: if the sketch is not sure of as many elements as it was in the forward pass.
+        """
+        if not self.sketched:
+            return tensors[0]
+        stream, counts = tensors
+        counts = F.pad(counts.int(), (0, 0, 0, 2 - counts.size(0)))
+        mask, wrong = sketch_ops.unpack_signs(
+            stream,
+            counts,
+            coefficients,
+            directions,
+            shift,
+            limit,
+            exact=self.exact,
+            p=self.p,
+            seed=seed,
+            backend=self.backend,
+        )
+        torch._assert_async(wrong == 0, "the signs of a low-rank sketch were not decoded as they were encoded")
+        return mask

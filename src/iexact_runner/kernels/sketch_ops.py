@@ -1,0 +1,192 @@
+"""Coefficients of a sketch and the signs that it does not know, as custom operators like those of ``ops``.
+
+Shapes: N nodes, D features, R directions, W bits a node.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from iexact_runner.kernels.backends import select
+from iexact_runner.kernels.ops import operator, packed_bytes, seed_tensor
+from iexact_runner.kernels.reference import chunk_bytes, chunk_rows
+
+
+@operator(
+    "quantize_coefficients",
+    "(Tensor coefficients, Tensor bits, Tensor levels, int width, Tensor? seed, str backend) -> Tensor",
+)
+def _quantize_coefficients(
+    coefficients: Tensor, bits: Tensor, levels: Tensor, width: int, seed: Tensor | None, backend: str
+) -> Tensor:
+    kernels = select(backend, coefficients.device)
+    codes: Tensor = kernels.quantize_coefficients(coefficients, bits, levels, width=width, seed=seed)
+    return codes
+
+
+@_quantize_coefficients.register_fake
+def _(coefficients: Tensor, bits: Tensor, levels: Tensor, width: int, seed: Tensor | None, backend: str) -> Tensor:
+    return coefficients.new_empty(coefficients.size(0), width // 8, dtype=torch.uint8)
+
+
+def quantize_coefficients(
+    coefficients: Tensor, bits: Tensor, levels: Tensor, *, width: int, seed: int | Tensor | None, backend: str
+) -> Tensor:
+    """Packed codes (N, W / 8) of the levels about each coefficient; without a seed the nearer ones."""
+    drawn = None if seed is None else seed_tensor(seed)
+    codes: Tensor = _quantize_coefficients(coefficients.contiguous(), bits, levels, width, drawn, backend)
+    return codes
+
+
+@operator("dequantize_coefficients", "(Tensor packed, Tensor bits, Tensor levels, str backend) -> Tensor")
+def _dequantize_coefficients(packed: Tensor, bits: Tensor, levels: Tensor, backend: str) -> Tensor:
+    decoded: Tensor = select(backend, packed.device).dequantize_coefficients(packed, bits, levels)
+    return decoded
+
+
+@_dequantize_coefficients.register_fake
+def _(packed: Tensor, bits: Tensor, levels: Tensor, backend: str) -> Tensor:
+    return packed.new_empty(packed.size(0), bits.numel(), dtype=torch.float32)
+
+
+def dequantize_coefficients(packed: Tensor, bits: Tensor, levels: Tensor, *, backend: str) -> Tensor:
+    """The levels (N, R) of packed codes."""
+    decoded: Tensor = _dequantize_coefficients(packed, bits, levels, backend)
+    return decoded
+
+
+@operator(
+    "pack_signs",
+    "(Tensor mask, Tensor coefficients, Tensor directions, Tensor shift, Tensor limit, Tensor seed, bool exact,"
+    " float p, str backend) -> (Tensor, Tensor)",
+)
+def _pack_signs(
+    mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    shift: Tensor,
+    limit: Tensor,
+    seed: Tensor,
+    exact: bool,
+    p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    streams: tuple[Tensor, Tensor] = select(backend, mask.device).pack_signs(
+        mask, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed
+    )
+    return streams
+
+
+@_pack_signs.register_fake
+def _(
+    mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    shift: Tensor,
+    limit: Tensor,
+    seed: Tensor,
+    exact: bool,
+    p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    width = directions.size(0)
+    rows = chunk_rows(width)
+    chunks = (coefficients.size(0) + rows - 1) // rows
+    return mask.new_empty(chunks, chunk_bytes(width)), mask.new_empty(2, chunks, dtype=torch.int32)
+
+
+def pack_signs(
+    mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    shift: Tensor,
+    limit: Tensor,
+    *,
+    exact: bool,
+    p: float,
+    seed: int | Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The stream of each chunk of rows (chunks, room), and its bits and gaps (2, chunks)."""
+    streams: tuple[Tensor, Tensor] = _pack_signs(
+        mask, coefficients, directions, shift, limit, seed_tensor(seed), exact, p, backend
+    )
+    return streams
+
+
+@operator("join_streams", "(Tensor streams, Tensor counts, SymInt capacity, str backend) -> Tensor")
+def _join_streams(streams: Tensor, counts: Tensor, capacity: int, backend: str) -> Tensor:
+    joined: Tensor = select(backend, streams.device).join_streams(streams, counts, capacity=capacity)
+    return joined
+
+
+@_join_streams.register_fake
+def _(streams: Tensor, counts: Tensor, capacity: int, backend: str) -> Tensor:
+    return streams.new_empty(capacity)
+
+
+def join_streams(streams: Tensor, counts: Tensor, *, capacity: int, backend: str) -> Tensor:
+    """The streams of all chunks one behind the other (capacity,)."""
+    joined: Tensor = _join_streams(streams, counts, capacity, backend)
+    return joined
+
+
+@operator(
+    "unpack_signs",
+    "(Tensor stream, Tensor counts, Tensor coefficients, Tensor directions, Tensor shift, Tensor limit, Tensor seed,"
+    " bool exact, float p, str backend) -> (Tensor, Tensor)",
+)
+def _unpack_signs(
+    stream: Tensor,
+    counts: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    shift: Tensor,
+    limit: Tensor,
+    seed: Tensor,
+    exact: bool,
+    p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    unpacked: tuple[Tensor, Tensor] = select(backend, stream.device).unpack_signs(
+        stream, counts, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed
+    )
+    return unpacked
+
+
+@_unpack_signs.register_fake
+def _(
+    stream: Tensor,
+    counts: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    shift: Tensor,
+    limit: Tensor,
+    seed: Tensor,
+    exact: bool,
+    p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    count = coefficients.size(0) * directions.size(0)
+    return packed_bytes(stream, count), stream.new_empty((), dtype=torch.int32)
+
+
+def unpack_signs(
+    stream: Tensor,
+    counts: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    shift: Tensor,
+    limit: Tensor,
+    *,
+    exact: bool,
+    p: float,
+    seed: int | Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """All signs, 0 where dropout drops, and of how many chunks the bits stored are not those found."""
+    unpacked: tuple[Tensor, Tensor] = _unpack_signs(
+        stream, counts, coefficients, directions, shift, limit, seed_tensor(seed), exact, p, backend
+    )
+    return unpacked
