@@ -44,8 +44,10 @@ PRESETS = {
         "compression.share_maps=true",
         "compression.store_dropout_mask=false",
     ),
+    "lowrank_v1": ("compression=lowrank_v1",),
     "lowrank": ("compression=lowrank",),
-    "lowrank, rank 16": ("compression=lowrank", "compression.rank=16"),
+    "lowrank_small": ("compression=lowrank_small",),
+    "lowrank_fine": ("compression=lowrank_fine",),
 }
 
 Step = Callable[[int], float]

@@ -3,8 +3,8 @@
 python scripts/bench_lowrank.py --root DIR --out outputs/lowrank --csv benchmarks
 
 1. A step on synthetic_arxiv: memory and time of SAGE under every preset (bench_epoch.py).
-2. The gradient against the exact one after 5, 30 and 100 epochs, at ranks 8 and 16, with directions of the pass itself
-   and 4 epochs old.
+2. The gradient against the exact one after 5, 30 and 100 epochs, of the models of --models under every low-rank preset,
+   at the same weights and masks; of SAGE also with directions 4 epochs old.
 3. Test accuracy against FP32 over repeats of the same seeds, with the interval of the paired differences.
 
 Parts 2 and 3 are runs of the tool; their records stay under --out, from which iexact-report makes rows. Datasets other
@@ -31,6 +31,8 @@ from iexact_runner.runs.records import RunFolder
 
 PARTS = ("step", "gradient", "accuracy")
 SAGE = ("model=sage", "model.num_layers=3", "model.hidden_channels=128", "model.dropout=0.5", "training.lr=0.01")
+PRESETS = ("lowrank_v1", "lowrank", "lowrank_small", "lowrank_fine")
+MODELS = ("sage", "gcn", "gcn2", "gat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--datasets", nargs="+", choices=COURSES, default=["digits"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["sage"], help="of the gradients")
     parser.add_argument("--root", default="data")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each preset")
@@ -78,15 +81,16 @@ def main() -> None:
 
 
 def compare_gradients(name: str, arguments: argparse.Namespace) -> None:
-    """Records the gradient errors on a dataset, at two ranks, with fresh directions and older ones."""
+    """Records the gradient errors on a dataset, model by model and preset by preset."""
     draws = max(2, round(arguments.scale * COURSES[name].draws))
-    for rank, refresh in itertools.product((8, 16), (1, 5)):
+    for model, preset, refresh in itertools.product(arguments.models, PRESETS, (1, 5)):
+        if refresh > 1 and model != "sage":
+            continue
         run(
-            arguments.out / "gradient" / f"{name}_rank_{rank}_refresh_{refresh}",
-            *_shared(name, arguments),
+            arguments.out / "gradient" / f"{name}_{model}_{preset}_refresh_{refresh}",
+            *_shared(name, model, arguments),
             "task=fidelity",
-            "compression=lowrank",
-            f"compression.rank={rank}",
+            f"compression={preset}",
             f"compression.refresh={refresh}",
             f"fidelity.epochs=[{','.join(map(str, arguments.epochs))}]",
             f"fidelity.draws={draws}",
@@ -99,7 +103,7 @@ def compare_accuracy(name: str, arguments: argparse.Namespace) -> None:
     for compression in ("lowrank", "none"):
         run(
             arguments.out / "accuracy" / f"{name}_{compression}",
-            *_shared(name, arguments),
+            *_shared(name, "sage", arguments),
             f"compression={compression}",
             f"training.epochs={max(2, round(scale * course.epochs))}",
             f"runs={max(2, round(scale * course.runs))}",
@@ -112,8 +116,9 @@ def run(folder: Path, *overrides: str) -> None:
     Experiment(config, RunFolder(folder), Console()).run(yaml.safe_dump(dataclasses.asdict(config)))
 
 
-def _shared(name: str, arguments: argparse.Namespace) -> list[str]:
-    return [f"dataset={name}", f"dataset.root={arguments.root}", f"device={arguments.device}", *SAGE]
+def _shared(name: str, model: str, arguments: argparse.Namespace) -> list[str]:
+    shape = SAGE if model == "sage" else (f"model={model}",)
+    return [f"dataset={name}", f"dataset.root={arguments.root}", f"device={arguments.device}", *shape]
 
 
 if __name__ == "__main__":
