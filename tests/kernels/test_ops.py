@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iexact_runner.kernels import block_ops, ops, reference
+from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
 
 X = torch.randn(37, 63)
 SEED = torch.tensor(7)
@@ -13,6 +13,10 @@ MASK = reference.pack((X > 0).flatten().byte(), 1)
 CODES = reference.quantize(X, bits=4, block_size=63, levels=None, seed=7)
 VECTOR, COEFFICIENTS, DIRECTIONS = torch.randn(63), torch.randn(37, 8), torch.randn(63, 8)
 LEVELS = [0.0, 0.7, 2.3, 3.0]
+BITS = torch.tensor([5, 4, 4, 3, 3, 2, 1, 0], dtype=torch.int32)
+MAP_CODES = sketch_ops.quantize_coefficients(COEFFICIENTS, BITS, width=24, seed=None, backend="torch")
+SKETCH = (COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR.abs())
+STREAMS = reference.pack_signs(MASK, *SKETCH, exact=True, p=0.3, seed=7)
 
 CALLS = {
     "quantize": (ops._quantize, (X, SEED, 4, 63, None, 0, "torch")),
@@ -41,6 +45,15 @@ CALLS = {
         (X.bfloat16(), MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR, SEED, 0.3, "torch"),
     ),
     "quantize_product": (block_ops._quantize_product, (X, DIRECTIONS, VECTOR[:8], SEED, 4, 16, None, "torch")),
+    "quantize_coefficients": (sketch_ops._quantize_coefficients, (COEFFICIENTS, BITS, 24, None, "torch")),
+    "quantize_coefficients by chance": (sketch_ops._quantize_coefficients, (COEFFICIENTS, BITS, 24, SEED, "torch")),
+    "dequantize_coefficients": (sketch_ops._dequantize_coefficients, (MAP_CODES, BITS, "torch")),
+    "pack_signs": (sketch_ops._pack_signs, (MASK, *SKETCH, SEED, True, 0.3, "torch")),
+    "join_streams": (sketch_ops._join_streams, (*STREAMS, 50, "torch")),
+    "unpack_signs": (
+        sketch_ops._unpack_signs,
+        (reference.join_streams(*STREAMS, capacity=400), STREAMS[1], *SKETCH, SEED, True, 0.3, "torch"),
+    ),
     "rademacher": (ops._rademacher, (X, SEED, 63, 8, "torch")),
 }
 
@@ -55,7 +68,7 @@ def test_operator_is_registered_soundly(name):
 
 
 def test_every_operator_is_checked():
-    values = [*vars(ops).values(), *vars(block_ops).values()]
+    values = [value for module in (ops, block_ops, sketch_ops) for value in vars(module).values()]
     defined = {value for value in values if isinstance(value, torch.library.CustomOpDef)}
     assert defined == {operator for operator, _ in CALLS.values()}
 

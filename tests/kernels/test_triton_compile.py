@@ -22,8 +22,15 @@ from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from iexact_runner.kernels import triton as triton_kernels  # noqa: E402
-from iexact_runner.kernels.reference import stored_dtype  # noqa: E402
-from iexact_runner.kernels.triton import blocks, elementwise, product, quantizer  # noqa: E402
+from iexact_runner.kernels.reference import chunk_bytes, chunk_rows, stored_dtype  # noqa: E402
+from iexact_runner.kernels.triton import (  # noqa: E402
+    blocks,
+    coefficients,
+    elementwise,
+    product,
+    quantizer,
+    signs,
+)
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled", allow_module_level=True)
@@ -99,6 +106,7 @@ def calls() -> Iterator[tuple[str, Any]]:
             ),
         )
     yield from block_calls()
+    yield from sketch_calls()
     slope, random = {"negative_slope": 0.1}, {"p": 0.3, "seed": 1}
     mask = torch.empty(COUNT // 8, dtype=torch.uint8, device="meta")
     yield "float32", lambda: triton_kernels.dropout_mask(COUNT, device=mask.device, **random)
@@ -150,6 +158,30 @@ def block_calls() -> Iterator[tuple[str, Any]]:
                 z, matrix, shift, **form
             ),
         )
+
+
+def sketch_calls() -> Iterator[tuple[str, Any]]:
+    """Calls of what keeps coefficients and signs: the usual width, an odd one, the widest."""
+    bits, levels = torch.empty(18, dtype=torch.int32, device="meta"), torch.empty(512, device="meta")
+    c, codes = torch.empty(1024, 18, device="meta"), torch.empty(1024, 6, dtype=torch.uint8, device="meta")
+    for seed in (None, 1):
+        form = {"width": 48, "seed": seed}
+        yield f"48 seed {seed}", lambda form=form: triton_kernels.quantize_coefficients(c, bits, levels, **form)
+    yield "48", lambda: triton_kernels.dequantize_coefficients(codes, bits, levels)
+    for width, exact, p in ((128, False, 0.5), (63, True, 0.5), (512, True, 0.5)):
+        sketch = (c, torch.empty(width, 18, device="meta"), *[torch.empty(width, device="meta")] * 2)
+        mask = torch.empty(128 * width, dtype=torch.uint8, device="meta")
+        chunks = -(-1024 // chunk_rows(width))
+        counts = torch.empty(2, chunks, dtype=torch.int32, device="meta")
+        streams = torch.empty(chunks, chunk_bytes(width), dtype=torch.uint8, device="meta")
+        options = {"exact": exact, "p": p, "seed": 1}
+        for call, tensors in (
+            (triton_kernels.pack_signs, (mask, *sketch)),
+            (triton_kernels.unpack_signs, (mask, counts, *sketch)),
+        ):
+            yield f"{width} {options}", lambda call=call, tensors=tensors, options=options: call(*tensors, **options)
+        form = {"capacity": 99}
+        yield f"{width}", lambda parts=(streams, counts), form=form: triton_kernels.join_streams(*parts, **form)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +243,7 @@ def re_find(text: str, *patterns: str) -> list[re.Match[str]]:
 def test_every_kernel_is_compiled(launches: list[Launch]) -> None:
     kernels = {
         name
-        for module in (blocks, elementwise, product, quantizer)
+        for module in (blocks, coefficients, elementwise, product, quantizer, signs)
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }

@@ -8,55 +8,20 @@ Shapes: N nodes, R directions, W bits a node.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.special import ndtr
 from torch import Tensor
 
-from iexact_runner.compression.curves import Array
 from iexact_runner.kernels import sketch_ops
+from iexact_runner.kernels.levels import lloyd_max
 from iexact_runner.kernels.reference import MOST_BITS
 
-_ITERATIONS = 4000
 
-
-@functools.cache
-def lloyd_max(bits: int) -> tuple[Array, float]:
-    """Levels (2**bits,) of least mean squared error for a standard normal value, and that error D(bits).
-
-    Each level is the mean of the values that are rounded to it, each border lies midway between two levels (Max, 1960;
-    Lloyd, 1982).
-    """
-    count = 2**bits
-    # Panter and Dite: the best levels lie about as densely as the cube root of the density, N(0, 3) here.
-    levels = np.sqrt(3.0) * _normal_quantiles((np.arange(count) + 0.5) / count)
-    for _ in range(_ITERATIONS if bits else 1):
-        borders = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
-        density = np.exp(-(borders**2) / 2) / np.sqrt(2 * np.pi)
-        mass = np.diff(ndtr(borders))
-        moved = -np.diff(density) / mass
-        moved = (moved - moved[::-1]) / 2
-        if np.abs(moved - levels).max() < 1e-12:
-            break
-        levels = moved
-    return levels, float(1.0 - (mass * levels**2).sum())
-
-
-def _normal_quantiles(shares: Array) -> Array:
-    quantiles: Array = (torch.erfinv(torch.from_numpy(2 * shares - 1)) * 2**0.5).numpy()
-    return quantiles
-
-
-@functools.cache
-def level_table(device: torch.device) -> Tensor:
-    """Levels of all numbers of bits, those of b bits from entry 2**b on: float32 (512,)."""
-    table = np.zeros(2 << MOST_BITS)
-    for bits in range(MOST_BITS + 1):
-        table[1 << bits : 2 << bits] = lloyd_max(bits)[0]
-    return torch.tensor(table, dtype=torch.float32, device=device)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def distortions() -> tuple[float, ...]:
+    """D(b), the error of a standard normal value at 0 to 8 bits."""
+    return tuple(lloyd_max(bits)[1] for bits in range(MOST_BITS + 1))
 
 
 def deal_bits(variances: Tensor, total: int) -> Tensor:
@@ -64,8 +29,9 @@ def deal_bits(variances: Tensor, total: int) -> Tensor:
 
     D is convex, so that the largest gains of all directions are the first ones of each; nothing leaves the device.
     """
-    distortions = variances.new_tensor([lloyd_max(bits)[1] for bits in range(MOST_BITS + 1)])
-    gains = variances.float().unsqueeze(1) * (distortions[:-1] - distortions[1:])  # [R, 8]
+    errors = distortions()
+    removed = [errors[bits] - errors[bits + 1] for bits in range(MOST_BITS)]
+    gains = torch.stack([variances.float() * gain for gain in removed], dim=1)  # [R, 8]
     chosen = gains.flatten().topk(min(total, gains.numel())).indices
     bits = torch.zeros(gains.numel(), dtype=torch.int32, device=variances.device)
     return bits.scatter_(0, chosen, 1).view(gains.shape).sum(1, dtype=torch.int32)
@@ -92,7 +58,7 @@ class CoefficientLayout:
     def stored(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The coefficients (N, R), decoded."""
         codes, bits = tensors
-        return sketch_ops.dequantize_coefficients(codes, bits, level_table(codes.device), backend=self.backend)
+        return sketch_ops.dequantize_coefficients(codes, bits, backend=self.backend)
 
 
 @dataclass(frozen=True)
@@ -117,7 +83,6 @@ class CoefficientFormat:
         codes = sketch_ops.quantize_coefficients(
             coefficients.float(),
             dealt,
-            level_table(coefficients.device),
             width=width,
             seed=seed if self.stochastic else None,
             backend=self.backend,

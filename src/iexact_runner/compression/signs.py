@@ -36,9 +36,9 @@ class Room:
     def capacity(self, lengths: Tensor, most: int) -> int:
         """Bytes to reserve: as many as there are on a CPU; on a GPU those of the last pass and some more.
 
-        Where the number cannot be known, on tensors without data and under ``torch.compile``, as many as there may be.
+        Of tensors without data, whose number cannot be known, as many as there may be.
         """
-        if torch.compiler.is_compiling() or isinstance(lengths, FakeTensor):
+        if isinstance(lengths, FakeTensor):
             return most
         if not lengths.is_cuda:
             return int(lengths.sum())
@@ -60,16 +60,14 @@ class Decoded:
     coefficients: Tensor | None = None
     mask: Tensor | None = None
 
-    def keep(self, *, coefficients: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Keeps it for the next use, but not in a graph that is compiled."""
-        if not torch.compiler.is_compiling():
-            self.coefficients = self.coefficients if coefficients is None else coefficients
-            self.mask = self.mask if mask is None else mask
+    @classmethod
+    def new(cls) -> Decoded | None:
+        """An empty one; none in a graph that is compiled, which shares what it computes twice."""
+        return None if torch.compiler.is_compiling() else cls()
 
     def clear(self) -> None:
         """Forgets it."""
-        if not torch.compiler.is_compiling():
-            self.coefficients = self.mask = None
+        self.coefficients = self.mask = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class SignLayout:
         limit: Tensor,
         *,
         seed: int | Tensor,
-        room: Room,
+        room: Room | None,
     ) -> tuple[Tensor, ...]:
         """What is kept of a packed mask for z~ = c V^T + shift, sure from ``limit`` (D,) on."""
         if not self.sketched:
@@ -118,7 +116,7 @@ class SignLayout:
         streams, counts = sketch_ops.pack_signs(
             mask, coefficients, directions, shift, limit, exact=self.exact, p=self.p, seed=seed, backend=self.backend
         )
-        capacity = room.capacity(stream_lengths(counts), streams.numel())
+        capacity = streams.numel() if room is None else room.capacity(stream_lengths(counts), streams.numel())
         stream = sketch_ops.join_streams(streams, counts, capacity=capacity, backend=self.backend)
         short = chunk_rows(directions.size(0)) * directions.size(0) < 1 << 15
         return stream, counts[: 1 + self.exact].to(torch.int16 if short else torch.int32)

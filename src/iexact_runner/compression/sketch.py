@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -110,7 +110,7 @@ class SketchLayout(_Chunked):
         residual: k, if the last 2 k directions are two random sketches of what the others miss, k each.
         half: which of the two to decode with, 0 or 1; None takes their mean, which has half the variance.
         room: for the signs, from pass to pass.
-        decoded: what the backward pass needs more than once.
+        decoded: what the backward pass needs more than once; None decodes anew.
     """
 
     coefficients: Coefficients
@@ -122,8 +122,8 @@ class SketchLayout(_Chunked):
     backend: str = "auto"
     residual: int = 0
     half: int | None = None
-    room: Room = field(default_factory=Room, compare=False, repr=False)
-    decoded: Decoded = field(default_factory=Decoded, compare=False, repr=False)
+    room: Room | None = None
+    decoded: Decoded | None = None
 
     @property
     def stored_type(self) -> str:
@@ -148,23 +148,23 @@ class SketchLayout(_Chunked):
             weights[-2 * self.residual : -self.residual] = 2.0 * (1 - self.half)
             weights[-self.residual :] = 2.0 * self.half
             directions = directions * weights
-        coefficients = self.decoded.coefficients
-        if coefficients is None:
-            coefficients = self.coefficients.stored(tensors[:parts]).float()
-            if self.signs is not None:
-                self.decoded.keep(coefficients=coefficients)
-        return coefficients, directions
+        if self.decoded is None:
+            return self.coefficients.stored(tensors[:parts]).float(), directions
+        if self.decoded.coefficients is None:
+            self.decoded.coefficients = self.coefficients.stored(tensors[:parts]).float()
+        return self.decoded.coefficients, directions
 
     def with_signs(
         self, tensors: tuple[Tensor, ...], mask: Tensor, *, exact: bool, p: float, seed: int | Tensor
     ) -> tuple[SketchLayout, tuple[Tensor, ...]]:
         """This sketch of a map z and what is kept of the packed mask of ReLU(z), which dropout of rate p follows."""
         signs = SignLayout(self.gives_signs, exact, p, self.backend)
+        signed = replace(self, signs=signs, decoded=Decoded.new())
         if not self.gives_signs:
-            return replace(self, signs=signs, decoded=Decoded()), (*tensors, mask)
+            return signed, (*tensors, mask)
         coefficients = self.coefficients.stored(tensors[: self.coefficients.parts]).float()
         kept = signs.keep(mask, coefficients, *tensors[self.coefficients.parts : self.parts], seed=seed, room=self.room)
-        return replace(self, signs=signs, decoded=Decoded()), (*tensors, *kept)
+        return signed, (*tensors, *kept)
 
     def mask(self, tensors: tuple[Tensor, ...], seed: int | Tensor) -> Tensor:
         """The packed mask of ReLU, of which nothing is set where dropout drops if ``signs.dropped``."""
@@ -172,12 +172,13 @@ class SketchLayout(_Chunked):
         stored = tensors[self.parts : self.parts + self.signs.parts]
         if not self.gives_signs:
             return stored[0]
-        if self.decoded.mask is None:
-            coefficients, directions = self.factors(tensors)
-            mask = self.signs.mask(stored, coefficients, directions, *tensors[self.parts - 2 : self.parts], seed=seed)
-            self.decoded.keep(mask=mask)
-            return mask
-        return self.decoded.mask
+        if self.decoded is not None and self.decoded.mask is not None:
+            return self.decoded.mask
+        coefficients, directions = self.factors(tensors)
+        mask = self.signs.mask(stored, coefficients, directions, *tensors[self.parts - 2 : self.parts], seed=seed)
+        if self.decoded is not None:
+            self.decoded.mask = mask
+        return mask
 
     def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
         """Runs of rows, and the activation there."""
@@ -277,23 +278,23 @@ class Directions:
         vectors: (D, R), orthonormal columns; None before the first pass.
         age: training passes since they were found anew.
         bits: int32 (R,), dealt when they were found anew; None if all coefficients have as many.
-        room: for the signs of the map.
+        room: for the signs of the map, once it has any.
     """
 
     vectors: Tensor | None = None
     age: int = 0
     bits: Tensor | None = None
-    room: Room = field(default_factory=Room)
+    room: Room | None = None
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
-        return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room.bytes}
+        return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room and self.room.bytes}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Directions:
         """What :meth:`state` was taken of."""
         vectors, bits = (None if part is None else part.to(device) for part in (state["vectors"], state["bits"]))
-        return cls(vectors, state["age"], bits, Room(state["room"]))
+        return cls(vectors, state["age"], bits, state["room"] and Room(state["room"]))
 
 
 def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None) -> Tensor:

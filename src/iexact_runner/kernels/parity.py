@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iexact_runner.kernels import reference
+from iexact_runner.kernels.levels import level_table
 
 BITS = (1, 2, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,6 +121,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from _rademacher_cases(quick)
     yield from _block_cases(quick)
     yield from _product_cases(quick)
+    yield from _coefficient_cases(quick)
+    yield from _sign_cases(quick)
 
 
 def filled(fill: str, shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0) -> Tensor:
@@ -263,6 +266,45 @@ def _product_cases(quick: bool) -> Iterator[Case]:
         levels = uneven_levels(bits) if rows == 12 else None
         form = {"bits": bits, "block_size": rows * rank, "levels": levels, "seed": next(seeds)}
         yield Case("quantize_product", (z, matrix, shift), form, f"integers {nodes}x{width}")
+
+
+def _coefficient_cases(quick: bool) -> Iterator[Case]:
+    """Calls of the functions that deal bits over directions: codes within a byte, over two, and of no bits."""
+    levels = level_table(torch.device("cpu"))
+    dealt = ((3, 0, 5, 1, 7), (8,), (8, 5, 4, 4, 3, 0, 0, 1, 0), (1,) * 8 + (0,))
+    nodes_and_bits = product((37,) if quick else (0, 1, 301), dealt[: 1 if quick else None])
+    for (nodes, bits), seed in product(nodes_and_bits, (5,) if quick else (None, 5)):
+        coefficients = 1.3 * filled("normal" if quick else "nan", (nodes, len(bits)), torch.float32)
+        each, width = torch.tensor(bits, dtype=torch.int32), -(-sum(bits) // 8) * 8
+        label = f"{nodes} nodes, bits {' '.join(map(str, bits))}"
+        yield Case("quantize_coefficients", (coefficients, each, levels), {"width": width, "seed": seed}, label)
+        packed = reference.quantize_coefficients(coefficients, each, levels, width=width, seed=seed)
+        yield Case("dequantize_coefficients", (packed, each, levels), {}, label)
+
+
+def _sign_cases(quick: bool) -> Iterator[Case]:
+    """Calls of the functions that store signs: chunks that are full and that are not, streams that are cut off."""
+    seeds, limits = cycle(_seeds()), (0.2,) if quick else (0.0, 0.02, 0.3, 2.0, torch.inf)
+    shapes = ((37, 8, 2),) if quick else (*WIDTHS, (1300, 100, 12), (41, 520, 3))
+    for (nodes, width, rank), limit, exact, p in product(shapes, limits, (False, True), (0.0, 0.5)):
+        if quick and not (exact and p):
+            continue
+        coefficients = filled("normal", (nodes, rank), torch.float32)
+        directions, shift = (
+            filled("normal", shape, torch.float32, seed=1) / rank**0.5 for shape in ((width, rank), (width,))
+        )
+        z = reference.combine(coefficients, directions, shift) + 0.3 * filled("normal", (nodes, width), torch.float32)
+        mask = reference.leaky_relu(z, negative_slope=0.0)[1]
+        sketch = (coefficients, directions, shift, torch.full((width,), limit))
+        options = {"exact": exact, "p": p, "seed": next(seeds)}
+        label = f"{nodes}x{width} rank {rank} limit {limit}"
+        yield Case("pack_signs", (mask, *sketch), options, label)
+        streams, counts = reference.pack_signs(mask, *sketch, **options)
+        total = int(reference.stream_lengths(counts).sum())
+        for capacity in (total,) if quick else (total, total // 2):
+            yield Case("join_streams", (streams, counts), {"capacity": capacity}, label)
+            stream = reference.join_streams(streams, counts, capacity=capacity)
+            yield Case("unpack_signs", (stream, counts, *sketch), options, label)
 
 
 def _integers(x: Tensor) -> Tensor:

@@ -9,50 +9,52 @@ import torch
 from torch import Tensor
 
 from iexact_runner.kernels.backends import select
+from iexact_runner.kernels.levels import level_table
 from iexact_runner.kernels.ops import operator, packed_bytes, seed_tensor
 from iexact_runner.kernels.reference import chunk_bytes, chunk_rows
 
 
 @operator(
     "quantize_coefficients",
-    "(Tensor coefficients, Tensor bits, Tensor levels, int width, Tensor? seed, str backend) -> Tensor",
+    "(Tensor coefficients, Tensor bits, int width, Tensor? seed, str backend) -> Tensor",
 )
-def _quantize_coefficients(
-    coefficients: Tensor, bits: Tensor, levels: Tensor, width: int, seed: Tensor | None, backend: str
-) -> Tensor:
+def _quantize_coefficients(coefficients: Tensor, bits: Tensor, width: int, seed: Tensor | None, backend: str) -> Tensor:
     kernels = select(backend, coefficients.device)
-    codes: Tensor = kernels.quantize_coefficients(coefficients, bits, levels, width=width, seed=seed)
+    codes: Tensor = kernels.quantize_coefficients(
+        coefficients, bits, level_table(coefficients.device), width=width, seed=seed
+    )
     return codes
 
 
 @_quantize_coefficients.register_fake
-def _(coefficients: Tensor, bits: Tensor, levels: Tensor, width: int, seed: Tensor | None, backend: str) -> Tensor:
+def _(coefficients: Tensor, bits: Tensor, width: int, seed: Tensor | None, backend: str) -> Tensor:
     return coefficients.new_empty(coefficients.size(0), width // 8, dtype=torch.uint8)
 
 
 def quantize_coefficients(
-    coefficients: Tensor, bits: Tensor, levels: Tensor, *, width: int, seed: int | Tensor | None, backend: str
+    coefficients: Tensor, bits: Tensor, *, width: int, seed: int | Tensor | None, backend: str
 ) -> Tensor:
     """Packed codes (N, W / 8) of the levels about each coefficient; without a seed the nearer ones."""
     drawn = None if seed is None else seed_tensor(seed)
-    codes: Tensor = _quantize_coefficients(coefficients.contiguous(), bits, levels, width, drawn, backend)
+    codes: Tensor = _quantize_coefficients(coefficients.contiguous(), bits, width, drawn, backend)
     return codes
 
 
-@operator("dequantize_coefficients", "(Tensor packed, Tensor bits, Tensor levels, str backend) -> Tensor")
-def _dequantize_coefficients(packed: Tensor, bits: Tensor, levels: Tensor, backend: str) -> Tensor:
-    decoded: Tensor = select(backend, packed.device).dequantize_coefficients(packed, bits, levels)
+@operator("dequantize_coefficients", "(Tensor packed, Tensor bits, str backend) -> Tensor")
+def _dequantize_coefficients(packed: Tensor, bits: Tensor, backend: str) -> Tensor:
+    kernels = select(backend, packed.device)
+    decoded: Tensor = kernels.dequantize_coefficients(packed, bits, level_table(packed.device))
     return decoded
 
 
 @_dequantize_coefficients.register_fake
-def _(packed: Tensor, bits: Tensor, levels: Tensor, backend: str) -> Tensor:
+def _(packed: Tensor, bits: Tensor, backend: str) -> Tensor:
     return packed.new_empty(packed.size(0), bits.numel(), dtype=torch.float32)
 
 
-def dequantize_coefficients(packed: Tensor, bits: Tensor, levels: Tensor, *, backend: str) -> Tensor:
+def dequantize_coefficients(packed: Tensor, bits: Tensor, *, backend: str) -> Tensor:
     """The levels (N, R) of packed codes."""
-    decoded: Tensor = _dequantize_coefficients(packed, bits, levels, backend)
+    decoded: Tensor = _dequantize_coefficients(packed, bits, backend)
     return decoded
 
 

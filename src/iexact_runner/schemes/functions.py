@@ -260,7 +260,8 @@ class SketchedReLUDropout(Function):
             grad_x = ops.leaky_relu_dropout_backward(
                 grad, mask, negative_slope=0.0, p=ctx.p, seed=seed, backend=ctx.backend
             )
-        ctx.layout.decoded.clear()
+        if ctx.layout.decoded is not None:
+            ctx.layout.decoded.clear()
         return grad_x, *[None] * 5
 
 
@@ -338,7 +339,8 @@ class BatchNormReLUDropout(Function):
             grad_x = block_ops.gated_gradient(
                 grad, mask, coefficients, directions * slope.unsqueeze(1), factor, shift, **gate
             )
-        ctx.signed.decoded.clear()
+        if ctx.signed.decoded is not None:
+            ctx.signed.decoded.clear()
         return grad_x, grad_weight, grad_bias, *[None] * 9
 
 

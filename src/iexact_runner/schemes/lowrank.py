@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits
 from iexact_runner.compression.maps import KeptMap, MapFormat
+from iexact_runner.compression.signs import Room
 from iexact_runner.compression.sketch import (
     Directions,
     ProductLayout,
@@ -63,6 +64,8 @@ class LowRank(Projected):
             stochastic = config.rounding == "stochastic"
             self._coefficients = CoefficientFormat(config.map_bits, stochastic, config.backend)
             self._format = replace(self._format, bits=OTHER_BITS)
+        # A compiler would keep the decoded coefficients between the passes, which are larger than all signs.
+        self._sign_threshold = None if torch.compiler.is_compiling() else config.sign_threshold
         self._directions = directions
         self._sketches = 0
         self._normalized: KeptMap | None = None
@@ -226,7 +229,8 @@ class LowRank(Projected):
             z, mean, scale, directions, form, bits=state.bits, seed=seed
         )
         scaled, limit = directions * deviation, []
-        if config.sign_threshold is not None:
+        if self._sign_threshold is not None:
+            state.room = state.room or Room()
             own, parts = encode_coefficients(sample @ (directions / deviation), form, bits=state.bits, seed=seed)
             known = own.stored(parts[: own.parts]).float() @ scaled.T
             limit = [self._limit(known + offset, (sample - known).square().mean(0).sqrt())]
@@ -238,13 +242,13 @@ class LowRank(Projected):
             gives_signs=bool(limit),
             backend=self._format.backend,
             residual=residual,
-            room=state.room,
+            room=state.room if limit else None,
         )
         return layout, (*tensors[: coefficients.parts], scaled, mean, *limit)
 
     def _limit(self, z: Tensor, missed: Tensor) -> Tensor:
         """From which |z~| on (D,) a sign is sure, for z~ in sampled rows (S, D) and the deviation of z from it (D,)."""
-        threshold, share = self._config.sign_threshold or 0.0, self._config.sign_share
+        threshold, share = self._sign_threshold or 0.0, self._config.sign_share
         if share is None:
             return threshold * missed
         certainty = (z[:: max(1, z.size(0) // SHARE_ROWS)].abs() / missed).flatten()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iexact_runner.kernels.numba.common import Array, draw16, flat32, jit, keys, parallel, torch_threads
-from iexact_runner.kernels.reference import DRAWS, ROUNDING
+from iexact_runner.kernels.reference import DRAWS, ROUNDING, inverse_steps
 
 # Rows of a run: whole groups of eight draws whatever R is.
 _ROWS = 256
@@ -115,7 +115,7 @@ def quantize_coefficients(
     packed = torch.empty(coefficients.size(0), width // 8, dtype=torch.uint8)
     key0, key1 = keys(0 if seed is None else seed)
     values = flat32(coefficients).reshape(coefficients.shape)
-    table, inverses = levels.numpy(), _inverse_steps(levels)
+    table, inverses = levels.numpy(), inverse_steps(levels).numpy()
     with torch_threads():
         _quantize_kernel(values, bits.numpy(), table, inverses, seed is not None, key0, key1, packed.numpy())
     return packed
@@ -133,12 +133,3 @@ def _starts(bits: Tensor) -> Array:
     """First bit of each direction's codes."""
     starts: Array = (bits.cumsum(0) - bits).numpy()
     return starts
-
-
-def _inverse_steps(levels: Tensor) -> Array:
-    """1 / (next level - level) for each entry of the table, 0 for the last of its row."""
-    inverses = torch.zeros_like(levels)
-    inverses[:-1] = 1.0 / (levels[1:] - levels[:-1])
-    inverses[2 ** torch.arange(levels.numel().bit_length()) - 1] = 0.0
-    table: Array = inverses.numpy()
-    return table

@@ -7,7 +7,12 @@ from iexact_runner.kernels.reference.blocks import (
     gated_sums,
     normalize_relu_dropout,
 )
-from iexact_runner.kernels.reference.coefficients import MOST_BITS, dequantize_coefficients, quantize_coefficients
+from iexact_runner.kernels.reference.coefficients import (
+    MOST_BITS,
+    dequantize_coefficients,
+    inverse_steps,
+    quantize_coefficients,
+)
 from iexact_runner.kernels.reference.common import (
     DRAWS,
     DROPOUT,
@@ -78,6 +83,7 @@ __all__ = [
     "dropout_threshold",
     "gated_gradient",
     "gated_sums",
+    "inverse_steps",
     "join_streams",
     "keep_mask",
     "leaky_relu",

@@ -42,18 +42,23 @@ def quantize_coefficients(
         u = (draws.float() + 0.5) * (1.0 / DRAWS)
     u = u.view(nodes, rank)
     packed = torch.zeros(nodes, width // 8 + 2, dtype=torch.int32, device=flat.device)
-    start = bits.cumsum(0) - bits
+    start, inverses = bits.cumsum(0) - bits, inverse_steps(levels)
     for column in range(rank):
         c, b, first = coefficients[:, column].contiguous(), int(bits[column]), int(start[column])
         row = levels[1 << b : 2 << b]
-        lower = (torch.bucketize(c, row, right=True) - 1).clamp_(0)
-        higher = (lower + 1).clamp_(max=(1 << b) - 1)
-        step = row[higher] - row[lower]
-        inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
-        codes = (lower + (u[:, column] < (c - row[lower]) * inverse)).int() << (first % 8)
+        lower = (torch.bucketize(c.nan_to_num(nan=-torch.inf), row, right=True) - 1).clamp_(0)
+        codes = (lower + (u[:, column] < (c - row[lower]) * inverses[(1 << b) + lower])).int() << (first % 8)
         packed[:, first // 8] |= codes & 0xFF
         packed[:, first // 8 + 1] |= codes >> 8
     return packed[:, : width // 8].to(torch.uint8)
+
+
+def inverse_steps(levels: Tensor) -> Tensor:
+    """1 / (next level - level) for each entry of the table (512,), 0 for the last of its row."""
+    inverses = torch.zeros_like(levels)
+    inverses[:-1] = 1.0 / (levels[1:] - levels[:-1])
+    rows = torch.arange(levels.numel().bit_length(), device=levels.device)
+    return inverses.index_fill_(0, 2**rows - 1, 0.0)
 
 
 def dequantize_coefficients(packed: Tensor, bits: Tensor, levels: Tensor) -> Tensor:
