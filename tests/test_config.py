@@ -192,11 +192,38 @@ def test_bad_values_name_the_field(override, message):
         (["model=gcn2", "compression=none", "model.theta=0"], "model.theta=0.0"),
         (["compression=lowrank", "compression.rank=0"], "compression.rank=0: must be 1 or more, or null"),
         (
-            ["compression=lowrank", "compression.rank=null"],
+            ["compression=lowrank", "compression.map_bits=12"],
+            "compression.map_bits=12: must be a multiple of 8, or null",
+        ),
+        (["compression=lowrank", "compression.bits=4"], "compression.bits=4: compression.map_bits deals bits over"),
+        (["compression=lowrank", "compression.residual=4"], "compression.residual=4: needs compression.map_bits=null"),
+        (["compression=lowrank", "compression.rounding=up"], "compression.rounding=up: must be one of nearest"),
+        (
+            ["compression=lowrank_v1", "compression.rounding=stochastic"],
+            "compression.rounding=stochastic: is for compression.map_bits",
+        ),
+        (["compression=lowrank", "compression.sign_threshold=0"], "compression.sign_threshold=0.0: must be above 0"),
+        (["compression=lowrank", "compression.sign_threshold=null"], "compression.sign_share=0.33: must be above 0"),
+        (
+            ["compression=lowrank", "compression.sign_share=1"],
+            "compression.sign_share=1.0: must be above 0 and below 1",
+        ),
+        (
+            ["compression=lowrank", "compression.signs=exact"],
+            "compression.sign_share=0.33: must be above 0 and below 1",
+        ),
+        (["compression=lowrank_v1", "compression.signs=exact"], "compression.signs=exact: lists errors of the signs"),
+        (["compression=lowrank_v1", "compression.signs=some"], "compression.signs=some: must be one of sketch, exact"),
+        (
+            ["compression=lowrank_v1", "compression.sign_threshold=1", "compression.residual=2"],
+            "compression.residual=2: needs compression.sign_threshold=null",
+        ),
+        (
+            ["compression=lowrank_v1", "compression.rank=null"],
             "compression.rank=null: give compression.rank or compression.energy",
         ),
         (
-            ["compression=lowrank", "compression.energy=.9"],
+            ["compression=lowrank_v1", "compression.energy=.9"],
             "compression.rank=8: give compression.rank or compression.energy",
         ),
         (

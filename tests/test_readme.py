@@ -34,7 +34,7 @@ def test_figures_stand_in_the_committed_rows():
     paired = pd.read_csv(REPOSITORY / "benchmarks" / "paired_accuracy_cpu.csv").set_index("dataset.name")
     (difference,) = paired.loc["amazon_computers"].dropna(subset=["test_difference_mean"]).to_dict("records")
     shown = (100 * difference[f"test_difference_{figure}"] for figure in ("mean", "interval"))
-    assert "`lowrank` and FP32 differ by {:.2f} +- {:.2f} points".format(*shown) in TEXT
+    assert "`lowrank_v1` and FP32 differ by {:.2f} +- {:.2f} points".format(*shown) in TEXT
     kept = pd.read_csv(REPOSITORY / "benchmarks" / "synthetic_arxiv_memory_cpu.csv")
     assert all(f" {value:.2f} " in TEXT for value in kept["saved_mib"])
     epochs = pd.read_csv(REPOSITORY / "benchmarks" / "epoch_cpu.csv")

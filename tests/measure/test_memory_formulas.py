@@ -122,7 +122,7 @@ def kept_bytes(dataset, model, preset, *overrides):
     return kept, total_bytes(problem.tensors()), Formula(config.compression)
 
 
-@pytest.mark.parametrize("preset", ["plain", "none", "exact", "iexact", "lowrank"])
+@pytest.mark.parametrize("preset", ["plain", "none", "exact", "iexact", "lowrank_v1"])
 @pytest.mark.parametrize(
     ("model", "sizes", "overrides"),
     [

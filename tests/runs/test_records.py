@@ -189,7 +189,12 @@ def test_compression_in_words():
     assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
     fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": 1, "col_size": 16}
     assert compression_label(fitted) == "INT4, low rank, rank 8"
-    assert compression_label(asdict(compose_config("compression=lowrank").compression)) == "INT4, low rank, rank 8"
+    labels = {
+        "lowrank_v1": "INT4, low rank, rank 8",
+        "lowrank": "low rank, 48 bits a node, sign_threshold 2.0, sign_share 0.33",
+    }
+    for preset, label in labels.items():
+        assert compression_label(asdict(compose_config(f"compression={preset}").compression)) == label
     changed = {"rank": None, "energy": 0.9, "refresh": 5, "residual": 2, "levels": "optimal"}
     words = "INT4, low rank, energy 0.9, refresh 5, residual 2, levels optimal"
     assert compression_label(fitted | changed) == words

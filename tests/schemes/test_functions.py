@@ -125,19 +125,27 @@ def test_batch_norm_relu_dropout(nodes_and_columns, p, seed, backend):
     x = (3 + 2 * torch.randn(nodes, columns)).requires_grad_()
     weight, bias = torch.randn(columns, requires_grad=True), torch.randn(columns, requires_grad=True)
     grad, running = torch.randn(nodes, columns), [torch.zeros(columns), torch.ones(columns)]
-    ours, signs = [part.clone() for part in running], []
+    ours, kept = [part.clone() for part in running], []
 
     def keep_all(mean, inverse_std):
         """All directions: coefficients that are the centred map itself."""
         layout, tensors = keep(x.detach() - mean, None)
-        return KeptMap(SketchLayout(layout, tuple(x.shape)), (*tensors, torch.eye(columns), mean))
+        kept.append(KeptMap(SketchLayout(layout, tuple(x.shape)), (*tensors, torch.eye(columns), mean)))
+        return kept[0]
 
-    actual = functions.BatchNormReLUDropout.apply(x, weight, bias, *ours, 0.3, 0.5, p, seed, backend, keep_all, signs)
+    def keep_signs(mask):
+        layout, tensors = kept[0]
+        kept.append(KeptMap(*layout.with_signs(tensors, mask, exact=False, p=p, seed=seed)))
+        return kept[1]
+
+    arguments = (x, weight, bias, *ours, 0.3, 0.5, p, seed, backend, keep_all, keep_signs)
+    actual = functions.BatchNormReLUDropout.apply(*arguments)
     normalised = F.batch_norm(x, *running, weight, bias, training=True, momentum=0.3, eps=0.5)
     expected = functions.LeakyReLUDropout.apply(normalised, 0.0, p, seed, False, backend)
     assert_close(actual, expected, tolerance=1e-6)
     assert_close(torch.cat(ours), torch.cat(running))
-    assert torch.equal(reference.unpack(signs[0], x.numel(), 1).bool(), normalised.flatten() > 0)
+    mask = kept[1].layout.mask(kept[1].tensors, seed)
+    assert torch.equal(reference.unpack(mask, x.numel(), 1).bool(), normalised.flatten() > 0)
     found, exact = (gradients(output, (x, weight, bias), grad) for output in (actual, expected))
     for got, right in zip(found, exact, strict=True):
         assert_close(got, right)
@@ -145,10 +153,16 @@ def test_batch_norm_relu_dropout(nodes_and_columns, p, seed, backend):
 
 def test_batch_norm_relu_dropout_says_what_it_keeps():
     x, vector = torch.randn(16, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-    kept = keep(x, 4)
-    arguments = (x, vector, vector, None, None, 0.1, 1e-5, 0.5, 1, "torch", lambda *_: kept, [])
-    norm, mask = functions.BatchNormReLUDropout.apply(*arguments).grad_fn.saved_map
-    assert (norm.stored_type, norm.fp32_bytes, norm.parts) == ("int4", 4 * 16 * 8, 3)
+    layout, tensors = keep(x, 4)
+    sketch = KeptMap(SketchLayout(layout, (16, 8)), (*tensors, torch.eye(8), vector.detach()))
+
+    def keep_signs(mask):
+        return KeptMap(*sketch.layout.with_signs(sketch.tensors, mask, exact=False, p=0.5, seed=1))
+
+    arguments = (x, vector, vector, None, None, 0.1, 1e-5, 0.5, 1, "torch", lambda *_: sketch, keep_signs)
+    norm, output, mask = functions.BatchNormReLUDropout.apply(*arguments).grad_fn.saved_map
+    for described in (norm, output):
+        assert (described.stored_type, described.fp32_bytes, described.parts) == ("int4", 4 * 16 * 8, 5)
     # The output of ReLU, and a mask of floats.
     assert (mask.stored_type, mask.fp32_bytes, mask.parts) == ("mask", 2 * 4 * 16 * 8, 1)
 

@@ -6,6 +6,7 @@ Shapes: N nodes, D features, R directions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,21 +26,27 @@ class Room:
 
     Args:
         bytes: of the pass before; None before the first.
+        share: about the most signs that are stored, of all that dropout keeps.
     """
 
     bytes: int | None = None
+    share: float = 1.0
     _pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def __deepcopy__(self, memo: object) -> Room:
-        return Room(self.bytes)
+        return Room(self.bytes, self.share)
 
-    def capacity(self, lengths: Tensor, most: int) -> int:
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {"bytes": self.bytes, "share": self.share}
+
+    def capacity(self, lengths: Tensor, most: int, *, p: float) -> int:
         """Bytes to reserve: as many as there are on a CPU; on a GPU those of the last pass and some more.
 
-        Of tensors without data, whose number cannot be known, as many as there may be.
+        Of tensors without data, whose number cannot be known, the share of what a dropout of rate p keeps.
         """
         if isinstance(lengths, FakeTensor):
-            return most
+            return int(most * self.share * (1 - p))
         if not lengths.is_cuda:
             return int(lengths.sum())
         if self._pending is not None:
@@ -116,7 +123,7 @@ class SignLayout:
         streams, counts = sketch_ops.pack_signs(
             mask, coefficients, directions, shift, limit, exact=self.exact, p=self.p, seed=seed, backend=self.backend
         )
-        capacity = streams.numel() if room is None else room.capacity(stream_lengths(counts), streams.numel())
+        capacity = streams.numel() if room is None else room.capacity(stream_lengths(counts), streams.numel(), p=self.p)
         stream = sketch_ops.join_streams(streams, counts, capacity=capacity, backend=self.backend)
         short = chunk_rows(directions.size(0)) * directions.size(0) < 1 << 15
         return stream, counts[: 1 + self.exact].to(torch.int16 if short else torch.int32)

@@ -288,13 +288,13 @@ class Directions:
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
-        return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room and self.room.bytes}
+        return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room and self.room.state()}
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Directions:
         """What :meth:`state` was taken of."""
         vectors, bits = (None if part is None else part.to(device) for part in (state["vectors"], state["bits"]))
-        return cls(vectors, state["age"], bits, state["room"] and Room(state["room"]))
+        return cls(vectors, state["age"], bits, state["room"] and Room(**state["room"]))
 
 
 def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None) -> Tensor:

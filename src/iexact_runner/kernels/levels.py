@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from iexact_runner.kernels.reference import MOST_BITS
@@ -24,7 +24,7 @@ def lloyd_max(bits: int) -> tuple[npt.NDArray[np.float64], float]:
     """
     count = 2**bits
     # Panter and Dite: the best levels lie about as densely as the cube root of the density, N(0, 3) here.
-    levels = np.sqrt(3.0) * _normal_quantiles((np.arange(count) + 0.5) / count)
+    levels = np.sqrt(3.0) * ndtri((np.arange(count) + 0.5) / count)
     for _ in range(_ITERATIONS if bits else 1):
         borders = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
         density = np.exp(-(borders**2) / 2) / np.sqrt(2 * np.pi)
@@ -35,11 +35,6 @@ def lloyd_max(bits: int) -> tuple[npt.NDArray[np.float64], float]:
             break
         levels = moved
     return levels, float(1.0 - (mass * levels**2).sum())
-
-
-def _normal_quantiles(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    quantiles: npt.NDArray[np.float64] = (torch.erfinv(torch.from_numpy(2 * shares - 1)) * 2**0.5).numpy()
-    return quantiles
 
 
 @functools.cache

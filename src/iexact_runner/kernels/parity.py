@@ -296,7 +296,7 @@ def _sign_cases(quick: bool) -> Iterator[Case]:
         z = reference.combine(coefficients, directions, shift) + 0.3 * filled("normal", (nodes, width), torch.float32)
         mask = reference.leaky_relu(z, negative_slope=0.0)[1]
         sketch = (coefficients, directions, shift, torch.full((width,), limit))
-        options = {"exact": exact, "p": p, "seed": next(seeds)}
+        options: dict[str, Any] = {"exact": exact, "p": p, "seed": next(seeds)}
         label = f"{nodes}x{width} rank {rank} limit {limit}"
         yield Case("pack_signs", (mask, *sketch), options, label)
         streams, counts = reference.pack_signs(mask, *sketch, **options)

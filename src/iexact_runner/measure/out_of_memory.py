@@ -18,7 +18,7 @@ from iexact_runner.training import Problem
 PRESETS = {
     "int8": CompressionConfig(scheme="projected", bits=8),
     "int4": CompressionConfig(scheme="projected", bits=4),
-    "lowrank": CompressionConfig(scheme="lowrank", bits=4, rank=8, col_size=4, share_maps=True),
+    "lowrank": CompressionConfig(scheme="lowrank", map_bits=48, sign_threshold=2.0, sign_share=0.33, share_maps=True),
     "int2": CompressionConfig(scheme="projected", bits=2),
     "exact": CompressionConfig(
         scheme="projected", bits=2, kept_frac=0.125, max_block_size=1024, store_dropout_mask=True

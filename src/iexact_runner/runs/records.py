@@ -356,8 +356,10 @@ def compression_label(config: Mapping[str, Any]) -> str:
     words = ["FP32 maps" if config.get("bits") is None else f"INT{config['bits']}"]
     usual = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
     if config.get("scheme") == "lowrank":
-        words.append("low rank")
-        usual = {"rank": None, "energy": None, "refresh": 1, "residual": 0, "levels": "uniform"}
+        dealt = config.get("map_bits")
+        words = [*words, "low rank"] if dealt is None else ["low rank", f"{dealt} bits a node"]
+        usual = {"rank": None, "energy": None, "rounding": "nearest", "refresh": 1, "residual": 0, "levels": "uniform"}
+        usual |= {"sign_threshold": None, "sign_share": None, "signs": "sketch"}
     words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(words)
 

@@ -230,7 +230,7 @@ class LowRank(Projected):
         )
         scaled, limit = directions * deviation, []
         if self._sign_threshold is not None:
-            state.room = state.room or Room()
+            state.room = state.room or Room(share=config.sign_share or 1.0)
             own, parts = encode_coefficients(sample @ (directions / deviation), form, bits=state.bits, seed=seed)
             known = own.stored(parts[: own.parts]).float() @ scaled.T
             limit = [self._limit(known + offset, (sample - known).square().mean(0).sqrt())]
