@@ -27,7 +27,13 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
-from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
+from iexact_runner.guard import (
+    check_interpolations,
+    check_trust,
+    checked_configurations,
+    config_dir,
+    parse_arguments,
+)
 
 if TYPE_CHECKING:
     from iexact_runner.runs.sweeps import Sweep
@@ -124,6 +130,7 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     if not path.is_file():
         raise ConfigError.of("resume", resumed, f"must be the folder of a run; {path} does not exist")
     recorded: Any = read_config(path)
+    check_interpolations(recorded, f"{path}, which is recorded,", allowed=())
     asked: Any = OmegaConf.to_container(composed, resolve=True)
     check_agreement(path.parent, recorded=recorded, asked=asked, overrides=overrides)
     own = {overridden(override).partition(".")[0] for override in overrides}
