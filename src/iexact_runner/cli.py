@@ -266,7 +266,7 @@ def _command() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv[1:] = spell_out(sys.argv[1:])
     register_schema()
-    # torch, imported later, would warn on the screen whenever it frees what a memory record began after.
+    # torch, imported later, would warn on the screen of what a user cannot change.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch_geometric compiles functions of its own in a way that newer versions of torch warn of.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
