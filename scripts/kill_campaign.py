@@ -6,6 +6,9 @@ Each trial is one command in a process of its own, which gets SIGKILL, SIGTERM o
 ``resume=FOLDER`` or ``resume=auto``, which may be killed again. After some kills the newest checkpoint is damaged too.
 After every kill the folder must tell the truth: lines that are those of the run left alone, no summary but one that
 says how the run ended, no temporary files in the end. A trial survives if its numbers are the same to the last bit.
+
+``--early N`` adds N short runs that a new interpreter starts, which imports everything, and that get SIGKILL at a
+random moment from their first on. There is no folder yet, or it is resumed with the same end.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,6 +53,8 @@ VARIANTS = {
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # Shares of the kills after which the run is killed again, and after which its newest checkpoint is damaged.
 AGAIN, DAMAGE = 0.4, 0.2
+SHORT = (*RUN, "runs=1", "training.epochs=3", "compression=none")
+COLUMNS = ("tried", "survived", "lost", "kills", "in training", "SIGKILL", "SIGTERM", "SIGINT", "damaged")
 ENVIRONMENT = ("device_name", "torch_threads", "python", "torch", "numba", "git_commit")
 
 
@@ -57,11 +63,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="kills in all; the last trial may add some")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--early", type=int, default=0, help="short runs killed from their first moment on (default: 0)"
+    )
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--csv", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = campaign(arguments.variants, kills=arguments.kills, draws=random.Random(arguments.seed))
+    if arguments.early:
+        rows.append(early_kills(arguments.early, draws=random.Random(arguments.seed)))
     table = pd.DataFrame(rows)
     print(table.to_string(index=False))
     total = table[["kills", "tried", "survived", "lost"]].sum()
@@ -97,8 +108,42 @@ def campaign(variants: list[str], *, kills: int, draws: random.Random) -> list[d
             if problem:
                 print(f"trial {trial}, {name}: {problem}")
             trial += 1
-    columns = ("tried", "survived", "lost", "kills", "in training", "SIGKILL", "SIGTERM", "SIGINT", "damaged")
-    return [{"variant": name, **{column: count[column] for column in columns}} for name, count in counts.items()]
+    return [{"variant": name, **{column: count[column] for column in COLUMNS}} for name, count in counts.items()]
+
+
+def early_kills(kills: int, *, draws: random.Random) -> dict[str, Any]:
+    """So many short runs, each killed once at any moment of its life and resumed; a row like those of the variants."""
+    count = Counter[str]()
+    with tempfile.TemporaryDirectory() as place:
+        for _ in range(2):  # the first run of a machine may compile
+            folder, start = Path(tempfile.mkdtemp(dir=place), "run"), time.monotonic()
+            start_short(folder).wait()
+            seconds = time.monotonic() - start
+        wanted = outcome(folder)
+        while count["kills"] < kills:
+            folder = Path(place, f"early_{count['tried']}", "run")
+            process = start_short(folder)
+            time.sleep(draws.uniform(0, seconds))
+            process.kill()
+            process.wait()
+            count.update(("kills", "SIGKILL", "tried"))
+            count["no folder"] += not folder.exists()
+            count["in training"] += 0 < len(metrics(folder)) and status(folder) != "completed"
+            if folder.exists() and status(folder) != "completed":
+                wait(begin([f"resume={folder}"]))
+            survived = not folder.exists() or outcome(folder) == wanted
+            count["survived" if survived else "lost"] += 1
+            if not survived:
+                print(f"early kill {count['kills']}: left {sorted(path.name for path in folder.iterdir())}")
+    print(f"{kills} early kills: {count['no folder']} before there was a folder")
+    return {"variant": "early", **{column: count[column] for column in COLUMNS}}
+
+
+def start_short(folder: Path) -> subprocess.Popen[bytes]:
+    """A short run of a new interpreter."""
+    command = [sys.executable, "-m", "iexact_runner", *SHORT, f"hydra.run.dir={folder}"]
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=nowhere, stderr=nowhere)
 
 
 def one_trial(

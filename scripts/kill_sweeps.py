@@ -2,6 +2,9 @@
 
 python scripts/kill_sweeps.py --kills 50 --out FOLDER --csv benchmarks/kill_sweeps_cpu.csv
 python scripts/kill_sweeps.py --kills 20 --out FOLDER --launcher processes resume=auto checkpoint.every=10
+
+With a launcher half of the kills are of the launching process alone: its workers must end by themselves, and those that
+do not are counted as outlived.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from iexact_runner.runs.jobs import jobs_below
 
 JOBS = ("dataset=digits", "model.hidden_channels=8", "training.epochs=100", "seed=0,1,2", "compression=none,iexact")
 KILLS_PER_SWEEP = 5
+# Share of the kills that are of the launching process alone, and the seconds that its workers have to end.
+ALONE, GRACE_SECONDS = 0.5, 10.0
 ENVIRONMENT = ("device_name", "python", "torch", "git_commit")
 # Fields of metrics.jsonl that tell the time.
 TIMES = ("seconds", "time")
@@ -53,12 +58,16 @@ def main() -> None:
     expected = recorded(arguments.out / "undisturbed")
     rows: list[dict[str, Any]] = []
     while (tried := sum(row["kills"] for row in rows)) < arguments.kills:
-        folder, kills = arguments.out / f"killed_{len(rows)}", 0
+        folder, kills, outlived = arguments.out / f"killed_{len(rows)}", 0, 0
         for _ in range(min(KILLS_PER_SWEEP, arguments.kills - tried)):
             process = start(folder, overrides)
             process.join(draws.uniform(0, duration))
             if process.exitcode is not None:
                 break
+            if arguments.launcher and draws.random() < ALONE:
+                process.kill()
+                process.join()
+                outlived += lives(process)
             kill(process)
             kills += 1
         process = start(folder, overrides)
@@ -66,16 +75,16 @@ def main() -> None:
         found = recorded(folder)
         wrong = [name for name in expected if found.get(name) != expected[name]]
         counts = {"kills": kills, "begun_again": len(list(folder.rglob("attempt_*"))), "jobs": len(expected)}
-        rows.append(counts | {"lost": len(wrong), "exit_status": process.exitcode})
+        rows.append(counts | {"lost": len(wrong), "outlived": outlived, "exit_status": process.exitcode})
         print(f"{folder.name}: {rows[-1]}", flush=True)
     table = pd.DataFrame(rows)
     if arguments.csv:
         facts = environment.describe(torch.device("cpu"), backend="none")
         options = {"launcher": arguments.launcher, "overrides": " ".join(overrides), "seed": arguments.seed}
         table.assign(**options, **{name: facts[name] for name in ENVIRONMENT}).to_csv(arguments.csv, index=False)
-    totals = table[["kills", "begun_again", "jobs", "lost"]].sum()
+    totals = table[["kills", "begun_again", "jobs", "lost", "outlived"]].sum()
     print(f"{len(rows)} sweeps: " + ", ".join(f"{name} {total}" for name, total in totals.items()))
-    sys.exit(1 if table["lost"].any() or table["exit_status"].any() else 0)
+    sys.exit(1 if table[["lost", "outlived", "exit_status"]].any(axis=None) else 0)
 
 
 def start(folder: Path, overrides: list[str]) -> Process:
@@ -92,6 +101,18 @@ def kill(process: Process) -> None:
     except ProcessLookupError:  # it has no group of its own yet
         process.kill()
     process.join()
+
+
+def lives(process: Process) -> bool:
+    """Whether a process of a sweep's group is left some time after the sweep was killed."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def sweep(folder: Path, overrides: list[str]) -> None:

@@ -6,6 +6,7 @@ Hydra loads this in every application of the environment, hence the late imports
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -37,6 +38,7 @@ class IexactSweeper(BasicSweeper):
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
         launcher, sweep = self.launcher, _begin(self.config)
         cli.begin_sweep(sweep)
+        _end_idle_workers(launcher)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         launched = 0
@@ -74,6 +76,18 @@ class IexactSweeper(BasicSweeper):
             return None
         name = sweep.name_of(job).replace("\\", "\\\\").replace("'", "\\'")
         return (job, [*overrides, f"hydra.sweep.subdir='{name}'"]) if new else None
+
+
+def _end_idle_workers(launcher: object) -> None:
+    """Makes joblib's workers end with this process also while they wait for a job; one at a job does so anyway."""
+    from iexact_runner.runs.parents import end_with_parent
+
+    options = getattr(launcher, "joblib", None)
+    if isinstance(options, dict):
+        from joblib import Parallel
+
+        if "backend_kwargs" in inspect.signature(Parallel.__init__).parameters:  # not before joblib 1.5
+            options["initializer"] = end_with_parent
 
 
 def _begin(composed: DictConfig) -> Sweep:

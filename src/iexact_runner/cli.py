@@ -24,10 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from iexact_runner import __version__
+from iexact_runner import __version__, guard
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
+from iexact_runner.streams import forgiving_streams
 
 if TYPE_CHECKING:
     from iexact_runner.runs.sweeps import Sweep
@@ -40,7 +41,7 @@ LAUNCHER_EXTRAS = {
     "hydra/launcher/submitit_slurm": "slurm",
 }
 INTERRUPTED = "interrupted: what was recorded so far is kept"
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_UNSHOWN, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 def register_schema() -> None:
@@ -124,6 +125,7 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     if not path.is_file():
         raise ConfigError.of("resume", resumed, f"must be the folder of a run; {path} does not exist")
     recorded: Any = read_config(path)
+    guard.check_interpolations(recorded, f"{path}, which is recorded,", allowed=())
     asked: Any = OmegaConf.to_container(composed, resolve=True)
     check_agreement(path.parent, recorded=recorded, asked=asked, overrides=overrides)
     own = {overridden(override).partition(".")[0] for override in overrides}
@@ -149,32 +151,45 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
         resolved_yaml: the configuration as it is recorded.
         live: show progress as a bar if the screen is a terminal.
     """
-    # torch and rich are slow to import, and --help needs neither.
-    from iexact_runner.display import Screen, show_messages
+    # rich is slow to import, and --help does not need it.
+    from rich.console import Console
+
+    from iexact_runner.display import show_messages
     from iexact_runner.runs.records import RunFolder
+    from iexact_runner.runs.resume import place
 
     # By name, because dataset libraries are silenced by replacing sys.stdout.
-    screen = Screen(file=sys.stdout, force_terminal=None if live else False)
+    screen = Console(file=sys.stdout, force_terminal=None if live else False)
     show_messages(screen)
-    if config.task == "bins":
-        from iexact_runner.tasks import bins
+    chosen, resumed = place(config, folder)
+    if resumed:
+        _remove_if_empty(folder)
+    records = RunFolder(chosen, resumed=resumed)
+    with records.in_use():
+        # Before anything slow, such as importing torch: a run that is killed then can be resumed.
+        records.write_config(resolved_yaml)
+        try:
+            if config.task == "bins":
+                from iexact_runner.tasks import bins
 
-        bins.run(config, RunFolder(folder), screen, resolved_yaml)
-    else:
-        from iexact_runner.experiment import Experiment
-        from iexact_runner.runs.resume import place
+                bins.run(config, records, screen, resolved_yaml)
+            else:
+                from iexact_runner.experiment import Experiment
 
-        chosen, resumed = place(config, folder)
-        if resumed:
-            _remove_if_empty(folder)
-        Experiment(config, RunFolder(chosen, resumed=resumed), screen).run(resolved_yaml)
+                Experiment(config, records, screen).run_in_use(resolved_yaml)
+        except ConfigError:
+            records.forget_config()
+            raise
 
 
 def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
     """Runs one job of a sweep and records its status, unless another process does."""
     from iexact_runner.runs.jobs import Job
+    from iexact_runner.runs.parents import end_with_parent
     from iexact_runner.runs.records import METRICS, SUMMARY
 
+    if not _sweeps:
+        end_with_parent()
     with Job(folder).attempt(sweep_folder, fail_fast=OmegaConf.select(composed, "sweep.fail_fast") is True) as mine:
         if not mine:
             return
@@ -230,23 +245,34 @@ def spell_out(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of ``iexact``: every expected error is one line on stderr and a non-zero exit status."""
+    _failures.clear()
+    with forgiving_streams() as is_lost:
+        _command()
+        if not _failures and is_lost():
+            _failures.append(EXIT_UNSHOWN)
+    if _failures:
+        sys.exit(_failures[-1])
+
+
+def _command() -> None:
+    """Does what the command line says; failures are told and counted."""
     if "--version" in sys.argv[1:]:
         print(f"iexact {__version__}")
         return
     if any(re.fullmatch(r"output_dir=(''|\"\")?", argument) for argument in sys.argv[1:]):
-        sys.exit("iexact: output_dir='': must be a folder")  # Hydra would make folders in the root
+        _report("output_dir='': must be a folder", EXIT_FAILED, debug=False)  # Hydra would make folders in the root
+        return
     # What ends a batch job ends it as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.argv[1:] = spell_out(sys.argv[1:])
     register_schema()
-    # torch, imported later, would warn on the screen whenever it frees what a memory record began after.
+    # torch, imported later, would warn on the screen of what a user cannot change.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch_geometric compiles functions of its own in a way that newer versions of torch warn of.
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
     # Hydra then raises what it would print in its own many-line way.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     debug = "debug=true" in (argument.lower() for argument in sys.argv[1:])
-    _failures.clear()
     _sweeps.clear()
     try:
         parse_arguments(sys.argv[1:])
@@ -266,8 +292,8 @@ def main() -> None:
         _report(f"output_dir: {error.filename} cannot be written ({reason}); name a folder that can", 1, debug=debug)
     except Exception as error:
         _report(_unexpected(error, debug=debug), EXIT_USAGE, debug=debug)
-    if _failures:
-        sys.exit(_failures[-1])
+    except SystemExit as end:  # Hydra's way to end --help
+        _failures.extend([EXIT_FAILED] if end.code else [])
 
 
 def explain(error: BaseException) -> str:

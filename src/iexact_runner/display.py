@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import statistics
-import sys
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -18,18 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from iexact_runner.runs.records import compression_label
-from iexact_runner.training import Epoch
+
+if TYPE_CHECKING:  # torch is slow to import
+    from iexact_runner.training import Epoch
 
 PLAIN_LINES_PER_RUN = 10
-
-
-class Screen(Console):
-    """A console that goes quiet when its reader leaves (``iexact | head``), rather than end the run."""
-
-    def on_broken_pipe(self) -> None:
-        """Writes to nowhere from here on."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_messages(console: Console) -> None:

@@ -81,9 +81,10 @@ class Experiment:
         A failure or an interruption is recorded with all that was measured before it, then raised again.
         """
         with self._folder.in_use():
-            return self._recorded(resolved_yaml)
+            return self.run_in_use(resolved_yaml)
 
-    def _recorded(self, resolved_yaml: str) -> dict[str, Any]:
+    def run_in_use(self, resolved_yaml: str) -> dict[str, Any]:
+        """Does what :meth:`run` does in a folder that this process has to itself already."""
         self._folder.write_config(resolved_yaml)
         status, error = "failed", None
         try:

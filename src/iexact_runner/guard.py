@@ -2,7 +2,8 @@
 
 The files that come with this package and what is typed on the command line are trusted. Files that ``--config-dir``,
 ``--config-path`` or ``hydra.searchpath`` bring in are data: they choose among groups, set fields of the schema,
-``hydra.mode`` and ``hydra.sweeper.params``, and name folders below the working folder.
+``hydra.mode`` and ``hydra.sweeper.params``, and name folders below the working folder. They refer to other fields, but
+not to the environment.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from typing import Any
 
 from hydra._internal import hydra as hydra_application
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError
+from omegaconf.grammar_parser import parse
 
 from iexact_runner.errors import ConfigError
 
@@ -30,6 +36,8 @@ from iexact_runner.errors import ConfigError
 _FREE = ("mode", "searchpath", "sweeper.params", "runtime", "overrides", "job.override_dirname", "job.config_name")
 _FOLDERS = ("output_dir", "resume", "dataset.root")
 _TYPE_IT = "a configuration file may not set this; type it on the command line"
+# Of what an interpolation can call: the clock, and another field. The rest reads the environment or evaluates text.
+_RESOLVERS = ("now", "oc.select")
 
 
 def config_dir() -> Path:
@@ -71,6 +79,56 @@ def checked_configurations() -> Iterator[None]:
         hydra_application.ConfigLoaderImpl = ConfigLoaderImpl  # type: ignore[attr-defined]
 
 
+def check_interpolations(values: object, source: str, *, allowed: Iterable[str] = _RESOLVERS) -> None:
+    """Refuses text that would make OmegaConf read the environment or evaluate something; nothing of it is resolved.
+
+    Args:
+        values: of a file, as they are written.
+        source: what they are from, for the message.
+        allowed: resolvers that they may name.
+
+    Raises:
+        ConfigError: naming the first such field.
+    """
+    for path, value in _leaves(values).items():
+        for name in _resolvers(value) if isinstance(value, str) and "${" in value else ():
+            if name not in allowed:
+                valid = f"{source} may not use {name}, which is for the command line; write the value itself"
+                raise ConfigError.of(path, value, valid)
+
+
+def _resolvers(text: str) -> Iterator[str]:
+    """Names of the resolvers that a text calls, as they are written, wherever they stand in it."""
+    try:
+        pending = [parse(text)]
+    except GrammarParseError:
+        return  # OmegaConf refuses it too
+    while pending:
+        node = pending.pop()
+        if hasattr(node, "resolverName"):
+            yield node.resolverName().getText()
+        pending += node.getChildren() if hasattr(node, "getChildren") else ()
+
+
+class CheckingRepository(ConfigRepository):
+    """Hydra's configuration files; those from elsewhere are checked as they are read, before anything is composed."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """Reads and checks a file.
+
+        Raises:
+            ConfigError: naming the field that a file from elsewhere may not set to this.
+        """
+        loaded = super().load_config(config_path)
+        scheme, _, folder = ("" if loaded is None else loaded.path).partition("://")
+        if loaded is not None and _is_foreign(scheme, folder):
+            source = f"the configuration file {config_path}"
+            defaults = [vars(default) for default in loaded.defaults_list or ()]
+            check_interpolations({"package": loaded.header.get("package"), "defaults": defaults}, source)
+            check_interpolations(OmegaConf.to_container(loaded.config, resolve=False), source)
+        return loaded
+
+
 class CheckingLoader(ConfigLoaderImpl):
     """Hydra's loader, which refuses a configuration in which files from elsewhere set what they may not.
 
@@ -80,6 +138,7 @@ class CheckingLoader(ConfigLoaderImpl):
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
+        self.repository = CheckingRepository(config_search_path)
         # Kept, for the jobs of a sweep may be composed in other processes.
         self._typed: list[str] = get_args_parser().parse_args().overrides
 
@@ -96,12 +155,19 @@ class CheckingLoader(ConfigLoaderImpl):
         Raises:
             ConfigError: naming the field that a file from elsewhere may not set.
         """
+        self._check_swept(overrides)
         composed = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
         self._check_recipe(composed, overrides)
-        sources = composed.hydra.runtime.config_sources
-        if any(source.schema == "file" and Path(source.path) != config_dir() for source in sources):
+        if any(_is_foreign(source.schema, source.path) for source in composed.hydra.runtime.config_sources):
             check_foreign(composed, self._typed)
         return composed
+
+    def _check_swept(self, overrides: list[str]) -> None:
+        """Checks what ``hydra.sweeper.params`` of a file come to, for Hydra takes escapes out of them."""
+        typed = {override.get_key_element() for override in _parsed(self._typed)}
+        for override in _parsed(overrides):
+            if override.get_key_element() not in typed:
+                check_interpolations({override.get_key_element(): str(override.value())}, "hydra.sweeper.params")
 
     def _check_recipe(self, composed: DictConfig, overrides: list[str]) -> None:
         """Refuses a recipe that was asked for and does not exist; the group is optional, so Hydra would not mind."""
@@ -117,8 +183,7 @@ def check_foreign(composed: DictConfig, typed: list[str]) -> None:
         composed: the configuration with its ``hydra`` node.
         typed: the overrides of the command line.
     """
-    parsed = OverridesParser.create().parse_overrides(typed)
-    names = {override.get_key_element().lstrip("+~") for override in parsed}
+    names = {override.get_key_element().lstrip("+~") for override in _parsed(typed)}
     own = _flat(_own_hydra(composed, typed, names))
     found = _flat(composed.hydra)
     sweep: Any = OmegaConf.to_container(composed.hydra.sweep, resolve=False)
@@ -132,6 +197,15 @@ def check_foreign(composed: DictConfig, typed: list[str]) -> None:
         folder = OmegaConf.select(composed, name)
         if name not in names and folder and not Path(folder).resolve().is_relative_to(Path.cwd().resolve()):
             raise ConfigError.of(name, folder, f"lies outside the working folder; {_TYPE_IT}")
+
+
+def _parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def _is_foreign(scheme: str, folder: str) -> bool:
+    """Whether a source of configurations is a folder other than our own."""
+    return scheme == "file" and Path(folder) != config_dir()
 
 
 def _is_below(folder: str) -> bool:
@@ -165,15 +239,20 @@ def _own_hydra(found: DictConfig, typed: list[str], names: set[str]) -> DictConf
 
 def _flat(node: DictConfig) -> dict[str, str]:
     """Leaves as they are written, by their dotted paths."""
-    leaves: dict[str, str] = {}
+    return {path: repr(value) for path, value in _leaves(OmegaConf.to_container(node, resolve=False)).items()}
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Leaves of nested dictionaries and lists by their dotted paths."""
+    leaves: dict[str, Any] = {}
 
     def visit(value: Any, path: str) -> None:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
         if items is None:
-            leaves[path] = repr(value)
+            leaves[path] = value
         else:
             for key, item in items:
                 visit(item, f"{path}.{key}" if path else str(key))
 
-    visit(OmegaConf.to_container(node, resolve=False), "")
+    visit(tree, "")
     return leaves

@@ -60,7 +60,8 @@ def any_summary_is_whole(monkeypatch):
     real = jobs.read_run
 
     def read(folder):
-        summary = json.loads((folder / "summary.json").read_text())
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text()) if path.exists() else {"config": None}
         return real(folder) if "config" in summary else type("Run", (), {"status": summary["status"]})
 
     monkeypatch.setattr(jobs, "read_run", read)
@@ -117,6 +118,102 @@ def test_completed_jobs_are_known_by_their_hash_whatever_their_number(tmp_path):
     more.show(console)
     text = console.export_text()
     assert text.count("completed before") == 2 and "seed=c" in text
+
+
+DAMAGES = {
+    "empty": b"",
+    "binary": b"\x80\x02\xff",
+    "a list": b"[]",
+    "no fields": b"{}",
+    "one field": b'{"state": "completed"}',
+    "deep": b"[" * 100_000,
+    "a hash that is none": {"config_hash": {}},
+    "an unknown state": {"state": "done"},
+}
+
+
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+def test_job_with_a_damaged_status_runs_once_under_its_own_number(tmp_path, content):
+    first = make_sweep(tmp_path)
+    jobs, _ = place(first, "a", "b", "c")
+    for job in jobs:
+        work(first, job)
+    path = jobs[1].folder / "status.json"
+    damaged = content if isinstance(content, bytes) else json.dumps(jobs[1].status() | content).encode()
+    path.write_bytes(damaged)
+    told = []
+    again = make_sweep(tmp_path, skip_completed=True)
+    with again.placing(announce=told.append):
+        placed = [again.place([], config_hash=name, subfolder=str) for name in "abc"]
+    assert [job.folder for job, _ in placed] == [job.folder for job in jobs]
+    assert [new for _, new in placed] == [False, True, False]
+    assert (line := "".join(told)).startswith(f"{path}: ") and line.endswith("; set aside, and the job runs again")
+    assert {file.name for file in (jobs[1].folder / "attempt_1").iterdir()} == {"status.json", "summary.json"}
+    assert (jobs[1].folder / "attempt_1" / "status.json").read_bytes() == damaged
+    assert work(again, jobs[1]) and again.completed
+    assert len(jobs_below(tmp_path)) == 3
+
+
+def test_damaged_job_is_known_by_its_records_whatever_its_number(tmp_path):
+    sweep = make_sweep(tmp_path)
+    config = {"task": "train", "model": {}, "dataset": {}, "compression": {}, "seed": 3}
+    (job, other), _ = place(sweep, config_hash(config), "b")
+    (job.folder / "config.yaml").write_text(json.dumps(config))
+    for damage in (json.dumps(job.status() | {"config_hash": "0" * 16}), "{}"):
+        (job.folder / "status.json").write_text(damage)
+        placed, _ = place(make_sweep(tmp_path, skip_completed=True), "b", config_hash(config))
+        assert [found.folder for found in placed] == [other.folder, job.folder]
+        (job.folder / "config.yaml").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "loop"])
+def test_status_that_is_no_file_is_set_aside(tmp_path, kind):
+    (job,), _ = place(make_sweep(tmp_path), "a")
+    path = job.folder / "status.json"
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path.name)
+    placed, ready = place(make_sweep(tmp_path, skip_completed=True), "a")
+    assert placed == ready and placed[0].folder == job.folder and job.state == "queued"
+    assert os.path.lexists(job.folder / "attempt_1" / "status.json")
+
+
+def test_completed_records_of_a_lost_job_are_not_continued(tmp_path):
+    sweep = make_sweep(tmp_path)
+    (job,), _ = place(sweep, "a")
+    work(sweep, job)
+    (job.folder / "status.json").write_text("{}")
+    resuming = Sweep(tmp_path, title="sweep", skip_completed=True, fail_fast=False, keep_records=True)
+    assert place(resuming, "a")[1] and not (job.folder / "summary.json").exists()
+
+
+def test_status_damaged_while_a_sweep_goes_on_ends_no_other_job(tmp_path):
+    sweep = make_sweep(tmp_path, fail_fast=True)
+    jobs, ready = place(sweep, "a", "b")
+    (jobs[0].folder / "status.json").write_text("{}")
+
+    def launch(jobs):
+        for job in jobs:
+            work(sweep, job, fail_fast=True)
+
+    sweep.run(ready, launch)
+    assert [job.state for job in jobs] == ["lost", "completed"] and not sweep.completed
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    sweep.show(console)
+    assert "status.json: lacks state" in console.export_text()
+
+
+def test_nothing_in_a_status_acts_on_the_terminal(tmp_path):
+    sweep = make_sweep(tmp_path)
+    (job,), _ = place(sweep, "a")
+    (job.folder / "status.json").write_text(json.dumps(job.status() | {"error": "x\x1b[2J[/no]\ud800"}))
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    sweep.show(console)
+    assert "x\\x1b[2J[/no]\\ud800" in console.export_text()
 
 
 def test_lost_records_are_made_again(tmp_path):

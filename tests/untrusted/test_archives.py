@@ -101,8 +101,8 @@ def test_wrong_checksum_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("part", "value", "reason"),
     [
-        ("indices", [0, 4, 1], "an entry in column 4 of 4"),
-        ("indices", [0, -1, 1], "an entry in column"),
+        ("indices", [0, 4, 1], "names column 4: must be 0 to 3"),
+        ("indices", [0, -1, 1], "row 0 .* names column -1: must be 0 to 3"),
         ("indptr", [0, 3, 2, 3], "offsets"),
         ("indptr", [0, 2, 2, 9], "offsets"),
         ("indptr", [1, 2, 2, 3], "offsets"),

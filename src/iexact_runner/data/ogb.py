@@ -20,6 +20,7 @@ import torch
 
 from iexact_runner.config import DatasetConfig
 from iexact_runner.data import preflight
+from iexact_runner.data.agreement import check_raw
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.prepare import prepare
 from iexact_runner.errors import DatasetError
@@ -78,6 +79,8 @@ def _read(config: DatasetConfig, folder: Path, files: list[Path], processed: Pat
     reading = [processed] if processed.exists() else files
     if not config.trust_pickle:
         preflight.check_files([*reading, *splits])
+        if reading is files:
+            check_raw(files)
     try:
         with (
             preflight.quiet(),

@@ -37,6 +37,8 @@ def read_planetoid(paths: list[Path]) -> Data:
     for name in ("allx", "tx", "ally", "ty", "y"):
         with preflight.reading(files[name]):
             parts[name] = _matrix(load_pickled(files[name]))
+            if name in ("ally", "ty"):
+                _check_one_hot(parts[name])
     with preflight.reading(files["graph"]):
         graph, size = load_pickled(files["graph"]), files["graph"].stat().st_size
         edge_index = _edges(graph, limit=size)
@@ -46,6 +48,9 @@ def read_planetoid(paths: list[Path]) -> Data:
         labelled = len(parts["y"])
         if len(x) != len(scores) or labelled + _VALIDATION_NODES > len(x):
             raise ValueError(f"features of {len(x)} nodes, labels of {len(scores)}, training labels of {labelled}")
+    with preflight.reading(files["graph"]):
+        if len(graph) != len(x):
+            raise ValueError(f"has {len(graph)} nodes, and there are {len(x)} rows of features: must be as many")
     nodes = torch.arange(len(x))
     data = Data(x=x.float(), edge_index=edge_index, y=scores.max(dim=1).indices)
     data.train_mask = nodes < labelled
@@ -58,6 +63,14 @@ def _matrix(value: Any) -> Tensor:
     if not isinstance(value, np.ndarray) or value.ndim != 2:
         raise ValueError("is not a matrix")
     return torch.from_numpy(value.astype(np.float32))
+
+
+def _check_one_hot(scores: Tensor) -> None:
+    """Refuses labels (N, C) that are not one 1 among zeros, or zeros for a node without a label."""
+    wrong = ((scores != 0) & (scores != 1)).any(dim=1) | (scores.sum(dim=1) > 1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"row {row} is {scores[row].tolist()}: must be a 1 in the place of the label, and zeros")
 
 
 def _stack(known: Tensor, tested: Tensor, test: Any, *, limit: int) -> Tensor:

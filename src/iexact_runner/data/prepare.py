@@ -38,17 +38,19 @@ def prepare(
     if x.dim() != 2 or y.dim() not in (1, 2) or len(x) != len(y) or x.numel() == 0 or y.numel() == 0:
         raise _mismatch(config, f"features {tuple(x.shape)} and labels {tuple(y.shape)} disagree")
     x = x.float()
-    if not torch.isfinite(x).all():
-        raise _mismatch(config, "a feature is not finite")
+    infinite = ~torch.isfinite(x)
+    if infinite.any():
+        node, column = infinite.nonzero()[0].tolist()
+        raise _mismatch(config, f"a feature is not finite: column {column} of node {node} is {x[node, column]}")
     y = y.squeeze(1) if y.dim() == 2 and y.size(1) == 1 else y
     missing = torch.isnan(y) | (y < 0)
     if y.dim() == 2:
         labelled = ~missing.any(dim=1)
-        if (y[labelled] > 1).any():
-            raise _mismatch(config, "a label is neither 0 nor 1")
+        _check_values(config, y, labelled.unsqueeze(1) & (y != 0) & (y != 1), "0 or 1")
         y, classes = y.float(), y.size(1)
     else:
         labelled = ~missing
+        _check_values(config, y, labelled & (y != y.floor()), "a whole number, or -1 where it is missing")
         if not (y[labelled] < len(y)).all():
             raise _mismatch(config, f"a label is beyond the {len(y)} classes that as many nodes can have")
         y = y.masked_fill(missing, -1).long()
@@ -77,6 +79,13 @@ def _check_tensors(config: DatasetConfig, tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_complex():
             raise _mismatch(config, f"the {name} are missing, or no dense tensor of numbers")
+
+
+def _check_values(config: DatasetConfig, y: Tensor, wrong: Tensor, valid: str) -> None:
+    """Refuses labels (N,) or (N, C) where ``wrong`` is set."""
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise _mismatch(config, f"a label of node {place[0]} is {y[place].item():g}: must be {valid}")
 
 
 def index_dtype(num_nodes: int) -> torch.dtype:
@@ -117,9 +126,9 @@ def _check_range(config: DatasetConfig, index: Tensor, num_nodes: int, what: str
     if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
         raise _mismatch(config, f"the {what} is not one of node numbers")
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_nodes:
-        raise _mismatch(
-            config, f"the {what} names node {int(index.min() if index.min() < 0 else index.max())} of {num_nodes}"
-        )
+        place = ((index < 0) | (index >= num_nodes)).nonzero()[0].tolist()
+        reason = f"the {what} names node {int(index[tuple(place)])} of {num_nodes} in entry {place[-1]}"
+        raise _mismatch(config, f"{reason}: must be 0 to {num_nodes - 1}")
 
 
 def _mismatch(config: DatasetConfig, reason: str) -> DatasetError:

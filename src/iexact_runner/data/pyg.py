@@ -37,6 +37,7 @@ from torch_geometric.data.storage import GlobalStorage
 
 from iexact_runner.config import DatasetConfig
 from iexact_runner.data import preflight
+from iexact_runner.data.agreement import check_raw
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.planetoid import PARTS, read_planetoid
 from iexact_runner.data.prepare import prepare
@@ -169,6 +170,7 @@ class _Guarded(InMemoryDataset):  # type: ignore[misc]  # torch_geometric has no
                 if isinstance(self, datasets.Planetoid) and not self.trust_pickle:
                     self.save([read_planetoid(raw)], self.processed_paths[0])
                 else:
+                    check_raw(raw)
                     super().process()
         except DatasetError:
             raise

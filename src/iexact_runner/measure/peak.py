@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import os
@@ -16,6 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 1024**2
+# torch's number for the severity of errors: information is 0, a warning 1.
+_LOG_ERRORS = 2
 
 
 class PeakMemory:
@@ -61,12 +64,29 @@ def record_allocations() -> Iterator[list[int]]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would announce itself on the screen
     changes: list[int] = []
     recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
-    recorded.start()
+    # The allocator would warn of each release of what was there before, which is not to be counted.
+    with _errors_alone():
+        recorded.start()
+        try:
+            yield changes
+        finally:
+            recorded.stop()
+            changes += _changes(recorded)
+
+
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Context in which torch's C++ code logs no warnings; where its level is out of reach, nothing changes."""
     try:
-        yield changes
+        level = ctypes.c_int.in_dll(ctypes.CDLL(torch._C.__file__), "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):  # a build that logs by another library
+        yield
+        return
+    before, level.value = level.value, max(level.value, _LOG_ERRORS)
+    try:
+        yield
     finally:
-        recorded.stop()
-        changes += _changes(recorded)
+        level.value = before
 
 
 def _changes(recorded: profile) -> list[int]:

@@ -30,15 +30,20 @@ def write_atomically(path: Path, content: str | bytes, *, keep_as: Path | None =
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is private; results are as readable as anything else the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
+        os.chmod(name, 0o666 & ~current_umask())
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def current_umask() -> int:
+    """What the user takes away from the permissions of new files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def append_line(path: Path, line: str) -> None:

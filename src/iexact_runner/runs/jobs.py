@@ -1,7 +1,8 @@
 """The jobs of a sweep: each has a folder, a status file in it, and one process at a time that may work there.
 
 ``status.json`` says ``queued``, ``running``, ``completed`` or ``failed``. Only a queued job begins, under the lock of
-its folder: however often a job is launched, by however many sweeps, it runs once.
+its folder: however often a job is launched, by however many sweeps, it runs once. A job whose status file is damaged is
+lost: the next sweep sets its file and its records aside and runs it again.
 """
 
 from __future__ import annotations
@@ -12,17 +13,41 @@ import shutil
 import socket
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from iexact_runner.runs.files import write_atomically
 from iexact_runner.runs.locks import locked
-from iexact_runner.runs.records import ATTEMPT, SUMMARY, DamagedRecord, read_run, to_json
+from iexact_runner.runs.records import (
+    ATTEMPT,
+    CONFIG,
+    SUMMARY,
+    DamagedRecord,
+    config_hash,
+    read_config,
+    read_run,
+    to_json,
+)
 
 STATUS, JOB_LOCK = "status.json", "job.lock"
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "running", "completed", "failed"
+# What a job is whose status file is damaged; no file says so.
+LOST = "lost"
+# What the file of a job says before it is queued.
+_BLANK: dict[str, Any] = {
+    "state": QUEUED,
+    "error": None,
+    "traceback": None,
+    "overrides": [],
+    "config_hash": None,
+    "launch": None,
+    "queued": None,
+    "started": None,
+    "ended": None,
+}
 # Seconds after which a folder's lock is taken to be held by a job: all others hold it for a moment only.
 PATIENCE = 2.0
 
@@ -42,26 +67,33 @@ class Job:
         self.folder = folder
 
     def status(self) -> dict[str, Any]:
-        """What its status file says; nothing before it is queued.
-
-        Raises:
-            DamagedRecord: if the file is not whole.
-        """
+        """What its status file says; that it is lost, and why, if the file is damaged."""
         path = self.folder / STATUS
         try:
+            if not path.is_file() and path.exists():  # a pipe may never begin, a device never end
+                raise ValueError("is not a regular file")
             status = json.loads(path.read_bytes())
         except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise DamagedRecord(f"{path}: cannot be read ({error})") from error
-        if not isinstance(status, dict):
-            raise DamagedRecord(f"{path}: is not the status of a job")
-        return status
+            return dict(_BLANK)
+        except (OSError, ValueError, RecursionError) as error:
+            return _BLANK | {"state": LOST, "error": f"{path}: cannot be read ({error})"}
+        problem = _problem(status)
+        return status if problem is None else _BLANK | {"state": LOST, "error": f"{path}: {problem}"}
 
     @property
     def state(self) -> str:
         """What its status file says in a word."""
-        return str(self.status().get("state", QUEUED))
+        return str(self.status()["state"])
+
+    def config_hash(self) -> str | None:
+        """The hash of its configuration on which most of its files agree, its records first; None if none has it."""
+        found: list[str] = []
+        if (self.folder / CONFIG).exists():
+            for read in (lambda: read_config(self.folder / CONFIG), lambda: read_run(self.folder).summary["config"]):
+                with suppress(DamagedRecord):
+                    found.append(config_hash(read()))
+        found += [hashed] if (hashed := self.status()["config_hash"]) else []
+        return Counter(found).most_common(1)[0][0] if found else None
 
     def queue(self, *, overrides: Sequence[str], config_hash: str, launch: str, keep_records: bool) -> bool:
         """Makes it ready to begin; False if it completed after all or another process is at work on it.
@@ -83,10 +115,10 @@ class Job:
             if state == COMPLETED and self._has_completed_records():
                 return False
             if state != QUEUED:
-                self._set_aside(keep_records=keep_records)
-            status = {"state": QUEUED, "error": None, "traceback": None, "overrides": list(overrides)}
-            times = {"queued": time.time(), "started": None, "ended": None}
-            self._write(status | {"config_hash": config_hash, "launch": launch} | times)
+                # Of records that are complete nothing can go on.
+                self._set_aside(keep_records=keep_records and not self._has_completed_records())
+            known = {"overrides": list(overrides), "config_hash": config_hash, "launch": launch}
+            self._write(_BLANK | known | {"queued": time.time()})
             return True
 
     @contextmanager
@@ -102,27 +134,29 @@ class Job:
         """
         with locked(self.folder / JOB_LOCK, patience=PATIENCE) as mine:
             status = self.status()
-            if not mine or status.get("state", QUEUED) != QUEUED:
+            if not mine or status["state"] != QUEUED:
                 yield False
                 return
-            if fail_fast and has_failed(sweep_folder, launch=status.get("launch")):
+            if fail_fast and has_failed(sweep_folder, launch=status["launch"]):
                 yield False
                 return
-            self._write(
-                status | {"state": RUNNING, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-            )
+            status |= {"state": RUNNING, "started": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+            self._write(status)
             try:
                 yield True
             except BaseException as error:
-                self.fail(error)
+                self._fail(status, error)
                 raise
-            self._write(self.status() | {"state": COMPLETED, "ended": time.time()})
+            self._write(status | {"state": COMPLETED, "ended": time.time()})
 
     def fail(self, error: BaseException) -> None:
         """Records what it failed with."""
+        self._fail(self.status(), error)
+
+    def _fail(self, status: dict[str, Any], error: BaseException) -> None:
         lines = "".join(traceback.format_exception(error))
         message = f"{type(error).__name__}: {error}".removesuffix(": ").partition("\n")[0]
-        self._write(self.status() | {"state": FAILED, "error": message, "traceback": lines, "ended": time.time()})
+        self._write(status | {"state": FAILED, "error": message, "traceback": lines, "ended": time.time()})
 
     def bury(self, reason: str) -> None:
         """Records a failure in place of a process that ended without a word."""
@@ -159,20 +193,49 @@ class Job:
         if not keep_records:
             for name in names:
                 os.rename(self.folder / name, aside / name)
-        # Its place is taken by the next status at one blow.
-        shutil.copy(self.folder / STATUS, aside / STATUS)
+        status = self.folder / STATUS
+        if status.is_file() and os.access(status, os.R_OK):  # its place is taken by the next status at one blow
+            shutil.copy(status, aside / STATUS)
+        else:
+            os.rename(status, aside / STATUS)
 
     def _write(self, status: dict[str, Any]) -> None:
         write_atomically(self.folder / STATUS, to_json(status, indent=2) + "\n")
 
 
 def jobs_below(folder: Path) -> list[Job]:
-    """Every job that has a status file below a folder."""
-    paths = sorted(folder.rglob(STATUS))
-    return [Job(path.parent) for path in paths if not path.parent.name.startswith(ATTEMPT)]
+    """Every job that has a status file below a folder, or something else in its place."""
+    found = []
+    for place, inner, names in os.walk(folder):
+        if STATUS in (*inner, *names):
+            found.append(Path(place))
+        inner[:] = [name for name in inner if not name.startswith(ATTEMPT)]
+    return [Job(path) for path in sorted(found)]
 
 
 def has_failed(folder: Path, *, launch: str | None) -> bool:
     """Whether a job of a command failed."""
     statuses = (job.status() for job in jobs_below(folder))
-    return any(status.get("state") == FAILED and status.get("launch") == launch for status in statuses)
+    return any(status["state"] == FAILED and status["launch"] == launch for status in statuses)
+
+
+def _problem(status: Any) -> str | None:
+    """What keeps a value from being the status of a job; None if nothing does."""
+    if not isinstance(status, dict):
+        return "is not the status of a job"
+    missing = [name for name in _BLANK if name not in status]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    if status["state"] not in (QUEUED, RUNNING, COMPLETED, FAILED):
+        return f"state={status['state']!r:.40}: must be queued, running, completed or failed"
+    overrides = status["overrides"]
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        return "overrides: must be a list of words"
+    for name in ("error", "traceback", "config_hash", "launch"):
+        if not isinstance(status[name], str | None):
+            return f"{name}: must be text or null"
+    for name in ("queued", "started", "ended"):
+        seconds = status[name]
+        if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds < 1e12):
+            return f"{name}: must be seconds since 1970 or null"
+    return None

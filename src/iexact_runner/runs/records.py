@@ -101,6 +101,11 @@ class RunFolder:
         if not self.resumed:
             self.write(CONFIG, yaml)
 
+    def forget_config(self) -> None:
+        """Removes the configuration of a run that could not begin; of one that did there are other records."""
+        if not self.resumed and not any((self.path / name).exists() for name in (METRICS, SUMMARY)):
+            (self.path / CONFIG).unlink(missing_ok=True)
+
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``, where others see it when this returns."""
         with self._writing(METRICS):
@@ -197,7 +202,7 @@ def run_folders(folders: Iterable[Path]) -> list[Path]:
     found = set()
     for folder in folders:
         for place, inner, names in os.walk(folder):
-            inner[:] = [name for name in inner if not name.startswith(ATTEMPT)]
+            inner[:] = [name for name in inner if not name.startswith((ATTEMPT, TEMPORARY))]
             if SUMMARY in names or METRICS in names or (CONFIG in names and _is_config(Path(place, CONFIG))):
                 found.add(Path(place))
     return sorted(found, key=lambda path: [_natural(part) for part in path.parts])

@@ -12,7 +12,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from iexact_runner.errors import ConfigError
-from iexact_runner.runs.jobs import COMPLETED, JOB_LOCK, PATIENCE, QUEUED, RUNNING, Ended, Job, has_failed, jobs_below
+from iexact_runner.runs.jobs import (
+    COMPLETED,
+    JOB_LOCK,
+    LOST,
+    PATIENCE,
+    QUEUED,
+    RUNNING,
+    Ended,
+    Job,
+    has_failed,
+    jobs_below,
+)
 from iexact_runner.runs.locks import locked
 
 SWEEP_LOCK = "sweep.lock"
@@ -40,21 +51,31 @@ class Sweep:
         self._fail_fast = fail_fast
         self._keep_records = keep_records
         self._launch = secrets.token_hex(8)
-        self._before: dict[str | None, list[Job]] = {}
+        self._before: dict[str, list[Job]] = {}
+        self._nameless: dict[Path, Job] = {}
         self._skipped: list[Job] = []
 
     @contextmanager
-    def placing(self) -> Iterator[None]:
-        """Context of :meth:`place`: sweeps into one folder take their places one after another."""
+    def placing(self, *, announce: Callable[[str], None] = print) -> Iterator[None]:
+        """Context of :meth:`place`: sweeps into one folder take their places one after another.
+
+        Args:
+            announce: is told, in a line each, of jobs that are lost because their status file is damaged.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / SWEEP_LOCK):
             taken = {job.folder for job in self.jobs}
-            self._before = {}
+            self._before, self._nameless = {}, {}
             for job in jobs_below(self.folder) if self._skip_completed else []:
                 if job.folder not in taken:
-                    status = job.status()
-                    same = self._before.setdefault(status.get("config_hash"), [])
-                    same.insert(0 if status.get("state") == COMPLETED else len(same), job)
+                    status, digest = job.status(), job.config_hash()
+                    if status["state"] == LOST:
+                        announce(f"{status['error']}; set aside, and the job runs again")
+                    if digest is None:
+                        self._nameless[job.folder] = job
+                        continue
+                    same = self._before.setdefault(digest, [])
+                    same.insert(0 if status["state"] == COMPLETED else len(same), job)
             yield
 
     def place(self, overrides: Sequence[str], *, config_hash: str, subfolder: Callable[[int], str]) -> tuple[Job, bool]:
@@ -69,7 +90,9 @@ class Sweep:
             ConfigError: if the folder is somebody else's, whatever N.
         """
         same = self._before.get(config_hash)
-        job = same.pop(0) if same else Job(self._free_folder(subfolder))
+        # A job that left nothing but a damaged status is known by its number alone.
+        lost = None if same else self._nameless.pop(self.folder / subfolder(len(self.jobs)), None)
+        job = same.pop(0) if same else lost or Job(self._free_folder(subfolder))
         self.jobs.append(job)
         queued = job.queue(
             overrides=overrides, config_hash=config_hash, launch=self._launch, keep_records=self._keep_records
@@ -151,9 +174,10 @@ class Sweep:
         for job, status in zip(self.jobs, statuses, strict=True):
             began = status["started"]
             seconds = f"{status['ended'] - began:.1f}" if began and status["ended"] else ""
-            overrides = " ".join(word for word in status["overrides"] if word not in shared)
+            overrides = _printable(" ".join(word for word in status["overrides"] if word not in shared))
             state = status["state"] + (" before" if job in self._skipped else "")
-            table.add_row(self.name_of(job), state, seconds, escape(overrides), escape(status["error"] or ""))
+            error = _printable(status["error"] or "")
+            table.add_row(self.name_of(job), state, seconds, escape(overrides), escape(error))
         console.print(table)
         if not self.completed:
             console.print(f"the same command with {self.again} runs what is missing", highlight=False, soft_wrap=True)
@@ -166,3 +190,8 @@ class Sweep:
     def name_of(self, job: Job) -> str:
         """Where a job lies within the sweep."""
         return str(job.folder.relative_to(self.folder))
+
+
+def _printable(text: str) -> str:
+    """A text of a status file with what would act on a terminal spelt out."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

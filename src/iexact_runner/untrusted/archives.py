@@ -90,7 +90,9 @@ def check_csr(parts: Mapping[str, Array], *, dense: bool) -> None:
     if not fits or (np.diff(indptr.astype(np.int64)) < 0).any():
         raise ValueError("the offsets of a sparse matrix are not those of its entries")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < columns:
-        raise ValueError(f"a sparse matrix has an entry in column {int(indices.max())} of {columns}")
+        entry = np.flatnonzero((indices < 0) | (indices >= columns))[0]
+        row = int(np.searchsorted(indptr, entry, side="right")) - 1
+        raise ValueError(f"row {row} of a sparse matrix names column {int(indices[entry])}: must be 0 to {columns - 1}")
     if dense:
         check_memory(rows * columns * data.dtype.itemsize)
 
