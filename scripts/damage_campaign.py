@@ -1,13 +1,15 @@
 """Bad overrides and damaged files by the hundred: how many were tried, survived and lost.
 
-    python scripts/damage_campaign.py --overrides 200 --files 50
+    python scripts/damage_campaign.py --overrides 200 --files 50 --records 200
 
 A bad override survives if the command ends with a status that is not 0, says exactly one line, which begins with
 ``iexact: ``, and leaves every file and folder as it was. A damaged file of a dataset survives if the command does the
 same, apart from the folder in which every run records that it failed; or if it completes a run with a score that is a
 number, for some bits mean nothing. A damaged record survives if ``iexact-report`` names it, or reads it as whole, and
-in both cases shows the run beside it. A damaged checkpoint survives if the resumed run completes, from an earlier
-state, or is refused in one line. Nothing may run what a file says. All else is lost, and printed.
+in both cases shows the run beside it. So does a record with another value or text in it, in each of the six formats, of
+which none holds markup, an escape or a formula of a record's. A damaged checkpoint survives if the resumed run
+completes, from an earlier state, or is refused in one line. Nothing may run what a file says. All else is lost, and
+printed.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet
+
 from bad_overrides import bad_overrides
 from damaged_files import DATASETS, copy, damages_of, write_datasets
 from iexact_runner import cli
 from iexact_runner.report import command as report
+from iexact_runner.untrusted.text import visible
+from mutated_records import FORMATS, live, mutate
 
 QUICK = ("training.epochs=1", "model.hidden_channels=4", "model.num_layers=2")
 # A proxy that refuses at once: a missing file is not downloaded.
@@ -186,6 +192,47 @@ def try_records(count: int, seed: int, folder: Path) -> Tally:
     return Tally(count, losses)
 
 
+def try_mutated_records(count: int, seed: int, folder: Path) -> Tally:
+    """Reports in all formats on so many runs whose records say something else, beside one without."""
+    rng, losses = random.Random(seed), []
+    tasks = {task: folder / task for task in ("train", "distribution", "fidelity")}
+    for task, place in tasks.items():
+        call(cli.main, [*QUICK, f"task={task}", "fidelity.epochs=[1,2]", f"hydra.run.dir={place}"], folder)
+    copy(tasks["train"], folder / "both" / "whole")
+    for number in range(count):
+        both, place = folder / "both", folder / "both" / "mutated"
+        copy(tasks[rng.choice(sorted(tasks))], place)
+        what = mutate(place, rng)
+        (mutated,) = (path for path in both.iterdir() if path.name != "whole")
+        before = snapshot(both)
+        for form in FORMATS:
+            output = folder / f"report.{form}"
+            outcome = call(report.main, [str(both), "--format", form, "--output", str(output)], folder)
+            complaints = _complaints(outcome, mutated, form, output)
+            if snapshot(both) != before or (folder / "ran").exists():
+                complaints.append("something was changed")
+            if complaints:
+                losses.append(_loss(f"record {number}, {what}, --format {form}", outcome, "; ".join(complaints)))
+        shutil.rmtree(mutated)
+    return Tally(count * len(FORMATS), losses)
+
+
+def _complaints(outcome: Outcome, mutated: Path, form: str, output: Path) -> list[str]:
+    """What is wrong with a report on a mutated run and a whole one."""
+    lines = outcome.stderr.splitlines()
+    found = [f"line {line[:80]!a}" for line in lines if not line.startswith("iexact-report: ")]
+    if outcome.status not in (0, 1):
+        return [*found, "no report"]
+    if outcome.status == 1 and visible(str(mutated)) not in outcome.stderr:
+        found.append("the damaged run is not named")
+    if form == "parquet":
+        return found + ([] if pyarrow.parquet.read_table(output).num_rows else ["no rows"])
+    text = output.read_text()
+    output.unlink()
+    found += [f"stderr: {sign!r}" for sign in set(outcome.stderr) if not sign.isprintable() and sign != "\n"]
+    return found + live(form, text) + ([] if "digits" in text else ["the whole run is not shown"])
+
+
 def try_checkpoints(count: int, seed: int, folder: Path) -> Tally:
     """Resumes so many runs with a damaged checkpoint: from an earlier one, from the start, or not at all."""
     rng, losses = random.Random(seed), []
@@ -220,10 +267,11 @@ def _loss(what: str, outcome: Outcome, more: str) -> str:
 
 
 def main() -> None:
-    """Runs all three parts; the exit status says whether anything was lost."""
+    """Runs all parts; the exit status says whether anything was lost."""
     parser = argparse.ArgumentParser(description="Counts of bad overrides and damaged files: tried, survived, lost.")
     parser.add_argument("--overrides", type=int, default=200, help="bad command lines (default: 200)")
     parser.add_argument("--files", type=int, default=50, help="damaged files, of datasets and of records (default: 50)")
+    parser.add_argument("--records", type=int, default=200, help="mutated records, in every format (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= DEAD
@@ -232,6 +280,7 @@ def main() -> None:
         "bad overrides": (try_overrides, options.overrides),
         "damaged dataset files": (try_datasets, options.files - records - checkpoints),
         "damaged records": (try_records, records),
+        "mutated records x formats": (try_mutated_records, options.records),
         "damaged checkpoints": (try_checkpoints, checkpoints),
     }
     lost = 0

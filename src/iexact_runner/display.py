@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from iexact_runner.runs.records import compression_label
+from iexact_runner.untrusted.text import unmarked
 
 if TYPE_CHECKING:  # torch is slow to import
     from iexact_runner.training import Epoch
@@ -98,7 +99,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
     """Prints the figures of a finished or interrupted run."""
     config = summary["config"]
     title = f"{config['model']['name']} on {config['dataset']['name']}, {compression_label(config['compression'])}"
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=unmarked(title, style="table.title"), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     accuracy, memory, throughput = summary["accuracy"], summary["memory"], summary["throughput"]
@@ -106,7 +107,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
         for split in ("train", "val", "test"):
             figures = accuracy[split]
             spread = f" +- {100 * figures['std']:.2f}" if len(figures["values"]) > 1 else ""
-            table.add_row(f"{split} {accuracy['metric']}", f"{100 * figures['mean']:.2f}{spread} %")
+            table.add_row(unmarked(f"{split} {accuracy['metric']}"), f"{100 * figures['mean']:.2f}{spread} %")
     if memory is not None:
         saved, against = memory["saved_mib"], memory["saved_mib_fp32"]
         ratio = f"  ({against / saved:.1f}x less than {against:.2f} in FP32)" if 0 < saved < against else ""
@@ -122,7 +123,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
         table.add_row("energy", f"{summary['energy']['kwh']:.3g} kWh" + (f"  ({emitted:.3g} gCO2e)" if emitted else ""))
     table.add_row("status", summary["status"])
     console.print(table)
-    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
+    console.print(unmarked(f"written to {folder}"), soft_wrap=True)
 
 
 def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
@@ -136,7 +137,7 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
         shape = " x ".join(map(str, tensor["shape"]))
         sizes = (f"{tensor[size] / 2**20:.3f}" for size in ("bytes_fp32", "bytes"))
         op = re.sub(r"Backward\d*$", "", tensor["op"])
-        table.add_row(tensor["layer"], op, shape, tensor["dtype"], *sizes)
+        table.add_row(*map(unmarked, (tensor["layer"], op, shape, tensor["dtype"], *sizes)))
     table.add_section()
     total = sum(tensor["bytes"] for tensor in tensors)
     table.add_row("total", "", "", "", "", f"{total / 2**20:.3f}", style="bold")
@@ -155,7 +156,7 @@ def show_fidelity(console: Console, record: Mapping[str, Any]) -> None:
     table.add_section()
     last = list(record["after"].values())[-1]
     for name, figures in last["parameters"].items():
-        table.add_row(f"  {name}", f"{statistics.fmean(figures['share']):.3f}", *_fidelity_cells(figures))
+        table.add_row(unmarked(f"  {name}"), f"{statistics.fmean(figures['share']):.3f}", *_fidelity_cells(figures))
     console.print(table)
 
 

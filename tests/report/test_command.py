@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -121,6 +122,89 @@ def test_damaged_run_among_a_hundred_is_named_and_the_others_shown(tmp_path, mon
     (row,) = csv.DictReader(io.StringIO(shown))
     assert status == 1 and row["test_repeats"] == "100" and float(row["test_mean"]) == pytest.approx(0.495)
     assert error.count("\n") == 1 and str(path) in error
+
+
+HOSTILE = "x [/nope] \x1b[2J\u202e\n\\input{x} <img src=x> | [a](http://b) $\\frac$ =1"
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """A whole record with text that acts somewhere, in a folder whose name is markup, beside one that is damaged."""
+    monkeypatch.chdir(tmp_path)
+    words = {"name": HOSTILE}
+    environment = {"git_commit": HOSTILE, "torch": "=1+1", "device_name": "-1"}
+    record(tmp_path / "runs" / "a[b]", dataset=words, environment=environment)
+    record(tmp_path / "runs" / "2")
+    record(tmp_path / "runs" / "c[d]", status="failed", dataset={"name": "\x1b[31m"})
+    edit_summary(record(tmp_path / "runs" / "\x1b[e]\n"), memory={"saved_mib": HOSTILE})
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "markdown", "latex", "html"])
+def test_text_of_records_acts_nowhere(hostile, monkeypatch, capsys, form):
+    status, shown, error = iexact_report(monkeypatch, capsys, "runs", "--format", form, "--title", HOSTILE)
+    assert status == 1 and "runs/\\x1b[e]\\n/summary.json: memory.saved_mib=" in error
+    for text in (shown, error):
+        assert {sign for sign in text if not sign.isprintable()} <= {"\n"}
+    bare = shown.replace("{[}", "[").replace("\n", "")
+    if form in ("table", "markdown", "latex", "html"):
+        assert "c[d]" in bare
+    if form == "table":
+        assert "[/nope]" in shown and "[points]" not in shown
+    if form == "csv":
+        rows = list(csv.DictReader(io.StringIO(shown)))
+        assert {row["torch"] for row in rows} == {"'=1+1", "2.13.0"} and "'-1" in {row["device_name"] for row in rows}
+        assert "runs/c[d]: failed" in error
+    if form == "markdown":
+        assert "<" not in shown and "](" not in shown.replace("\\](", "") and "://" not in shown.replace("\\://", "")
+    if form == "latex":
+        assert all(
+            line.lstrip().startswith(("\\", "%")) or line.endswith("\\\\") for line in shown.splitlines() if line
+        )
+        assert "\\input" not in shown.replace("% ", "%").split("%")[0]
+    if form == "html":
+        assert "<img" not in shown
+
+
+def test_text_of_records_is_no_formula_of_a_figure(hostile, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    status, _, error = iexact_report(monkeypatch, capsys, "runs", "--figures", "figures")
+    assert status == 1 and all(line.startswith("iexact-report: ") for line in error.splitlines())
+    assert r"$\frac$" in (hostile.parent / "figures" / "curves.svg").read_text()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "config.yaml"])
+@pytest.mark.parametrize("kind", ["pipe", "hundreds of megabytes", "folder"])
+def test_what_is_no_file_of_a_run_is_named_at_once(runs, monkeypatch, capsys, name, kind):
+    bad = record(runs / "5", seed=9, status="unfinished" if name == "config.yaml" else "completed")
+    (bad / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(bad / name)
+    elif kind == "folder":
+        (bad / name).mkdir()
+    else:
+        (bad / name).touch()
+        os.truncate(bad / name, 2**29)
+    status, shown, error = iexact_report(monkeypatch, capsys, "runs")
+    assert status == 1 and error.count("\n") == 1 and f"runs/5/{name}: " in error and "synthetic_arxiv" in shown
+
+
+def test_parquet_takes_columns_of_several_types(runs, monkeypatch, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for index, value in enumerate((1, 2.5, "x", [1], True, {"a": 1})):
+        record(runs / f"1{index}", model={"odd": value, "mixed": (1, 2.5)[index % 2]}, dataset={"name": "flickr"})
+    assert iexact_report(monkeypatch, capsys, "runs", "--format", "parquet", "--output", "rows.parquet")[0] == 0
+    rows = parquet.read_table("rows.parquet").to_pylist()
+    assert {"1", "2.5", "x", "[1]", "True", "{'a': 1}", None} == {row["model.odd"] for row in rows}
+    assert {1.0, 2.5, None} == {row["model.mixed"] for row in rows}
+
+
+def test_screen_without_the_letters_of_a_name_is_written_all_the_same(tmp_path):
+    record(tmp_path / "run", dataset={"name": "caf\u00e9"})
+    code = "from iexact_runner.report.command import main; main()"
+    command, environment = [sys.executable, "-c", code, str(tmp_path)], os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert r"caf\xe9" in result.stdout and result.stderr == ""
 
 
 def test_a_thousand_runs_take_seconds(tmp_path):

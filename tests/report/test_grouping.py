@@ -85,11 +85,17 @@ def test_gradient_error_has_a_metric_for_each_epoch(tmp_path):
     assert [metric.name for metric in metrics][-2:] == ["gradient_error_5", "gradient_error_30"]
 
 
-def test_summary_with_odd_values_has_no_cell_there(tmp_path):
-    run = record(tmp_path / "run")
-    edit_summary(run, accuracy={"metric": "accuracy", "test": {"values": ["x"]}}, memory=5, throughput=None)
-    (row,) = group([read_run(run)], list(METRICS.values()), by=()).rows
-    assert row.cells == {}
+@pytest.mark.parametrize(
+    "odd", ["x", ["x"], [True], [1e301], {"median": 1.0}, {"median": "a", "p20": 1, "p80": 2}, None, True, 1e301]
+)
+def test_what_is_no_figure_has_no_cell(tmp_path, odd):
+    """Of a path that somebody names any may stand there, in one run this and in the next another."""
+    runs = []
+    for seed, value in enumerate((2.0, odd, 4)):
+        edit_summary(record(tmp_path / str(seed), seed=seed), notes={"n": value})
+        runs.append(read_run(tmp_path / str(seed)))
+    (row,) = group(runs, metrics_named(["notes.n"], runs), by=()).rows
+    assert (row.cells["notes.n"].value, row.cells["notes.n"].repeats) == (3.0, 2)
 
 
 # Specification, section 5: what the reference logs, and what its layout keeps.

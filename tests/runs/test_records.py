@@ -33,7 +33,7 @@ from iexact_runner.runs.records import (
 from recorded import CONFIG, record
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=12,
 )
@@ -143,9 +143,13 @@ def test_run_without_a_summary_is_unfinished(tmp_path):
     [
         ("summary.json", lambda text: text[: len(text) // 2], "is not JSON"),
         ("summary.json", lambda text: "[1, 2]", "is not the summary of a run"),
-        ("summary.json", lambda text: text.replace('"epochs": 3', '"epochs": "3"'), "is not the summary of a run"),
+        (
+            "summary.json",
+            lambda text: text.replace('"epochs": 3', '"epochs": "3"'),
+            'config.training.epochs="3": expected int',
+        ),
         ("summary.json", lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema_version=9"),
-        ("summary.json", lambda text: text.replace('"completed"', '"fine"'), "status=fine: must be one of completed"),
+        ("summary.json", lambda text: text.replace('"completed"', '"fine"'), 'status="fine": must be one of completed'),
         ("metrics.jsonl", lambda text: text[:-20], "its last line is cut off"),
         ("metrics.jsonl", lambda text: text[: text.rfind("{")], "has 5 lines, a completed run 6"),
         ("metrics.jsonl", lambda text: text[:-2] + "\n", "is not JSON"),
@@ -162,7 +166,7 @@ def test_damage_is_noticed_and_the_file_named(tmp_path, name, damage, reason):
 def test_damage_in_the_middle_is_noticed_when_the_lines_are_read(tmp_path):
     path = record(tmp_path / "run") / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"run": 0, "epoch": 2', '{"run": 0, "epoch" 2'))
-    with pytest.raises(DamagedRecord, match=r"metrics.jsonl: is not JSON"):
+    with pytest.raises(DamagedRecord, match=r"metrics.jsonl: line 2: is not JSON"):
         read_run(tmp_path / "run").metrics()
 
 
@@ -177,7 +181,7 @@ def test_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 def test_unreadable_config_of_an_unfinished_run_is_named(tmp_path):
     path = record(tmp_path / "run", status="unfinished") / "config.yaml"
     path.write_text("model: [")
-    with pytest.raises(DamagedRecord, match=r"config.yaml: cannot be read"):
+    with pytest.raises(DamagedRecord, match=r"config.yaml: is not YAML"):
         read_run(tmp_path / "run")
 
 
@@ -237,12 +241,25 @@ def test_references_and_devices_are_refused(tmp_path):
         read_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("value", ['"words"', "NaN", "1e400", "[1]"])
-def test_words_in_the_place_of_numbers_are_noticed_when_the_lines_are_read(tmp_path, value):
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("loss", '"words"', 'loss="words": expected float | null, got str'),
+        ("loss", "NaN", "is not JSON (NaN is no number of JSON)"),
+        ("loss", "1e400", "loss=inf: must be a finite number"),
+        ("loss", "[1]", "loss=[1]: expected float | null, got array"),
+        ("loss", "true", "loss=true: expected float | null, got bool"),
+        ("test", "1.5", "test=1.5: expected float <= 1.0"),
+        ("epoch", '1, "seconds": "a while"', 'seconds="a while": must be a number or null'),
+        ("epoch", '1, "epoch": 1', 'is not JSON (has "epoch" twice)'),
+    ],
+)
+def test_what_is_not_the_line_of_an_epoch_is_named_when_the_lines_are_read(tmp_path, field, value, reason):
     path = record(tmp_path / "run") / "metrics.jsonl"
-    path.write_text(re.sub('"loss": [^,]*', f'"loss": {value}', path.read_text(), count=1))
-    with pytest.raises(DamagedRecord, match="something is not a number"):
+    path.write_text(re.sub(f'"{field}": [^,}}]*', f'"{field}": {value}', path.read_text(), count=1))
+    with pytest.raises(DamagedRecord) as error:
         read_run(tmp_path / "run").metrics()
+    assert str(error.value) == f"{path}: line 1: {reason}"
 
 
 def test_deeply_nested_json_is_damage(tmp_path):

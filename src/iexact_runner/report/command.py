@@ -15,6 +15,7 @@ from iexact_runner.report import tables
 from iexact_runner.report.grouping import METRICS
 from iexact_runner.report.reading import Report, read_report
 from iexact_runner.runs.files import write_atomically
+from iexact_runner.untrusted.text import visible
 
 FORMATS = ("table", "csv", "parquet", "markdown", "latex", "html")
 EXIT_DAMAGED, EXIT_USAGE = 1, 2
@@ -35,6 +36,8 @@ def show(report: Report, console: Console, *, title: str) -> None:
 def main() -> None:
     """Entry point of ``iexact-report``: 1 if something could not be read, 2 if it was asked for wrongly."""
     options = make_parser().parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the screen has no letters for ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         report = read_report(
             options.folders,
@@ -51,7 +54,7 @@ def main() -> None:
     except (UserError, OSError) as error:
         _fail(str(error), EXIT_DAMAGED)
     for line in report.damaged:
-        print(f"iexact-report: {line}", file=sys.stderr)
+        _say(line)
     sys.exit(EXIT_DAMAGED if report.damaged else 0)
 
 
@@ -60,7 +63,7 @@ def _write(report: Report, options: argparse.Namespace) -> None:
         from iexact_runner.report import figures
 
         for path in figures.write(report, options.figures):
-            print(f"iexact-report: wrote {path}", file=sys.stderr)
+            _say(f"wrote {path}")
     if options.format == "parquet":
         if options.output is None:
             raise ConfigError.of("--output", None, "--format=parquet writes a file: name it")
@@ -76,9 +79,9 @@ def _write(report: Report, options: argparse.Namespace) -> None:
             write_atomically(options.output, text)
     if options.format in ("csv", "parquet"):  # what the other formats say in their text
         for run in report.incomplete:
-            print(f"iexact-report: {run.folder}: {run.status}", file=sys.stderr)
+            _say(f"{run.folder}: {run.status}")
         for warning in report.results.warnings:
-            print(f"iexact-report: warning: {warning}", file=sys.stderr)
+            _say(f"warning: {warning}")
 
 
 def _render(report: Report, options: argparse.Namespace) -> str:
@@ -89,7 +92,7 @@ def _render(report: Report, options: argparse.Namespace) -> str:
         from iexact_runner.report.page import render_page
 
         if not figures.can_draw():
-            print(f"iexact-report: a page without figures: {figures.NEEDS_MATPLOTLIB}", file=sys.stderr)
+            _say(f"a page without figures: {figures.NEEDS_MATPLOTLIB}")
         return render_page(report, title=options.title)
     if options.format == "table":
         text = io.StringIO()
@@ -130,6 +133,10 @@ def _split(options: Sequence[str]) -> list[str]:
     return [name for option in options for name in option.split(",") if name]
 
 
+def _say(message: str) -> None:
+    print(f"iexact-report: {visible(message)}", file=sys.stderr)
+
+
 def _fail(message: str, status: int) -> None:
-    print(f"iexact-report: {message}", file=sys.stderr)
+    _say(message)
     sys.exit(status)

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from iexact_runner.errors import UserError
 from iexact_runner.report.grouping import METRICS, Metric, Row
+from iexact_runner.report.inert import to_figure
 from iexact_runner.runs.files import write_atomically
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ KINDS = (
     (r"ReLU|Relu", "ReLU"),
 )
 MOST_CURVES = 8
+MOST_PANELS = 60
 MIB = 1024**2
 NEEDS_MATPLOTLIB = "figures need matplotlib; pip install 'iexact-runner[figures]'"
 
@@ -85,7 +88,8 @@ def draw(report: Report) -> dict[str, Figure]:
     """
     settings: dict[str, list[Row]] = {}
     for row in report.results.rows:
-        settings.setdefault(f"{row.shared('config.model.name')} on {row.shared('config.dataset.name')}", []).append(row)
+        title = to_figure(f"{row.shared('config.model.name')} on {row.shared('config.dataset.name')}")
+        settings.setdefault(title, []).append(row)
     draws: dict[str, Callable[[dict[str, list[Row]]], Figure | None]] = {
         "pareto": draw_pareto,
         "memory": draw_memory,
@@ -125,7 +129,7 @@ def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
         return None
     figure, places = _panels(len(panels), columns=2, height=3.2)
     looks = _Looks()
-    for axes, (title, metric, sign, points) in zip(places, panels, strict=True):
+    for axes, (title, metric, sign, points) in zip(places, panels, strict=False):
         front = _front([(x, sign * y) for _, x, y in points])
         axes.plot([x for x, _ in front], [sign * y for _, y in front], color="#999999", linewidth=1.2, zorder=2)
         for row, x, y in points:
@@ -153,7 +157,7 @@ def draw_memory(settings: dict[str, list[Row]]) -> Figure | None:
         return None
     figure, places = _panels(len(panels), columns=1, height=0.8 + 0.26 * max(len(bars) for _, bars in panels))
     looks = _Looks()
-    for axes, (title, bars) in zip(places, panels, strict=True):
+    for axes, (title, bars) in zip(places, panels, strict=False):
         _stack(axes, bars, looks)
         axes.set(title=title, xlabel="saved [MiB]")
     looks.legend(figure)
@@ -168,7 +172,7 @@ def draw_curves(settings: dict[str, list[Row]]) -> Figure | None:
         return None
     figure, places = _panels(2 * len(found), columns=2, height=3.0)
     looks = _Looks()
-    for index, (title, rows) in enumerate(found.items()):
+    for index, (title, rows) in enumerate(list(found.items())[: len(places) // 2]):
         losses, scores = places[2 * index : 2 * index + 2]
         for row, curves in rows[:MOST_CURVES]:
             colour, _ = looks.of(_short(row))
@@ -191,7 +195,7 @@ def draw_throughput(settings: dict[str, list[Row]]) -> Figure | None:
     if not rated:
         return None
     figure, places = _panels(len(rated), columns=1, height=0.8 + 0.26 * max(map(len, rated.values())))
-    for axes, (title, rows) in zip(places, rated.items(), strict=True):
+    for axes, (title, rows) in zip(places, rated.items(), strict=False):
         names = [_short(row) for row, _ in rows]
         values = [cell.value for _, cell in rows]
         whiskers = [
@@ -217,17 +221,17 @@ def draw_activations(settings: dict[str, list[Row]]) -> Figure | None:
     if not panels:
         return None
     figure, places = _panels(len(panels), columns=3, height=2.2)
-    for axes, (title, one) in zip(places, panels, strict=True):
+    for axes, (title, one) in zip(places, panels, strict=False):
         cells = len(one["observed"])
         edges = [cell / cells for cell in range(cells + 1)]
         axes.stairs([cells * mass for mass in one["observed"]], edges, fill=True, color="#b9c9d8", label="observed")
         normal = [cells * mass for mass in one["clipped_normal"]]
         axes.stairs(normal, edges, color=COLOURS[1], linewidth=1.3, label=f"clipped normal, JS {_js(one, 'normal')}")
         axes.axhline(1.0, color=COLOURS[0], linewidth=1.3, label=f"uniform, JS {_js(one, 'uniform')}")
-        axes.set_title(f"{title}\n{one['layer']}, {one['op']}, d = {one['d']}", fontsize=8)
+        axes.set_title(f"{title}\n{to_figure(one['layer'])}, {to_figure(one['op'])}, d = {one['d']}", fontsize=8)
         # A mass at either end, where a block's extremes lie, would hide the rest.
         inner = [cells * mass for mass in one["observed"][1:-1]] + normal[1:-1]
-        axes.set_ylim(0, 1.6 * max(inner))
+        axes.set_ylim(0, 1.6 * (max(inner) or 1.0))
         axes.legend(fontsize=7, loc="upper right", frameon=True, framealpha=0.8, edgecolor="none")
     for axes in places[-3:]:
         axes.set_xlabel("h / B")
@@ -269,13 +273,16 @@ class _Looks:
 
 
 def _panels(count: int, *, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels, read in lines; ``height`` is that of one in inches."""
+    """A figure with so many panels, but no more than can be looked at, read in lines; ``height`` of one in inches."""
     from matplotlib.figure import Figure
 
-    columns = min(columns, count)
-    lines = -(-count // columns)
+    shown = min(count, MOST_PANELS)
+    columns = min(columns, shown)
+    lines = -(-shown // columns)
     figure = Figure(figsize=({1: 7.5, 2: 9.5}.get(columns, 12.0), height * lines + 0.5), layout="constrained")
-    places = [figure.add_subplot(lines, columns, place + 1) for place in range(count)]
+    places = [figure.add_subplot(lines, columns, place + 1) for place in range(shown)]
+    if shown < count:
+        figure.suptitle(f"the first {shown} of {count} panels")
     return figure, places
 
 
@@ -285,7 +292,8 @@ def _style() -> Iterator[None]:
         raise UserError(NEEDS_MATPLOTLIB)
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font lacks, a label too long for its panel
         yield
 
 
@@ -330,7 +338,7 @@ def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], looks: _Loo
         axes.annotate(f"{total:.2f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(places, [_short(row) for row, _ in bars])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(left))
+    axes.set_xlim(0, 1.12 * (max(left) or 1.0))
     axes.grid(visible=False, axis="y")
 
 
@@ -359,12 +367,12 @@ def _short(row: Row) -> str:
     """What tells a row apart from the others of its panel."""
     words = {name: value for name, value in row.labels.items() if name not in ("model", "dataset")}
     named = [str(value) if name == "compression" else f"{name.split('.')[-1]} {value}" for name, value in words.items()]
-    return ", ".join(named) or ", ".join(map(str, row.labels.values()))
+    return to_figure(", ".join(named) or ", ".join(map(str, row.labels.values())))
 
 
 def _named(metric: Metric, rows: Sequence[Row]) -> str:
     names = {run.lookup("accuracy.metric") for row in rows for run in row.runs} - {None}
-    return metric.title.replace("score", names.pop().replace("_", "-") if len(names) == 1 else "score")
+    return to_figure(metric.title.replace("score", names.pop().replace("_", "-") if len(names) == 1 else "score"))
 
 
 def _plain_numbers(axis: Any, values: Sequence[float]) -> None:

@@ -230,10 +230,15 @@ def _samples(run: Run, metric: Metric) -> Any:
     """The figure as the run recorded it: a number, a list of numbers, a mapping of percentiles; None for none."""
     value = run.lookup(metric.path)
     if isinstance(value, Mapping):
-        return value if {"median", "p20", "p80"} <= value.keys() else None
+        return value if all(_is_figure(value.get(name)) for name in ("median", "p20", "p80")) else None
     if isinstance(value, list):
-        return value if value and all(isinstance(item, (int, float)) for item in value) else None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return value if value and all(map(_is_figure, value)) else None
+    return value if _is_figure(value) else None
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value can be averaged with others of its size."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _cell(runs: Sequence[Run], metric: Metric) -> Cell | None:
@@ -241,6 +246,8 @@ def _cell(runs: Sequence[Run], metric: Metric) -> Cell | None:
     if not samples:
         return None
     first = samples[0][1]
+    # A path that somebody names may lead to a number in one run and to a list in another.
+    samples = [(run, sample) for run, sample in samples if _shape(sample) is _shape(first)]
     if isinstance(first, Mapping):
         middle, low, high = (statistics.median(s[key] for _, s in samples) for key in ("median", "p20", "p80"))
         return Cell(middle, p20=low, p80=high, repeats=len(samples))
@@ -251,6 +258,10 @@ def _cell(runs: Sequence[Run], metric: Metric) -> Cell | None:
     # Kept bytes of repeats are the same to the last bit, and then have no spread to show.
     spread = pooled["std"] or None
     return Cell(pooled["mean"], std=spread, repeats=len(samples), published=_published(samples[0][0], metric))
+
+
+def _shape(sample: Any) -> type:
+    return float if isinstance(sample, int) else type(sample)
 
 
 def _published(run: Run, metric: Metric) -> dict[str, float]:

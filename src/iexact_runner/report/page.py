@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from iexact_runner import __version__
 from iexact_runner.report import figures, tables
+from iexact_runner.report.inert import to_html
 
 if TYPE_CHECKING:
     from iexact_runner.report.reading import Report
@@ -28,7 +29,7 @@ def render_page(report: Report, *, title: str) -> str:
     """The page as text, its figures inlined as SVG; without matplotlib a line says what they need."""
     sections = [tables.html_table(grid) for grid in report.grids(title=title)]
     if report.damaged:
-        lines = "".join(f"<p>{html.escape(line)}</p>" for line in report.damaged)
+        lines = "".join(f"<p>{to_html(line)}</p>" for line in report.damaged)
         sections.append(f"<h2>cannot be read</h2>\n{lines}\n")
     if figures.can_draw():
         for name, figure in figures.draw(report).items():
@@ -37,7 +38,7 @@ def render_page(report: Report, *, title: str) -> str:
         sections.append(f"<p>{html.escape(figures.NEEDS_MATPLOTLIB)}</p>\n")
     where = ", ".join(sorted({str(run.folder.parent) for run in report.completed}))
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{''.join(sections)}"
-        f"<p>iexact-report {__version__}, from {html.escape(where)}</p>\n</body>\n</html>\n"
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{to_html(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{to_html(title)}</h1>\n{''.join(sections)}"
+        f"<p>iexact-report {__version__}, from {to_html(where)}</p>\n</body>\n</html>\n"
     )

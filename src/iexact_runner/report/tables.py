@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +17,9 @@ from rich.table import Table
 from iexact_runner.errors import UserError
 from iexact_runner.report import published
 from iexact_runner.report.grouping import ENVIRONMENT, Cell, Metric, Results, Row
-from iexact_runner.runs.records import Run, flatten
+from iexact_runner.report.inert import to_cell, to_html, to_markdown, to_tex
+from iexact_runner.runs.records import Run, value_at
+from iexact_runner.untrusted.text import unmarked, visible
 
 # Columns that every row of a CSV or Parquet file has, whatever the table shows.
 CONFIG_COLUMNS = (
@@ -134,11 +134,11 @@ def distribution_of(results: Results) -> Grid | None:
         for run in row.runs:
             for observed in run.lookup("distribution") or []:
                 for one in observed:
-                    maps.setdefault((one["layer"], one["op"]), []).append(dict(flatten(one)))
+                    maps.setdefault((one["layer"], one["op"]), []).append(one)
         for (layer, op), repeats in maps.items():
             figures = [
-                f"{scale * statistics.fmean(one[name] for one in repeats):.{digits}f}"
-                for name, scale, digits in DISTRIBUTION.values()
+                f"{scale * statistics.fmean(value_at(one, path) for one in repeats):.{digits}f}"
+                for path, scale, digits in DISTRIBUTION.values()
             ]
             lines.append([*map(str, row.labels.values()), layer, op, *figures])
     if not lines:
@@ -175,26 +175,26 @@ def _heading(metric: Metric, rows: Sequence[Row]) -> str:
 
 def print_grid(console: Console, grid: Grid) -> None:
     """Prints a table on a terminal, or as plain text where there is none."""
-    table = Table(title=grid.title, title_justify="left")
+    table = Table(title=unmarked(grid.title, style="table.title"), title_justify="left")
     for name, figure in zip(grid.header, grid.figures, strict=True):
-        table.add_column(name, justify="right" if figure else "left", overflow="fold")
+        table.add_column(unmarked(name), justify="right" if figure else "left", overflow="fold")
     for row in grid.rows:
-        table.add_row(*row)
+        table.add_row(*map(unmarked, row))
     console.print(table)
     for note in grid.notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        console.print(unmarked(note), soft_wrap=True)
 
 
 def markdown(grid: Grid) -> str:
     """A table of GitHub-flavoured Markdown."""
-    lines = [f"### {grid.title}", "", _pipes(grid.header)]
+    lines = [f"### {to_markdown(grid.title)}", "", _pipes(grid.header)]
     lines.append("|" + "|".join("---:" if figure else "---" for figure in grid.figures) + "|")
     lines += [_pipes(row) for row in grid.rows]
-    return "\n".join(lines + [line for note in grid.notes for line in ("", note)]) + "\n"
+    return "\n".join(lines + [line for note in grid.notes for line in ("", to_markdown(note))]) + "\n"
 
 
 def _pipes(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(to_markdown, cells)) + " |"
 
 
 def latex(grid: Grid) -> str:
@@ -202,25 +202,18 @@ def latex(grid: Grid) -> str:
     columns = "".join("r" if figure else "l" for figure in grid.figures)
     lines = [
         r"\begin{table}",
-        rf"  \caption{{{_tex(grid.title)}}}",
+        rf"  \caption{{{to_tex(grid.title)}}}",
         rf"  \begin{{tabular}}{{{columns}}}",
         r"    \toprule",
-        f"    {' & '.join(map(_tex, grid.header))} \\\\",
+        f"    {' & '.join(map(to_tex, grid.header))} \\\\",
         r"    \midrule",
-        *(f"    {' & '.join(map(_tex, row))} \\\\" for row in grid.rows),
+        *(f"    {' & '.join(map(to_tex, row))} \\\\" for row in grid.rows),
         r"    \bottomrule",
         r"  \end{tabular}",
         r"\end{table}",
-        *(f"% {note}" for note in grid.notes),
+        *(f"% {visible(note)}" for note in grid.notes),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    escaped = "".join(special.get(sign, rf"\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
-    escaped = re.sub(r"(?<![\w.])([+-])(?=\d)", r"$\1$", escaped)  # a sign, not a hyphen
-    return escaped.replace(" +- ", r" $\pm$ ").replace(" - ", "--")
 
 
 def html_table(grid: Grid) -> str:
@@ -228,15 +221,15 @@ def html_table(grid: Grid) -> str:
 
     def line(cells: Sequence[str], tag: str) -> str:
         parts = [
-            f'<{tag} class="figure">{html.escape(cell)}</{tag}>' if figure else f"<{tag}>{html.escape(cell)}</{tag}>"
+            f'<{tag} class="figure">{to_html(cell)}</{tag}>' if figure else f"<{tag}>{to_html(cell)}</{tag}>"
             for cell, figure in zip(cells, grid.figures, strict=True)
         ]
         return f"<tr>{''.join(parts)}</tr>"
 
     body = "\n".join(line(row, "td") for row in grid.rows)
-    notes = "\n".join(f"<p>{html.escape(note)}</p>" for note in grid.notes)
+    notes = "\n".join(f"<p>{to_html(note)}</p>" for note in grid.notes)
     head = f"<thead>{line(grid.header, 'th')}</thead>"
-    return f"<h2>{html.escape(grid.title)}</h2>\n<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>\n{notes}\n"
+    return f"<h2>{to_html(grid.title)}</h2>\n<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>\n{notes}\n"
 
 
 def flat_rows(results: Results) -> list[dict[str, Any]]:
@@ -275,12 +268,12 @@ def _flat_cell(name: str, cell: Cell | None) -> dict[str, Any]:
 
 
 def to_csv(results: Results) -> str:
-    """Comma-separated values, nulls empty."""
+    """Comma-separated values, nulls empty; no text of a run is a formula of a spreadsheet."""
     rows = flat_rows(results)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(to_cell, rows[0] if rows else ()))
+    writer.writerows(map(to_cell, row.values()) for row in rows)
     return text.getvalue()
 
 
@@ -298,6 +291,9 @@ def write_parquet(results: Results, path: Path) -> None:
     rows = flat_rows(results)
     for name in rows[0] if rows else ():
         # A column has one type: where one row joins values that differ, all rows hold text.
-        if any(isinstance(row[name], str) for row in rows):
+        types = {type(row[name]) for row in rows} - {type(None)}
+        if types == {int, float}:
+            rows = [row | {name: None if row[name] is None else float(row[name])} for row in rows]
+        elif len(types) > 1 or types & {dict, list}:
             rows = [row | {name: None if row[name] is None else str(row[name])} for row in rows]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)

@@ -17,10 +17,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import UserError
+from iexact_runner.runs import schema
 from iexact_runner.runs.files import (
     LOCK,
     TEMPORARY,
@@ -31,6 +30,8 @@ from iexact_runner.runs.files import (
     sync,
     write_atomically,
 )
+from iexact_runner.untrusted import documents
+from iexact_runner.untrusted.text import shown, visible
 
 SCHEMA_VERSION = 1
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -40,11 +41,17 @@ ATTEMPT = "attempt_"
 # Fields of a configuration that say where and how it is recorded; no number depends on them.
 WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "resume", "sweep")
 
+# Bytes that a file may have; of metrics that is some 250,000 epochs.
+MOST_CONFIG, MOST_SUMMARY, MOST_METRICS = 2**18, 2**24, 2**26
+
 _COMPRESSION_DEFAULTS = {field.name: field.default for field in fields(CompressionConfig)}
 
 
 class DamagedRecord(UserError):
-    """A file of a run that cannot be read as what it should hold."""
+    """A file of a run that cannot be read as what it should hold; the message may quote what is there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 class UnwritableFolder(UserError):
@@ -172,25 +179,24 @@ class Run:
 
     def lookup(self, path: str) -> Any:
         """Value at a dotted path of the summary; None where there is none."""
-        value: Any = self.summary
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return value_at(self.summary, path)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; of a run that was not completed, without a last one that is cut off.
 
         Raises:
-            DamagedRecord: if one is not JSON, or not of an epoch.
+            DamagedRecord: if one is not JSON, or not that of an epoch.
         """
         path = self.folder / METRICS
-        lines = _read(path).splitlines() if path.exists() else []
-        epochs = [_parse(path, line) for line in (lines if self.status == "completed" else lines[: self.epochs])]
-        for epoch in epochs:
-            if not isinstance(epoch, dict) or not {"run", "epoch", "loss", "test"} <= epoch.keys():
-                raise DamagedRecord(f"{path}: has a line that is not that of an epoch")
-            if not all(value is None or _is_number(value) for value in epoch.values()):
-                raise DamagedRecord(f"{path}: has a line in which something is not a number")
+        lines = _read(path, limit=MOST_METRICS).splitlines() if path.exists() else []
+        epochs = []
+        for number, line in enumerate(lines if self.status == "completed" else lines[: self.epochs], start=1):
+            with _damage_in(path, f"line {number}"):
+                epoch = documents.parse_json(line)
+                schema.check(epoch, schema.Epoch)
+                if words := [name for name, value in epoch.items() if not _is_number(value) and value is not None]:
+                    raise ValueError(f"{words[0]}={shown(epoch[words[0]])}: must be a number or null")
+            epochs.append(epoch)
         return epochs
 
 
@@ -216,8 +222,11 @@ def read_run(folder: Path) -> Run:
     """
     try:
         if not (folder / SUMMARY).exists():
-            config = {"config": read_config(folder / CONFIG)}
-            return Run(folder, "unfinished", config, _count_lines(folder / METRICS, completed=False))
+            config = read_config(folder / CONFIG)
+            with _damage_in(folder / CONFIG):
+                schema.check(config, schema.Config)
+                schema.check_fields(config)
+            return Run(folder, "unfinished", {"config": config}, _count_lines(folder / METRICS, completed=False))
         summary = _read_summary(folder / SUMMARY)
         lines = _count_lines(folder / METRICS, completed=summary["status"] == "completed")
     except OSError as error:
@@ -232,76 +241,54 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    summary = _parse(path, _read(path))
-    if not isinstance(summary, dict) or not _is_whole(summary.get("config")):
-        raise DamagedRecord(f"{path}: is not the summary of a run")
-    if summary.get("schema_version") != SCHEMA_VERSION:
-        version = summary.get("schema_version")
-        raise DamagedRecord(f"{path}: schema_version={version}: this version reads {SCHEMA_VERSION}")
-    if summary.get("status") not in STATUSES:
-        raise DamagedRecord(f"{path}: status={summary.get('status')}: must be one of {', '.join(STATUSES)}")
-    if not _is_observed(summary.get("distribution")):
-        raise DamagedRecord(f"{path}: distribution is not that of maps")
+    data = _read(path, limit=MOST_SUMMARY)
+    with _damage_in(path):
+        summary = documents.parse_json(data)
+        if not isinstance(summary, dict):
+            raise ValueError("is not the summary of a run")
+        if (version := summary.get("schema_version")) != SCHEMA_VERSION:
+            raise ValueError(f"schema_version={shown(version)}: this version reads {SCHEMA_VERSION}")
+        if summary.get("status") not in STATUSES:
+            raise ValueError(f"status={shown(summary.get('status'))}: must be one of {', '.join(STATUSES)}")
+        schema.check(summary, schema.Summary)
+        schema.check_fields(summary["config"])
     checked: dict[str, Any] = summary
     return checked
 
 
-def _is_observed(distribution: Any) -> bool:
-    """Whether what ``task=distribution`` observed of the maps of each repeat is whole; other tasks have none of it."""
-    if distribution is None:
-        return True
-    if not isinstance(distribution, list) or not all(isinstance(repeat, list) for repeat in distribution):
-        return False
-    maps = [one for repeat in distribution for one in repeat]
-    return all(isinstance(one, dict) and _are_masses(one.get("observed"), one.get("clipped_normal")) for one in maps)
-
-
-def _are_masses(*histograms: Any) -> bool:
-    lists = [histogram for histogram in histograms if isinstance(histogram, list) and len(histogram) > 2]
-    numbers = all(_is_number(mass) for histogram in lists for mass in histogram)
-    return numbers and len(lists) == len(histograms)
-
-
-def _is_whole(config: Any) -> bool:
-    """Whether a configuration has what every reader of records counts on."""
-    groups = ("model", "dataset", "compression", "training")
-    if not isinstance(config, dict) or not all(isinstance(config.get(group), dict) for group in groups):
-        return False
-    return isinstance(config.get("runs"), int) and isinstance(config["training"].get("epochs"), int)
-
-
 def _count_lines(path: Path, *, completed: bool) -> int:
     """Lines of a JSON Lines file; the last whole one is read, for the others were written before it."""
-    data = _read(path) if path.exists() else b""
+    data = _read(path, limit=MOST_METRICS) if path.exists() else b""
     if completed and data and not data.endswith(b"\n"):
         raise DamagedRecord(f"{path}: its last line is cut off")
     data = data[: data.rfind(b"\n") + 1]
     if data:
-        _parse(path, data[data.rfind(b"\n", 0, -1) + 1 :])
+        with _damage_in(path, "its last line"):
+            documents.parse_json(data[data.rfind(b"\n", 0, -1) + 1 :])
     return data.count(b"\n")
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value can be averaged; NaN is none."""
-    return isinstance(value, (int, float)) and -1e300 < value < 1e300
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _read(path: Path) -> bytes:
-    _check_regular(path)
-    return path.read_bytes()
+def _read(path: Path, *, limit: int) -> bytes:
+    with _damage_in(path):
+        return documents.read_bounded(path, limit=limit)
 
 
 def _check_regular(path: Path) -> None:
-    """Refuses a device, which has no end, and a pipe, which may never begin."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DamagedRecord(f"{path}: is not a regular file")
 
 
-def _parse(path: Path, data: bytes) -> Any:
+@contextmanager
+def _damage_in(path: Path, place: str = "") -> Iterator[None]:
+    """Context in which what is found wrong is that of a file, at a place in it."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise DamagedRecord(f"{path}: is not JSON ({error})") from error
+        yield
+    except ValueError as error:
+        raise DamagedRecord(f"{path}: {f'{place}: ' if place else ''}{error}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -311,16 +298,15 @@ def read_config(path: Path) -> dict[str, Any]:
         DamagedRecord: if the file cannot be read as one.
     """
     try:
-        text, loader = _read(path).decode(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        # A few of them can stand for more values than memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
-            raise DamagedRecord(f"{path}: has references, which no configuration of a run has")
-        config = yaml.load(text, Loader=loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DamagedRecord(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(config, dict):
-        raise DamagedRecord(f"{path}: is not the configuration of a run")
-    return config
+        data = _read(path, limit=MOST_CONFIG)
+    except OSError as error:
+        raise DamagedRecord(f"{path}: cannot be read ({error.strerror})") from error
+    with _damage_in(path):
+        config = documents.parse_yaml(data)
+        if not isinstance(config, dict):
+            raise ValueError("is not the configuration of a run")
+    checked: dict[str, Any] = config
+    return checked
 
 
 def _is_config(path: Path) -> bool:
@@ -334,6 +320,13 @@ def _is_config(path: Path) -> bool:
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key under which 2 comes before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def value_at(value: Any, path: str) -> Any:
+    """Value at a dotted path of nested mappings; None where there is none."""
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from iexact_runner.runs.records import (
     read_run,
     run_folders,
 )
+from iexact_runner.untrusted.text import visible
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,9 @@ def check_agreement(
     for path, value in flatten(asked):
         named = everything or any(f"{path}.".startswith(f"{name}.") for name in names)
         if named and path.partition(".")[0] not in WITHOUT_EFFECT and there.get(path, value) != value:
-            valid = f"{folder} has {'null' if there[path] is None else there[path]}, and goes on as it began"
+            valid = (
+                f"{folder} has {'null' if there[path] is None else visible(str(there[path]))}, and goes on as it began"
+            )
             raise ConfigError.of(path, value, valid)
 
 

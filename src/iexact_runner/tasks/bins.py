@@ -61,7 +61,7 @@ def run(config: Config, folder: RunFolder, console: Console, resolved_yaml: str)
             "bins": found,
         }
         folder.write_summary(summary)
-    console.print(f"written to {folder.path}", highlight=False, soft_wrap=True)
+    console.print(f"written to {folder.path}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
 
