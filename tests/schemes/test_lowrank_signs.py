@@ -88,6 +88,20 @@ def test_a_seed_that_is_a_tensor_gives_the_same_gradient(dataset):
         assert torch.equal(joined(expected), joined(found)), name
 
 
+def test_directions_that_follow_keep_the_order_that_bits_are_dealt_in():
+    dataset, config = tiny_dataset(nodes=1024), CONFIGS["sage"]
+    exact = joined(gradient(make(config, TWIN), config, dataset, seed=9)[1])
+    errors = {}
+    for refresh in (1, 9):
+        model = make(config, low_rank(**DEALT, refresh=refresh))
+        for number in range(8):
+            gradient(model, config, dataset, seed=number)
+        fresh = make(config, low_rank(**DEALT, refresh=refresh))
+        fresh.directions = model.directions
+        errors[refresh] = relative_error(joined(gradient(fresh, config, dataset, seed=9)[1]), exact)
+    assert errors[9] < 1.15 * errors[1]
+
+
 def test_bits_stay_until_directions_are_found_anew(dataset):
     config = CONFIGS["sage"]
     model = make(config, low_rank(**DEALT, refresh=3))

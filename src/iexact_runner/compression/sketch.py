@@ -307,7 +307,8 @@ def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None
     if rank is None:
         share = values.flip(0).clamp_min(0).cumsum(0)
         rank = 1 + int((share < (energy or 1.0) * share[-1]).sum())
-    leading: Tensor = vectors[:, -min(rank, vectors.size(1)) :].contiguous()
+    # The first one first: a step of orthogonal iteration keeps that order, in which bits are dealt.
+    leading: Tensor = vectors[:, -min(rank, vectors.size(1)) :].flip(1).contiguous()
     return leading
 
 
