@@ -120,7 +120,12 @@ def sweep(folder: Path, overrides: list[str]) -> None:
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.argv = ["iexact", "-m", *overrides, f"hydra.sweep.dir={folder}", "sweep.skip_completed=true"]
-    cli.main()
+    status: Any = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        status = end.code
+    os._exit(status)  # at once: a forked process would wait for idle workers of a launcher
 
 
 def recorded(folder: Path) -> dict[str, Any]:
