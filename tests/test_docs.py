@@ -129,3 +129,15 @@ def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
     for name in ("saved_mib", "saved_mib_fp32", "peak_resident_mib", "data_mib", "step_peak_mib"):
         assert f"{products[name]:.2f}" in text
     assert f"An epoch took {1 / products['epochs_per_second_median']:.0f} seconds" in text
+
+
+def test_gradients_of_the_low_rank_presets_are_those_of_the_rows():
+    text = (REPOSITORY / "docs" / "lowrank.md").read_text()
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "fidelity_presets_cpu.csv")
+    errors = [f"gradient_error_{epoch}_mean" for epoch in (5, 30, 100)]
+    presets = {32: "lowrank_small", 48: "lowrank", 80: "lowrank_fine"}
+    assert len(rows) == 4 * len(rows[["dataset.name", "model.name"]].drop_duplicates())
+    for _, row in rows.iterrows():
+        preset = "lowrank_v1" if pd.isna(row["compression.map_bits"]) else presets[row["compression.map_bits"]]
+        figures = " | ".join(f"{error:.2f}"[1:] for error in row[errors])
+        assert f"| {row['dataset.name']} | {row['model.name']} | {preset} | {row.saved_mib:.3f} | {figures} |" in text

@@ -77,7 +77,7 @@ class GATConfig(ModelConfig):
         shared_attention: score both ends of an edge with one vector instead of two.
         edge_dropout: share of the edges that a training pass leaves out, the same for all layers.
         label_input: feed training labels as features; the loss counts only nodes whose label was not fed.
-        label_mask_rate: share of the training labels that are not fed.
+        label_mask_rate: share of the training labels that are fed as input; the loss is that of the others.
     """
 
     heads: int = 3
