@@ -48,7 +48,7 @@ def test_low_rank_benchmark_runs_on_digits(tmp_path):
     result = script("bench_lowrank.py", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "refresh 5" in result.stdout and "difference to" in result.stdout
-    assert len(list(tmp_path.glob("out/*/*/summary.json"))) == 6
+    assert len(list(tmp_path.glob("out/*/*/summary.json"))) == 10
 
 
 @pytest.mark.parametrize("model", ["gcn", "gcn2", "gat"])
