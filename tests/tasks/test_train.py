@@ -8,9 +8,11 @@ import json
 import os
 import signal
 import subprocess
+from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from iexact_runner.cli import compose_config
@@ -31,8 +33,8 @@ class Killed(BaseException):
 
 
 def run(path, *overrides, resumed=False):
-    folder = RunFolder(path, resumed=resumed)
-    Experiment(compose_config(*SMALL, *overrides), folder, Console(file=io.StringIO())).run("the: config\n")
+    folder, config = RunFolder(path, resumed=resumed), compose_config(*SMALL, *overrides)
+    Experiment(config, folder, Console(file=io.StringIO())).run(yaml.safe_dump(asdict(config)))
 
 
 def killed_after(monkeypatch, path, lines, *overrides, error=Killed, resumed=False):
