@@ -170,13 +170,16 @@ def _value(folder: Path, rng: random.Random) -> str:
 
 
 def _figure(folder: Path, rng: random.Random) -> str:
-    """Another value in place of something that tables and figures are made of."""
+    """Another value in place of a number or name that tables and figures are made of."""
     summary = json.loads((folder / SUMMARY).read_text())
-    path = list(rng.choice([field for field in _fields(summary) if field[0] not in ("config", "environment")]))
-    place = summary
-    for key in path[:-1]:
+    groups = ("accuracy", "memory", "throughput", "fidelity", "distribution")
+    place, key = summary, rng.choice([name for name in groups if summary[name]])
+    path = [key]
+    while place[key] and isinstance(place[key], (dict, list)):
         place = place[key]
-    return _spoil(folder, summary, place, path[-1], path, rng)
+        key = rng.choice(sorted(place) if isinstance(place, dict) else range(len(place)))
+        path.append(str(key))
+    return _spoil(folder, summary, place, key, path, rng)
 
 
 def _spoil(folder: Path, summary: Any, place: Any, key: Any, path: list[Any], rng: random.Random) -> str:
@@ -259,15 +262,6 @@ def _file(folder: Path, rng: random.Random) -> str:
 _MUTATIONS: tuple[Mutation, ...] = (
     *(_text, _text, _name, _folder_name, _value, _figure, _figure, _line, _twice, _unfinished, _file),
 )
-
-
-def _fields(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in nested mappings and lists."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found: list[tuple[Any, ...]] = []
-    for key, inner in pairs:
-        found += [(*path, key), *_fields(inner, (*path, key))]
-    return found
 
 
 def _put(summary: Any, path: tuple[str, ...], value: Any) -> None:

@@ -54,9 +54,10 @@ IMPORTED = (
 
 _QUANTIZER = ("kernels/test_reference.py", "compression/test_codec.py")
 _SCHEMES = ("schemes/test_functions.py", "schemes/test_projected.py", "schemes/test_lowrank.py")
+_SKETCH = ("schemes/test_lowrank.py", "schemes/test_lowrank_signs.py")
 _LEVELS = ("compression/test_curves.py", "compression/test_bins.py", "compression/test_maps.py", "tasks/test_bins.py")
 _NUMBA = ("kernels/test_numba.py",)
-_PARTS = ("blocks", "common", "elementwise", "product", "quantizer")
+_PARTS = ("blocks", "coefficients", "common", "elementwise", "product", "quantizer", "signs")
 _REFERENCE = (*_QUANTIZER, *_SCHEMES, *_NUMBA)
 _TRITON = ("kernels/test_triton_interpreter.py",)
 _SAVED = ("measure/test_saved.py", "measure/test_memory_formulas.py")
@@ -66,26 +67,19 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compression/bins.py": _LEVELS,
     "kernels/block_ops.py": ("kernels/test_ops.py", *_SCHEMES, "schemes/test_compile.py"),
     "compression/codec.py": ("compression/test_codec.py",),
+    "compression/coefficients.py": ("compression/test_coefficients.py", *_SKETCH),
     "compression/curves.py": _LEVELS,
     "compression/maps.py": ("compression/test_maps.py", *_SCHEMES),
-    "kernels/numba/blocks.py": _NUMBA,
-    "kernels/numba/common.py": _NUMBA,
-    "kernels/numba/elementwise.py": _NUMBA,
-    "kernels/numba/quantizer.py": _NUMBA,
+    **{f"kernels/numba/{part}.py": _NUMBA for part in _PARTS},
+    "kernels/levels.py": ("compression/test_coefficients.py", *_SKETCH),
     "kernels/ops.py": ("kernels/test_ops.py", *_QUANTIZER, *_SCHEMES, "schemes/test_compile.py"),
+    "kernels/sketch_ops.py": ("kernels/test_ops.py", *_SKETCH, "schemes/test_compile.py"),
     "kernels/parity.py": ("kernels/test_parity_cases.py", *_NUMBA, *_TRITON),
-    **{
-        f"kernels/reference/{part}.py": _REFERENCE
-        for part in ("blocks", "common", "elementwise", "product", "quantizer")
-    },
-    "kernels/numba/product.py": _NUMBA,
+    **{f"kernels/reference/{part}.py": _REFERENCE for part in _PARTS},
     "compression/seeds.py": ("kernels/test_reference.py", *_SCHEMES),
-    "compression/sketch.py": ("compression/test_sketch.py", "schemes/test_lowrank.py"),
-    "kernels/triton/blocks.py": _TRITON,
-    "kernels/triton/common.py": _TRITON,
-    "kernels/triton/elementwise.py": _TRITON,
-    "kernels/triton/quantizer.py": _TRITON,
-    "kernels/triton/product.py": _TRITON,
+    "compression/signs.py": _SKETCH,
+    "compression/sketch.py": ("compression/test_sketch.py", *_SKETCH),
+    **{f"kernels/triton/{part}.py": _TRITON for part in _PARTS},
     "loss.py": ("test_loss.py", "test_training.py"),
     "measure/energy.py": ("measure/test_energy.py",),
     "measure/environment.py": ("measure/test_environment.py",),

@@ -75,7 +75,7 @@ def test_draws_are_seeded_and_reach_every_module(check):
     assert 100 <= len(drawn) <= 125
     assert {
         f"{folder}/{path.name}"
-        for folder in ("compression", "measure")
+        for folder in ("compression", "kernels", "measure")
         for path in (package / folder).glob("*.py")
         if path.name != "__init__.py"
     } <= set(check.TESTS)

@@ -232,7 +232,7 @@ def show_sweep(sweep: Sweep) -> None:
         return
     show(report, console, title=sweep.title)
     page = f"iexact-report {sweep.folder} --format html --output report.html"
-    console.print(f"as a page: {page}", highlight=False, soft_wrap=True)
+    console.print(f"as a page: {page}", highlight=False, markup=False, soft_wrap=True)
     for line in report.damaged:
         _report(line, EXIT_FAILED, debug=False)
 

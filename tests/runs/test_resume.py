@@ -141,3 +141,8 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, arguments, message):
     result = iexact(*arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (2, "", f"iexact: {message}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "run"]
+
+
+def test_what_is_recorded_is_quoted_without_its_escapes():
+    with pytest.raises(ConfigError, match=r"has \\x1b\[2J, and goes on as it began"):
+        check_agreement(Path("RUN"), recorded={"task": "\x1b[2J"}, asked={"task": "train"}, overrides=["task=train"])

@@ -43,6 +43,11 @@ DAMAGES = [
     ("memory.tensors.0.bytes", 0.5, "memory.tensors[0].bytes=0.5: expected int, got float"),
     ("memory.tensors.0.op", None, "memory.tensors[0].op=null: expected str, got null"),
     ("throughput.epochs_per_second.median", [1], "epochs_per_second.median=[1]: expected float, got array"),
+    (
+        "throughput.epochs_per_second.p20",
+        9.0,
+        "throughput.epochs_per_second: p20, median and p80 must be in this order",
+    ),
     ("throughput.epochs_per_second", {"median": 1.0}, "epochs_per_second: object missing required field p20"),
     ("energy.kwh", -1, "energy.kwh=-1: expected float >= 0.0"),
     ("fidelity.after", {"x": {}}, "fidelity.after: expected str matching regex"),

@@ -41,8 +41,8 @@ ATTEMPT = "attempt_"
 # Fields of a configuration that say where and how it is recorded; no number depends on them.
 WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "resume", "sweep")
 
-# Bytes that a file may have; of metrics that is some 250,000 epochs.
-MOST_CONFIG, MOST_SUMMARY, MOST_METRICS = 2**18, 2**24, 2**26
+# Bytes that a file may have; of metrics that is some 150,000 epochs.
+MOST_CONFIG, MOST_SUMMARY, MOST_METRICS = 2**18, 2**24, 2**25
 
 _COMPRESSION_DEFAULTS = {field.name: field.default for field in fields(CompressionConfig)}
 

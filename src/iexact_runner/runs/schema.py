@@ -102,6 +102,10 @@ class Rates(Struct):
     p20: Amount
     p80: Amount
 
+    def __post_init__(self) -> None:
+        if not self.p20 <= self.median <= self.p80:
+            raise ValueError("p20, median and p80 must be in this order")
+
 
 class Throughput(Struct):
     """Speed, and whether the device was shared while it was taken."""

@@ -13,6 +13,7 @@ import yaml
 
 from iexact_runner.untrusted.text import shown, visible
 
+Place = tuple[Any, ...]  # linked, for it is put in words once and made for every value
 MAX_DEPTH = 32
 # Characters of one text: what a table breaks into lines in a moment.
 MAX_TEXT = 100_000
@@ -78,12 +79,12 @@ def parse_yaml(data: bytes) -> Any:
     return value
 
 
-def check_plain(value: Any, *, place: str = "", depth: int = 0) -> None:
+def check_plain(value: Any, *, place: Place = (), depth: int = 0) -> None:
     """Refuses what no record holds, wherever it stands.
 
     Args:
         value: of JSON or YAML.
-        place: where it stands, as a message calls it.
+        place: where it stands: the place of what it stands in, and its name or number there.
         depth: of what it stands in.
 
     Raises:
@@ -91,33 +92,42 @@ def check_plain(value: Any, *, place: str = "", depth: int = 0) -> None:
             with half a character or too long, a name that is not text, or too deep a nesting.
     """
     if isinstance(value, (dict, list)) and depth == MAX_DEPTH:
-        raise ValueError(f"{shown(place)}: is nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"{_named(place)}: is nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):
-                raise ValueError(f"{place}: has the name {shown(name)}, which must be text")
+                raise ValueError(f"{_named(place)}: has the name {shown(name)}, which must be text")
             _check_text(name, place=place)
-            check_plain(inner, place=f"{place}.{name}" if place else name, depth=depth + 1)
+            check_plain(inner, place=(place, name), depth=depth + 1)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            check_plain(inner, place=f"{place}[{index}]", depth=depth + 1)
+            check_plain(inner, place=(place, index), depth=depth + 1)
     elif isinstance(value, str):
         _check_text(value, place=place)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{place}={value}: must be a finite number")
+            raise ValueError(f"{_named(place)}={value}: must be a finite number")
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{place}={shown(value)}: must be a number of at most 64 bits")
+            raise ValueError(f"{_named(place)}={shown(value)}: must be a number of at most 64 bits")
     elif value is not None:
-        raise ValueError(f"{place}={shown(value)}: must be text, a number, true, false or null")
+        raise ValueError(f"{_named(place)}={shown(value)}: must be text, a number, true, false or null")
 
 
-def _check_text(text: str, *, place: str) -> None:
+def _check_text(text: str, *, place: Place) -> None:
     if len(text) > MAX_TEXT:
-        raise ValueError(f"{place}={shown(text)}: must be at most {MAX_TEXT} characters")
+        raise ValueError(f"{_named(place)}={shown(text)}: must be at most {MAX_TEXT} characters")
     if not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
-        raise ValueError(f"{place}={shown(text)}: must be Unicode text, without half a character")
+        raise ValueError(f"{_named(place)}={shown(text)}: must be Unicode text, without half a character")
+
+
+def _named(place: Place) -> str:
+    """A place as a message calls it: ``accuracy.test.values[0]``."""
+    words = ""
+    while place:
+        place, key = place
+        words = (f"[{key}]" if isinstance(key, int) else f".{key}") + words
+    return words.removeprefix(".")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
