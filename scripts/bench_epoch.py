@@ -3,8 +3,8 @@
 python scripts/bench_epoch.py --dataset synthetic_arxiv --model sage --csv benchmarks/epoch_cpu.csv
 
 Baseline and presets take turns, round by round, and a ratio is taken within its round, so that a busy machine slows
-both alike; the median of the ratios and their 20th and 80th percentile are printed. A step's peak counts the data and
-the model with what the step allocates beside them.
+both alike; the median of the ratios and their 20th and 80th percentile are printed. The peaks of a step and of an
+evaluation count the data and the model with what is allocated beside them; their ratio is that of the larger one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
 from iexact_runner.measure.peak import PeakMemory
 from iexact_runner.nn import build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
-from iexact_runner.training import Optimization, Problem, clock, prepare, step, training_input
+from iexact_runner.training import (
+    Optimization,
+    Problem,
+    clock,
+    evaluate,
+    evaluation_input,
+    prepare,
+    step,
+    training_input,
+)
 
 PRESETS = {
     "none": ("compression=none",),
@@ -55,11 +64,15 @@ Step = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Subject:
-    """A training step to measure: what takes it, its model, the scores of its forward pass, and the data it needs."""
+    """A training step to measure: what takes it, its model, the scores of its forward pass, and the data it needs.
+
+    ``evaluate`` computes the scores of the whole graph in evaluation mode.
+    """
 
     step: Step
     model: nn.Module
     scores: Callable[[], Tensor]
+    evaluate: Callable[[], object]
     data: list[Tensor]
 
 
@@ -110,7 +123,7 @@ def time_presets(
             **_ratio_figures(seconds[name], seconds["baseline"]),
             "rounds": rounds,
             **memory[name],
-            "peak_ratio": memory[name]["peak_mib"] / memory["baseline"]["peak_mib"],
+            "peak_ratio": _larger_peak(memory[name]) / _larger_peak(memory["baseline"]),
             **{key: facts[key] for key in ("device_name", "torch_threads", "python", "torch", "torch_geometric")},
             "triton": facts["triton"],
             "cuda": facts["cuda"],
@@ -127,8 +140,9 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     where = f"{first['model']} on {first['dataset']}, {first['device_name']}, {first['backend']}"
     times = {"seconds an epoch": "seconds_median", "ratio to PyG FP32": "ratio_median"}
     _print(f"time of a step, {where}", rows, times | {"p20": "ratio_p20", "p80": "ratio_p80"}, console, digits=3)
-    sizes = {"data + model": "resident_mib", "saved": "saved_mib", "peak": "peak_mib", "peak ratio": "peak_ratio"}
-    _print(f"MiB of a step, {where}", rows, sizes, console, digits=2)
+    sizes = {"data + model": "resident_mib", "saved": "saved_mib", "step peak": "peak_mib"}
+    sizes |= {"evaluation peak": "evaluation_peak_mib", "peak ratio": "peak_ratio"}
+    _print(f"MiB of a step and an evaluation, {where}", rows, sizes, console, digits=2)
 
 
 def _print(title: str, rows: Sequence[dict[str, Any]], columns: dict[str, str], console: Console, digits: int) -> None:
@@ -161,6 +175,7 @@ def _preset(config: Config, problem: Problem) -> Subject:
         lambda epoch: step(model, optimization, problem, seed=epoch, epoch=epoch),
         model,
         lambda: model.train()(training_input(problem, seed=1)[0], view.graph, seed=1),
+        lambda: evaluate(model, problem),
         problem.tensors(),
     )
 
@@ -179,19 +194,33 @@ def _baseline(config: Config, problem: Problem) -> Subject:
         optimization.update(model, loss, epoch=epoch)
         return loss.item()
 
+    @torch.no_grad()
+    def evaluate_baseline() -> None:
+        model.eval()(evaluation_input(problem), operator)
+        model.train()
+
     data = [*problem.tensors(), operator]
-    return Subject(run, model, lambda: model(training_input(problem, seed=1)[0], operator), data)
+    return Subject(run, model, lambda: model(training_input(problem, seed=1)[0], operator), evaluate_baseline, data)
 
 
 def _memory(subject: Subject, device: torch.device) -> dict[str, float]:
-    """MiB of data and model, of what the backward pass needs, and of the most that a second step holds at once."""
+    """MiB of data and model, of what the backward pass needs, and of the most that a step and an evaluation hold."""
     with SavedTensors(subject.model, excluded=subject.data) as saved:
         kept = sum(record.bytes for record in saved.kept(subject.scores()))
     subject.step(1)  # the optimizer's state is made
     with PeakMemory(device) as peak:
         subject.step(2)
+    subject.model.zero_grad(set_to_none=True)
+    with PeakMemory(device) as evaluation:
+        subject.evaluate()
     held = total_bytes([*subject.data, *subject.model.parameters(), *subject.model.buffers()])
-    return {"saved_mib": kept / MIB, "resident_mib": held / MIB, "peak_mib": (held + peak.bytes) / MIB}
+    sizes = {"saved_mib": kept, "resident_mib": held, "peak_mib": held + peak.bytes}
+    return {name: size / MIB for name, size in (sizes | {"evaluation_peak_mib": held + evaluation.bytes}).items()}
+
+
+def _larger_peak(memory: Mapping[str, float]) -> float:
+    """What a run needs at once: a step or an evaluation."""
+    return max(memory["peak_mib"], memory["evaluation_peak_mib"])
 
 
 def _take_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -25,3 +25,34 @@ def test_names_of_a_run_are_shown_as_they_are(capsys):
     show_summary(Console(file=sys.stdout), summary, folder="outputs/c[d]")
     shown = capsys.readouterr().out
     assert "sage on a[b]\\x1b[2J, FP32" in " ".join(shown.split()) and "written to outputs/c[d]\n" in shown
+
+
+def summary_of(**figures):
+    memory = dict.fromkeys(("loss", "model", "peak_allocated", "peak_reserved", "reference_activation"))
+    memory = {f"{name}_mib": value for name, value in memory.items()}
+    sizes = {"saved_mib": 2.0, "saved_mib_fp32": 900.0, "step_peak_mib": 250.0, "evaluation_peak_mib": 240.0}
+    return {
+        "config": {"model": {"name": "sage"}, "dataset": {"name": "digits"}, "compression": {"scheme": "none"}},
+        "status": "completed",
+        "accuracy": None,
+        "energy": None,
+        "memory": memory | sizes | {"data_mib": 95.0},
+        "throughput": {"epochs_per_second": {"median": 3.0, "p20": 2.5, "p80": 3.5}},
+    } | figures
+
+
+def test_each_figure_stands_against_fp32(capsys):
+    fp32 = {"step_peak_mib": 1000.0, "evaluation_peak_mib": 200.0, "epochs_per_second": {"median": 2.0}}
+    show_summary(Console(file=sys.stdout, width=120), summary_of(fp32=fp32), folder="outputs")
+    shown = capsys.readouterr().out
+    for line in (
+        "saved           │ 2.00 MiB  (450.0x less than 900.00 in FP32)",
+        "step peak       │ 250.00 MiB  (4.0x less than 1000.00 in FP32)",
+        "evaluation peak │ 240.00 MiB  (1.20x 200.00 in FP32)",
+        "data            │ 95.00 MiB",
+        "epochs/s        │ 3.00  (p20 2.50, p80 3.50; 1.50x FP32's 2.00)",
+    ):
+        assert line in shown
+    show_summary(Console(file=sys.stdout, width=120), summary_of(fp32=None), folder="outputs")
+    shown = capsys.readouterr().out
+    assert "step peak       │ 250.00 MiB " in shown and "3.00  (p20 2.50, p80 3.50)" in shown

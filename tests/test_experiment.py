@@ -56,6 +56,7 @@ def test_records_of_a_training_run(tmp_path):
         "accuracy",
         "memory",
         "throughput",
+        "fp32",
         "fidelity",
         "energy",
         "distribution",
@@ -82,6 +83,7 @@ def test_records_of_a_training_run(tmp_path):
         "saved_mib_fp32",
         "loss_mib",
         "step_peak_mib",
+        "evaluation_peak_mib",
         "data_mib",
         "model_mib",
         "peak_allocated_mib",
@@ -98,6 +100,10 @@ def test_records_of_a_training_run(tmp_path):
     buffers = 4 * (2 * 2 * 16) + 2 * 8
     assert memory["model_mib"] == pytest.approx((4 * parameters + buffers) / 2**20)
     assert memory["loss_mib"] == 0.0  # nothing but the output
+
+    fp32 = summary["fp32"]
+    assert fp32["step_peak_mib"] > memory["saved_mib_fp32"] and 1 <= fp32["timed_epochs"] <= 5
+    assert fp32["evaluation_peak_mib"] == pytest.approx(memory["evaluation_peak_mib"], rel=0.05)
 
     throughput = summary["throughput"]
     assert throughput["timed_epochs"] == 3 * (4 - 1) and throughput["warmup_epochs"] == 1
@@ -261,3 +267,10 @@ def test_devices(monkeypatch):
     assert resolve_device("auto").type == "cuda" and resolve_device("cuda:1").index == 1
     with pytest.raises(ConfigError, match="device=cuda:2: 2 CUDA devices were found"):
         resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("override", ["measure.fp32=false", "compression=none", "task=fidelity"])
+def test_fp32_is_left_out_where_it_is_not_asked_for(tmp_path, override):
+    quick = ("fidelity.epochs=[1]", "fidelity.draws=2")
+    (summary, _), _ = run(tmp_path, override, *(quick if override == "task=fidelity" else ()))
+    assert summary["fp32"] is None and summary["memory"]["evaluation_peak_mib"] > 0

@@ -108,22 +108,48 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
             figures = accuracy[split]
             spread = f" +- {100 * figures['std']:.2f}" if len(figures["values"]) > 1 else ""
             table.add_row(unmarked(f"{split} {accuracy['metric']}"), f"{100 * figures['mean']:.2f}{spread} %")
+    fp32 = summary.get("fp32") or {}
     if memory is not None:
-        saved, against = memory["saved_mib"], memory["saved_mib_fp32"]
-        ratio = f"  ({against / saved:.1f}x less than {against:.2f} in FP32)" if 0 < saved < against else ""
-        table.add_row("saved", f"{saved:.2f} MiB{ratio}")
-        for name in ("loss", "data", "model", "peak_allocated", "peak_reserved", "reference_activation"):
-            if memory[f"{name}_mib"] is not None:
-                table.add_row(name.replace("_", " "), f"{memory[f'{name}_mib']:.2f} MiB")
+        plain = {"saved": memory["saved_mib_fp32"], "data": memory["data_mib"]}
+        plain |= {name: fp32.get(f"{name.replace(' ', '_')}_mib") for name in ("step peak", "evaluation peak")}
+        for name in (
+            "saved",
+            "step peak",
+            "evaluation peak",
+            "data",
+            "loss",
+            "model",
+            "peak allocated",
+            "peak reserved",
+            "reference activation",
+        ):
+            figure = memory[f"{name.replace(' ', '_')}_mib"]
+            if figure is not None:
+                table.add_row(name, f"{figure:.2f} MiB{_less_than_fp32(figure, plain.get(name))}")
     if throughput is not None:
         rate = throughput["epochs_per_second"]
-        table.add_row("epochs/s", f"{rate['median']:.2f}  (p20 {rate['p20']:.2f}, p80 {rate['p80']:.2f})")
+        spread = f"p20 {rate['p20']:.2f}, p80 {rate['p80']:.2f}"
+        table.add_row("epochs/s", f"{rate['median']:.2f}  ({spread}{_times_fp32(rate, fp32)})")
     if summary["energy"] is not None:
         emitted = summary["energy"]["gco2e"]
         table.add_row("energy", f"{summary['energy']['kwh']:.3g} kWh" + (f"  ({emitted:.3g} gCO2e)" if emitted else ""))
     table.add_row("status", summary["status"])
     console.print(table)
     console.print(unmarked(f"written to {folder}"), soft_wrap=True)
+
+
+def _less_than_fp32(figure: float, plain: float | None) -> str:
+    """A size beside that of the same model in FP32; empty where that is not known or the run is FP32 itself."""
+    if not figure or plain is None or figure == plain:
+        return ""
+    words = f"{plain / figure:.1f}x less than" if figure < plain else f"{figure / plain:.2f}x"
+    return f"  ({words} {plain:.2f} in FP32)"
+
+
+def _times_fp32(rate: Mapping[str, float], fp32: Mapping[str, Any]) -> str:
+    """Epochs per second beside those of the same model in FP32."""
+    plain = fp32.get("epochs_per_second")
+    return "" if plain is None else f"; {rate['median'] / plain['median']:.2f}x FP32's {plain['median']:.2f}"
 
 
 def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:

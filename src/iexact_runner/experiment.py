@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, OutOfMemory, UserError
 from iexact_runner.kernels import backends
 from iexact_runner.measure import energy, environment, out_of_memory
-from iexact_runner.measure.step import step_memory
+from iexact_runner.measure.step import fp32_figures, step_memory
+from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory, phase
 from iexact_runner.runs import checkpoint
 from iexact_runner.runs.devices import device_lock
 from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, mean_std
@@ -130,17 +130,17 @@ class Experiment:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), deterministic_algorithms(self._config.deterministic):
             try:
-                self._problem = self._load()
-                self._run_task(self._problem)
-            except (MemoryError, RuntimeError) as error:
+                with phase("data"):
+                    self._problem = self._load()
+                with phase("training step"):
+                    self._run_task(self._problem)
+            except PhaseOutOfMemory as error:
+                error.__traceback__ = None  # its frames hold those of the failed step
+                raise OutOfMemory(self._advice(error)) from error
+            except RuntimeError as error:
                 if "deterministic implementation" in str(error):
                     raise ConfigError.of("deterministic", "true", str(error).partition(".")[0]) from error
-                if not out_of_memory.is_out_of_memory(error):
-                    raise
-                # The frames of the failed step hold its maps, and the record needs memory: their text has to do.
-                error.add_note(traceback.format_exc())
-                error.__traceback__ = None
-                raise OutOfMemory(self._advice(error)) from error
+                raise
 
     def _load(self) -> Problem:
         config = self._config
@@ -163,22 +163,30 @@ class Experiment:
         model, seed = context.new_model(run=0)
         self._findings.memory = step_memory(model, problem, config, device=self._device, seed=seed)
         del model
+        if config.measure.fp32 and config.compression.scheme != "none" and config.task in ("train", "measure"):
+            with self._console.status("measuring FP32"):
+                self._findings.fp32 = fp32_figures(
+                    problem, config, device=self._device, seed=seed, available=self._available
+                )
         TASKS[config.task](context)
 
-    def _advice(self, error: BaseException) -> str:
-        """What ran out, and which preset would fit; also completes the record of the memory."""
+    def _advice(self, error: PhaseOutOfMemory) -> str:
+        """What ran out, and what would help in that phase; also completes the record of the memory."""
         amount = out_of_memory.requested(error)
         failed = f"out of memory on {self._device}" + (f" when allocating {amount}" if amount else "")
         if self._problem is None:
-            return f"{failed} for {self._config.dataset.name}, before training: a smaller graph is needed"
+            return f"{failed} for the data of {self._config.dataset.name}: a smaller graph is needed"
         try:
             memory, smaller, widest = out_of_memory.memory_by_preset(self._problem, self._config)
         except (MemoryError, RuntimeError) as again:
-            if not out_of_memory.is_out_of_memory(again):
+            if not is_out_of_memory(again):
                 raise
             return f"{failed}; not even the model without its maps fits"
         self._findings.memory = self._findings.memory or memory
-        return f"{failed}: {out_of_memory.advice(memory, smaller, widest, available=self._available)}"
+        if error.phase == "evaluation":
+            return f"{failed} in evaluation: {out_of_memory.evaluation_advice(self._problem, self._config)}"
+        advice = out_of_memory.step_advice(memory, smaller, widest, available=self._available)
+        return f"{failed} in a training step: {advice}"
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""
@@ -198,6 +206,7 @@ class Experiment:
             "config": asdict(self._config),
             "environment": environment.describe(self._device, backend=self._backend),
             "accuracy": accuracy,
+            "fp32": found.fp32,
             "memory": found.memory and {**found.memory, **measure.peak_mib(self._device)},
             "throughput": throughput and throughput.to_dict() | {"alone": self._lock.alone},
             "fidelity": compared or None,

@@ -20,6 +20,7 @@ from iexact_runner.errors import TrainingError
 from iexact_runner.kernels import reference
 from iexact_runner.loss import node_loss
 from iexact_runner.nn import MODELS, Model
+from iexact_runner.phases import phase
 
 # Streams of one step seed that training itself draws from; the model counts its own from 0.
 LABEL_MASK_STREAM = 1 << 32
@@ -123,6 +124,12 @@ def training_input(problem: Problem, *, seed: int) -> tuple[Tensor, Tensor]:
     return with_labels(view, view.train[fed], problem.num_classes), view.train[~fed]
 
 
+def evaluation_input(problem: Problem) -> Tensor:
+    """Model input in evaluation; with labels as input, those of all training nodes."""
+    view = problem.whole
+    return view.x if problem.label_mask_rate is None else with_labels(view, view.train, problem.num_classes)
+
+
 def with_labels(view: View, known: Tensor, num_classes: int) -> Tensor:
     """Features with the labels of the ``known`` nodes beside them, zeros elsewhere: (N, D + classes)."""
     labels = view.x.new_zeros(view.x.size(0), num_classes)
@@ -211,14 +218,12 @@ def training_loss(
     return node_loss(scores, problem.training.y, nodes, kind=kind)
 
 
+@phase("evaluation")
 @torch.no_grad()
 def evaluate(model: Model, problem: Problem, *, precision: str = "float32") -> Scores:
-    """Scores of the exact forward pass; with labels as input, all training labels are fed."""
+    """Scores of the exact forward pass."""
     model.eval()
-    view = problem.whole
-    features = view.x
-    if problem.label_mask_rate is not None:
-        features = with_labels(view, view.train, problem.num_classes)
+    view, features = problem.whole, evaluation_input(problem)
     with autocast(precision, features.device):
         scores = model(features, view.graph)
     return Scores(*(score(scores[nodes], view.y[nodes]) for nodes in (view.train, problem.val, problem.test)))

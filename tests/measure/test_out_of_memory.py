@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,16 @@ import torch
 from rich.console import Console
 
 from conftest import tiny_dataset
-from iexact_runner import experiment
+from iexact_runner import experiment, training
 from iexact_runner.cli import compose_config
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import OutOfMemory
 from iexact_runner.experiment import Experiment
 from iexact_runner.measure import MIB, out_of_memory
-from iexact_runner.measure.out_of_memory import PRESETS, advice, memory_by_preset, requested
+from iexact_runner.measure.out_of_memory import PRESETS, memory_by_preset, requested, step_advice
 from iexact_runner.measure.step import kept_tensors, step_memory
 from iexact_runner.nn import build_model
+from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory, phase
 from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks import train
 from iexact_runner.training import prepare
@@ -45,8 +47,30 @@ def test_presets_are_those_of_the_command_line(name):
     ("error", "amount"), [(CPU, "4.00 MiB"), (CUDA, "2.50 GiB"), (NUMPY, "7.45 GiB"), (MemoryError(), "")]
 )
 def test_what_was_asked_for(error, amount):
-    assert out_of_memory.is_out_of_memory(error) and requested(error) == amount
-    assert not out_of_memory.is_out_of_memory(RuntimeError("shapes differ"))
+    assert is_out_of_memory(error) and requested(error) == amount
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_the_innermost_phase_is_named_and_its_frames_are_given_up():
+    class Map:
+        """Something whose life can be watched."""
+
+    def fails_with_a_map():
+        held = Map()
+        lives.append(weakref.ref(held))
+        raise RuntimeError(str(CPU))
+
+    lives = []
+    with pytest.raises(PhaseOutOfMemory, match="can't allocate memory") as caught, phase("training step"):
+        with phase("evaluation"):
+            fails_with_a_map()
+    assert caught.value.phase == "evaluation" and requested(caught.value) == "4.00 MiB"
+    assert "fails_with_a_map" in caught.value.__notes__[0]
+    caught.value.__traceback__ = None  # as a run does
+    caught._excinfo = None
+    assert lives[0]() is None
+    with pytest.raises(RuntimeError, match="shapes differ"), phase("data"):
+        raise RuntimeError("shapes differ")
 
 
 @pytest.mark.parametrize("model", ["sage", "gcn", "gcn2", "gat"])
@@ -78,10 +102,10 @@ def test_first_preset_that_fits_is_suggested():
         (138, "compression=iexact keeps 3.00 MiB, which would fit"),
         (137, "no preset is sure to fit; lower model.hidden_channels or model.num_layers"),
     ):
-        text = advice(memory, smaller, MIB, available=available * MIB)
+        text = step_advice(memory, smaller, MIB, available=available * MIB)
         assert text.startswith("the backward pass needs 100.00 MiB of maps") and text.endswith(words)
-    assert advice(memory, smaller, MIB, available=None).endswith("compression=iexact keeps 3.00 MiB")
-    assert "no preset is sure to fit" in advice(memory, {}, MIB, available=None)
+    assert step_advice(memory, smaller, MIB, available=None).endswith("compression=iexact keeps 3.00 MiB")
+    assert "no preset is sure to fit" in step_advice(memory, {}, MIB, available=None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits are as Linux has them")
@@ -115,7 +139,8 @@ def fails(path, monkeypatch, target, name, error, *overrides):
 @pytest.mark.parametrize("error", [CPU, CUDA, NUMPY], ids=["CPU", "CUDA", "numpy"])
 def test_training_that_does_not_fit_is_told_what_would(tmp_path, monkeypatch, error):
     message, memory = fails(tmp_path, monkeypatch, train, "train_epochs", error)
-    assert message.startswith(f"out of memory on cpu when allocating {requested(error)}: the backward pass needs 1.")
+    failed = f"out of memory on cpu when allocating {requested(error)} in a training step"
+    assert message.startswith(f"{failed}: the backward pass needs 1.")
     assert "compression=int8 keeps" in message and "would fit" in message and "\n" not in message
     assert memory["saved_mib"] > 0 and memory["step_peak_mib"] > 0 and memory["tensors"]
 
@@ -129,11 +154,22 @@ def test_model_that_does_not_fit_once_still_has_its_tensors_recorded(tmp_path, m
 
 def test_data_that_do_not_fit(tmp_path, monkeypatch):
     message, memory = fails(tmp_path, monkeypatch, experiment, "load_dataset", NUMPY)
-    assert (
-        message
-        == "out of memory on cpu when allocating 7.45 GiB for digits, before training: a smaller graph is needed"
-    )
+    assert message == "out of memory on cpu when allocating 7.45 GiB for the data of digits: a smaller graph is needed"
     assert memory is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        ([], "lower model.hidden_channels, or halve the maps with precision=bfloat16"),
+        (["precision=bfloat16", "model=gat"], "lower model.hidden_channels or model.heads"),
+    ],
+)
+def test_evaluation_that_does_not_fit_does_not_blame_what_is_kept(tmp_path, monkeypatch, overrides, advice):
+    message, memory = fails(tmp_path, monkeypatch, training, "score", CPU, *overrides)
+    failed = "out of memory on cpu when allocating 4.00 MiB in evaluation"
+    assert message == f"{failed}: evaluation holds a few maps of all 1,797 nodes under every preset; {advice}"
+    assert memory["saved_mib"] > 0
 
 
 def limited_run(folder, compression):
@@ -172,8 +208,11 @@ def limited_run(folder, compression):
 def test_suggested_preset_runs_where_fp32_did_not(tmp_path):
     result, summary = limited_run(tmp_path / "fp32", "plain")
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    failed = "out of memory on cpu when allocating 58.59 MiB: the backward pass needs 1186.53 MiB of maps"
-    assert result.stderr == f"iexact: {failed}; compression=int8 keeps 193.64 MiB, which would fit\n"
+    failed = "out of memory on cpu when allocating 58.59 MiB in a training step"
+    assert result.stderr == (
+        f"iexact: {failed}: the backward pass needs 1186.53 MiB of maps; compression=int8 keeps 193.64 MiB, which would"
+        " fit\n"
+    )
     assert summary["status"] == "failed" and summary["memory"]["saved_mib"] == pytest.approx(1186.53, abs=0.01)
     result, summary = limited_run(tmp_path / "int8", "int8")
     assert result.returncode == 0 and summary["status"] == "completed", result.stderr

@@ -21,6 +21,7 @@ def run(tmp_path):
     folder = record(tmp_path / "run", task="distribution")
     observed = [[observed_map("head", js=0.1, reduction=0.1)]]
     edit_summary(folder, distribution=observed, fidelity={"after": AFTER}, energy={"kwh": 0.1, "gco2e": None})
+    edit_summary(folder, fp32={"step_peak_mib": 2.0, "evaluation_peak_mib": 1.0, "epochs_per_second": None})
     return folder
 
 
@@ -49,6 +50,7 @@ DAMAGES = [
         "throughput.epochs_per_second: p20, median and p80 must be in this order",
     ),
     ("throughput.epochs_per_second", {"median": 1.0}, "epochs_per_second: object missing required field p20"),
+    ("fp32.step_peak_mib", -1, "fp32.step_peak_mib=-1: expected float >= 0.0"),
     ("energy.kwh", -1, "energy.kwh=-1: expected float >= 0.0"),
     ("fidelity.after", {"x": {}}, "fidelity.after: expected str matching regex"),
     ("fidelity.after.5.relative_error", ["x"], "expected float | null, got str"),

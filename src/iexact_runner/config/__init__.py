@@ -97,6 +97,7 @@ class MeasureConfig:
         timed_epochs: epochs that are timed after them.
         max_seconds: ends the timing early, after at least three epochs; a quarter of it ends the warm-up.
         max_wait: seconds to wait for the device to be free; after that epochs are timed beside the others at work.
+        fp32: before a compressed run, also measure a few steps of the same model in FP32, where they fit.
         energy: also record kWh and gCO2e of the timed epochs.
         country: whose grid the emissions are of, as an ISO 3166 code of three letters; null is the world's average.
     """
@@ -105,6 +106,7 @@ class MeasureConfig:
     timed_epochs: int = 100
     max_seconds: float = 60.0
     max_wait: float = 600.0
+    fp32: bool = True
     energy: bool = False
     country: str | None = None
 

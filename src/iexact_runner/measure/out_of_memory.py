@@ -11,7 +11,7 @@ import torch
 
 from iexact_runner.config import CompressionConfig, Config
 from iexact_runner.measure import MIB
-from iexact_runner.measure.step import UNKNOWN, kept_tensors
+from iexact_runner.measure.step import COMPILING_BYTES, PASSING_MAPS, UNKNOWN, kept_tensors
 from iexact_runner.training import Problem
 
 # Presets of ``conf/compression``, in the order in which they are suggested: the closest gradients come first.
@@ -27,14 +27,6 @@ PRESETS = {
         scheme="projected", bits=2, kept_frac=0.125, col_size=64, max_block_size=1024, store_dropout_mask=True
     ),
 }
-# Beside what is kept, a step holds about so many maps of the widest kind at once, and kernels are compiled in so much.
-PASSING_MAPS = 7
-COMPILING_BYTES = 128 * MIB
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the CPU or on a GPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def requested(error: BaseException) -> str:
@@ -51,7 +43,7 @@ def memory_by_preset(problem: Problem, config: Config) -> tuple[dict[str, Any], 
 
     Returns:
         ``memory`` of a summary as far as it is known, the bytes kept under each preset that keeps less, and the bytes
-        of the widest FP32 map.
+        of the widest FP32 map of the step.
     """
     kept = kept_tensors(config.model, problem, config.compression)
     plain = kept_tensors(config.model, problem, CompressionConfig(scheme="none"))
@@ -70,7 +62,15 @@ def memory_by_preset(problem: Problem, config: Config) -> tuple[dict[str, Any], 
     return memory, smaller, max(record.bytes_fp32 for record in plain)
 
 
-def advice(memory: dict[str, Any], smaller: dict[str, int], widest: int, *, available: int | None) -> str:
+def evaluation_advice(problem: Problem, config: Config) -> str:
+    """What would make evaluation smaller, in words; what training keeps has no part in it."""
+    fields = [f"model.{name}" for name in ("hidden_channels", "heads") if hasattr(config.model, name)]
+    half = ", or halve the maps with precision=bfloat16" if config.precision == "float32" else ""
+    nodes = f"{problem.whole.x.size(0):,} nodes"
+    return f"evaluation holds a few maps of all {nodes} under every preset; lower {' or '.join(fields)}{half}"
+
+
+def step_advice(memory: dict[str, Any], smaller: dict[str, int], widest: int, *, available: int | None) -> str:
     """Which preset would fit into the available bytes, in words."""
     kept = f"the backward pass needs {memory['saved_mib']:.2f} MiB of maps"
     for name, size in smaller.items():

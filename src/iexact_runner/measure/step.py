@@ -1,4 +1,4 @@
-"""Figures of one training step: what it keeps for the backward pass, and its peak."""
+"""Figures of a training step and an evaluation: what is kept for the backward pass, peaks, and FP32 beside them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,37 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iexact_runner import measure
+from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, Config, GATConfig, ModelConfig
 from iexact_runner.data.sparse import CSR
+from iexact_runner.errors import TrainingError
 from iexact_runner.loss import node_loss
-from iexact_runner.measure import TensorRecord
-from iexact_runner.measure.peak import PeakMemory
+from iexact_runner.measure import MIB, PeakMemory, SavedTensors, TensorRecord, Throughput, allocated, total_bytes
 from iexact_runner.nn import Model, build_model
+from iexact_runner.phases import is_out_of_memory
 from iexact_runner.schemes import Plain
-from iexact_runner.training import Problem, autocast, training_input, training_loss
+from iexact_runner.training import (
+    Optimization,
+    Problem,
+    autocast,
+    clock,
+    evaluate,
+    step,
+    training_input,
+    training_loss,
+)
 
 # Figures that only a step that is run can give.
-UNKNOWN = ("loss_mib", "step_peak_mib", "data_mib", "model_mib", "reference_activation_mib")
+UNKNOWN = ("loss_mib", "step_peak_mib", "evaluation_peak_mib", "data_mib", "model_mib", "reference_activation_mib")
+# Beside what is kept, a step holds about so many maps of the widest kind at once, and kernels are compiled in so much.
+PASSING_MAPS = 7
+COMPILING_BYTES = 128 * MIB
+# Steps of FP32 that are timed, and the seconds after which no further one begins.
+FP32_STEPS, FP32_SECONDS = 5, 5.0
 
 
 def step_memory(model: Model, problem: Problem, config: Config, *, device: torch.device, seed: int) -> dict[str, Any]:
-    """The ``memory`` of a summary: figures of one training step that is not taken, in MiB.
+    """The ``memory`` of a summary: figures of one training step that is not taken and of one evaluation, in MiB.
 
     Args:
         model: on the device; its running statistics move.
@@ -34,32 +49,84 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
     """
     model.train()
     features, nodes = training_input(problem, seed=seed)
-    before = measure.allocated(device)
-    with measure.SavedTensors(model, excluded=[features, *problem.tensors()]) as saved:
+    before = allocated(device)
+    with SavedTensors(model, excluded=[features, *problem.tensors()]) as saved:
         with autocast(config.precision, device):
             scores = model(features, problem.training.graph, seed=seed)
         kept = saved.kept(scores)
         loss = node_loss(scores, problem.training.y, nodes, kind=config.training.loss)
         kept_with_loss = saved.kept(loss, beside=scores)
-    after = measure.allocated(device)
+    after = allocated(device)
     reference = None
     if before is not None and after is not None:
-        reference = (after - before - scores.nbytes - loss.nbytes) / measure.MIB
+        reference = (after - before - scores.nbytes - loss.nbytes) / MIB
     saved_bytes = sum(record.bytes for record in kept)
     plain = kept_tensors(config.model, problem, CompressionConfig(scheme="none"))
     del scores, loss
-    with PeakMemory(device) as peak:
-        training_loss(model, problem, kind=config.training.loss, precision=config.precision, seed=seed).backward()
     return {
-        "saved_mib": saved_bytes / measure.MIB,
-        "saved_mib_fp32": sum(record.bytes for record in plain) / measure.MIB,
-        "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / measure.MIB,
-        "step_peak_mib": peak.bytes / measure.MIB,
-        "data_mib": measure.total_bytes(problem.tensors()) / measure.MIB,
-        "model_mib": measure.total_bytes([*model.parameters(), *model.buffers()]) / measure.MIB,
+        "saved_mib": saved_bytes / MIB,
+        "saved_mib_fp32": sum(record.bytes for record in plain) / MIB,
+        "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / MIB,
+        **_peaks(model, problem, config, device=device, seed=seed),
+        "data_mib": total_bytes(problem.tensors()) / MIB,
+        "model_mib": total_bytes([*model.parameters(), *model.buffers()]) / MIB,
         "reference_activation_mib": reference,
         "tensors": [record.to_dict() for record in kept],
     }
+
+
+def fp32_figures(
+    problem: Problem, config: Config, *, device: torch.device, seed: int, available: int | None
+) -> dict[str, Any] | None:
+    """The ``fp32`` of a summary: peaks and speed of the same model in FP32, from a few steps that are thrown away.
+
+    Args:
+        problem: what is trained on.
+        config: of the run.
+        device: where.
+        seed: of the steps.
+        available: bytes that may be allocated; None if that is not known.
+
+    Returns:
+        None if FP32 does not fit, or its loss is not finite.
+    """
+    plain = CompressionConfig(scheme="none")
+    kept = kept_tensors(config.model, problem, plain)
+    needed = sum(record.bytes for record in kept) + PASSING_MAPS * max(record.bytes_fp32 for record in kept)
+    if available is None or needed + COMPILING_BYTES > available:
+        return None
+    torch.manual_seed(seed)
+    model = build_model(
+        config.model, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=plain
+    ).to(device)
+    optimization = Optimization(model, config.training, precision=config.precision)
+
+    def timed(epoch: int) -> float:
+        start = clock(device)
+        step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
+        return clock(device) - start
+
+    seconds: list[float] = []
+    try:
+        peaks = _peaks(model, problem, config, device=device, seed=seed)
+        while not seconds or (len(seconds) < FP32_STEPS and sum(seconds) < FP32_SECONDS):
+            seconds.append(timed(1 + len(seconds)))
+    except (MemoryError, RuntimeError) as error:
+        if not (is_out_of_memory(error) or isinstance(error, TrainingError)):
+            raise
+        return None
+    return peaks | Throughput.of(seconds, warmup_epochs=1).to_dict()
+
+
+def _peaks(model: Model, problem: Problem, config: Config, *, device: torch.device, seed: int) -> dict[str, float]:
+    """MiB that one training step and one evaluation allocate at once, beyond what is there before them."""
+    model.train()
+    with PeakMemory(device) as of_step:
+        training_loss(model, problem, kind=config.training.loss, precision=config.precision, seed=seed).backward()
+    with PeakMemory(device) as of_evaluation:
+        evaluate(model, problem, precision=config.precision)
+    model.train()
+    return {"step_peak_mib": of_step.bytes / MIB, "evaluation_peak_mib": of_evaluation.bytes / MIB}
 
 
 def kept_tensors(config: ModelConfig, problem: Problem, compression: CompressionConfig) -> list[TensorRecord]:
@@ -76,5 +143,5 @@ def kept_tensors(config: ModelConfig, problem: Problem, compression: Compression
             model = build_model(
                 config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=compression
             )
-        with measure.SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
+        with SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
             return saved.kept(model(features, graph))

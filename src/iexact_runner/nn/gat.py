@@ -57,7 +57,10 @@ class GATConv(nn.Module):
             negative_slope=NEGATIVE_SLOPE,
             product=(x, self.lin.weight),
         ).flatten(1)
-        return out + self.bias if self.res is None else ops.linear(x, self.res.weight, self.bias).add_(out)
+        if self.res is not None:
+            return ops.linear(x, self.res.weight, self.bias).add_(out)
+        # Under autocast the sum has the bias' precision.
+        return out.add_(self.bias) if out.dtype == self.bias.dtype else out + self.bias
 
 
 class GAT(GNN):

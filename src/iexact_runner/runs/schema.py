@@ -114,6 +114,14 @@ class Throughput(Struct):
     alone: bool | None = None
 
 
+class FP32(Struct):
+    """Peaks and speed of the same model in FP32."""
+
+    step_peak_mib: Amount | None = None
+    evaluation_peak_mib: Amount | None = None
+    epochs_per_second: Rates | None = None
+
+
 class Energy(Struct):
     """Energy of the timed epochs."""
 
@@ -167,6 +175,7 @@ class Summary(Struct):
     accuracy: Accuracy | None = None
     memory: Memory | None = None
     throughput: Throughput | None = None
+    fp32: FP32 | None = None
     energy: Energy | None = None
     fidelity: Fidelity | None = None
     distribution: list[Annotated[list[Map], Meta(max_length=_MOST)]] | None = None

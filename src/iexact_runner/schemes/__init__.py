@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from iexact_runner.compression.sketch import Directions
 from iexact_runner.config import CompressionConfig
 from iexact_runner.schemes.activation import Activation
+from iexact_runner.schemes.evaluation import Evaluation
 from iexact_runner.schemes.lowrank import LowRank
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.projected import Projected
@@ -31,4 +33,6 @@ def start_pass(
         return LowRank(config, seed=seed, map_seed=map_seed, directions=[] if directions is None else directions)
     if training and config.scheme == "projected":
         return Projected(config, seed=seed, map_seed=map_seed)
+    if not training and not torch.is_grad_enabled():
+        return Evaluation(transform_first=config.share_maps)
     return Plain(training=training, seed=seed, transform_first=config.share_maps)

@@ -5,7 +5,8 @@ Shapes: N nodes, E edges, H heads, C features a head.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,33 @@ from iexact_runner.compression.maps import KeptMap
 from iexact_runner.data.sparse import CSR
 from iexact_runner.kernels import ops
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
+
+
+class Attended(NamedTuple):
+    """Output (N, H, C) of attention, and the scores (N, H) of both ends of an edge."""
+
+    output: Tensor
+    source: Tensor
+    target: Tensor
+
+
+def attend(
+    h: Tensor,
+    att_source: Tensor,
+    att_target: Tensor | None,
+    edges: CSR,
+    *,
+    negative_slope: float,
+    drop: Callable[[Tensor], Tensor] = lambda alpha: alpha,
+) -> Attended:
+    """sum_j alpha_ij h_j of h (N, H, C), one head after the other; ``drop`` is what is done to alpha (E, H)."""
+    source = _scores(h, att_source)
+    target = source if att_target is None else _scores(h, att_target)
+    alpha = drop(_attention(source, target, edges, negative_slope))
+    output = torch.empty_like(h)
+    for head in range(h.size(1)):
+        output[:, head] = edges.with_values(alpha[:, head].contiguous()).matmul(h[:, head])
+    return Attended(output, source, target)
 
 
 class Attention(Function):
@@ -41,19 +69,16 @@ class Attention(Function):
         kept: KeptMap,
         fp32_bytes: int,
     ) -> Tensor:
+        def drop(alpha: Tensor) -> Tensor:
+            return ops.dropout(alpha, p=dropout, seed=seed, backend=backend) if dropout else alpha
+
+        output, source, target = attend(h, att_source, att_target, edges, negative_slope=negative_slope, drop=drop)
         layout, tensors = kept
-        source = _scores(h, att_source)
-        target = source if att_target is None else _scores(h, att_target)
         ctx.layout, ctx.negative_slope, ctx.dropout, ctx.backend = layout, negative_slope, dropout, backend
         ctx.parts = len(tensors)
         ctx.saved_map = SavedMap(tuple(h.shape), layout.stored_type, fp32_bytes, len(tensors))
         vectors = [att_source] if att_target is None else [att_source, att_target]
         save_with_seed(ctx, seed, *tensors, edges.offsets, edges.columns, source, target, *vectors)
-        alpha = _attention(source, target, edges, negative_slope)
-        alpha = ops.dropout(alpha, p=dropout, seed=seed, backend=backend) if dropout else alpha
-        output = torch.empty_like(h)
-        for head in range(h.size(1)):
-            output[:, head] = edges.with_values(alpha[:, head].contiguous()).matmul(h[:, head])
         return output
 
     @staticmethod

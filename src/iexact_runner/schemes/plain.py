@@ -1,4 +1,4 @@
-"""FP32 training as plain PyG modules do it, and every evaluation: autograd keeps whatever it keeps.
+"""FP32 training as plain PyG modules do it: autograd keeps whatever it keeps.
 
 Shapes: N nodes, E edges, H heads, C features a head.
 """

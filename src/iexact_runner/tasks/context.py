@@ -24,7 +24,8 @@ class Findings:
 
     Args:
         metric: name of the scores.
-        memory: figures of one training step.
+        memory: figures of one training step and one evaluation.
+        fp32: peaks and speed of the same model in FP32; None where it would not fit or is not asked for.
         completed: scores at the best validation epoch of each run that was completed.
         resumed: how many times the run went on after its end.
         warmup_epochs: epochs of a run, and of what follows a resumption, that are not timed.
@@ -37,6 +38,7 @@ class Findings:
 
     metric: str | None = None
     memory: dict[str, Any] | None = None
+    fp32: dict[str, Any] | None = None
     completed: list[Scores] = field(default_factory=list)
     resumed: int = 0
     warmup_epochs: int = 0

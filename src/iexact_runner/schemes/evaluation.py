@@ -1,0 +1,62 @@
+"""Evaluation: the exact forward pass of every scheme, with a block's map overwritten wherever it can be.
+
+Shapes: N nodes, E edges, H heads, C features a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from iexact_runner.data.graph import Adjacency
+from iexact_runner.data.sparse import CSR
+from iexact_runner.schemes.activation import Activation, Kept
+from iexact_runner.schemes.attention import attend
+from iexact_runner.schemes.plain import Plain
+
+# Elements that are normalised at once: 4 MiB of float32.
+CHUNK_ELEMENTS = 1 << 20
+
+
+class Evaluation(Plain):
+    """The operations of a forward pass that no backward pass follows.
+
+    Args:
+        transform_first: whether a SAGE layer multiplies by its weights before it aggregates.
+    """
+
+    def __init__(self, *, transform_first: bool = False) -> None:
+        super().__init__(training=False, seed=0, transform_first=transform_first)
+
+    def aggregate(self, x: Tensor, adjacency: Adjacency) -> Tensor:
+        """Product A x."""
+        return adjacency.matmul(x)
+
+    def attention(
+        self,
+        h: Tensor,
+        att_source: Tensor,
+        att_target: Tensor | None,
+        edges: CSR,
+        *,
+        negative_slope: float,
+        dropout: float = 0.0,
+        product: tuple[Activation, Tensor] | None = None,
+    ) -> Tensor:
+        """Head by head: what plain modules gather, (E, H, C), is never formed."""
+        return attend(h, att_source, att_target, edges, negative_slope=negative_slope).output
+
+    def finish(
+        self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float
+    ) -> Activation:
+        """A convolution and what follows it in a block, all written over its output."""
+        h = convolve()
+        if norm is not None:
+            for part in h.split(max(1, CHUNK_ELEMENTS // h.size(1))):
+                part.copy_(norm(part))
+        if residual is not None:
+            # Autocast may have left a map of less precision than the residual, which a sum in place would keep.
+            h = h.add_(residual) if torch.result_type(h, residual) == h.dtype else h + residual
+        return Activation(h.relu_(), Kept())
