@@ -99,8 +99,8 @@ def field_row(
 
 def valid(path: str, field: dataclasses.Field[Any], having: list[Any]) -> str:
     """What the checks answer to wrong values in some checked examples; nothing if they refuse none."""
-    if field.type == "bool":
-        return "true or false"
+    if field.type in ("bool", "bool | None"):
+        return "true or false" if field.type == "bool" else "true, false or null"
     answers: dict[str, None] = {}
     for example in having:
         for value in WRONG[str(field.type).removesuffix(" | None")]:
@@ -130,7 +130,9 @@ def changed(example: Any) -> Iterator[str]:
     """Fields of a composed choice that differ from their defaults."""
     for field in dataclasses.fields(example):
         value = getattr(example, field.name)
-        if value != field.default and field.name != "name":
+        # A null that the scheme makes false is no setting of the choice.
+        by_scheme = field.default is None and value is False
+        if value != field.default and field.name != "name" and not by_scheme:
             yield f"{field.name}={typed(value)}"
 
 

@@ -25,11 +25,13 @@ from iexact_runner.config import (
     TrainingConfig,
 )
 from iexact_runner.config.compression import BACKENDS, LEVELS, SCHEMES
+from iexact_runner.config.presets import preset, preset_names
 from iexact_runner.errors import ConfigError
 
 CONF = REPOSITORY / "conf"
 DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in (CONF / "compression").glob("*.yaml"))
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 
 
@@ -41,6 +43,51 @@ def test_every_model_composes_with_every_dataset(model, dataset):
     assert (config.model.name, config.dataset.name) == (model, dataset)
     if f"{model}_{dataset}" not in RECIPES:
         assert config.training.epochs == 200 and config.training.lr == 0.01 and config.training.grad_norm == 0.5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_the_library_are_those_of_the_command_line(name):
+    assert preset(name) == compose_config(f"compression={name}").compression
+    assert name in preset_names()
+    backend = compose_config(f"compression={name}", "compression.backend=torch").compression
+    assert preset(name, backend="torch") == backend != preset(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("lowrnk", {}, "compression=lowrnk: no such choice; did you mean lowrank? valid: exact, iexact"),
+        ("lowrank", {"rnk": 3}, "compression.rnk=3: no such field; did you mean rank? valid: scheme, bits"),
+        ("lowrank", {"rank": 0}, "compression.rank=0: must be 1 or more"),
+        ("lowrank", {"rank": "many"}, "compression.rank: Value 'many' of type 'str' could not be converted to Integer"),
+        ("lowrank", {"bits": 4}, "compression.bits=4: compression.map_bits deals bits"),
+        ("lowrank", {"scheme": "none"}, "compression.scheme=none: compression=lowrank is lowrank; name another preset"),
+        ("lowrank", {"share_maps": False}, "compression.share_maps=false: compression=lowrank shares"),
+        (
+            "lowrank_v1",
+            {"map_bits": 48},
+            "compression.map_bits=48: does not fit compression=lowrank_v1, which has compression.bits=4: ",
+        ),
+        (
+            "lowrank_v1",
+            {"rank": None, "refresh": 2},
+            "compression.rank=null: give compression.rank or compression.energy",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_of_a_preset_name_what_the_caller_wrote(name, fields, message):
+    with pytest.raises(ConfigError) as error:
+        preset(name, **fields)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_defaults_depend_on_the_scheme():
+    assert CompressionConfig(scheme="lowrank", rank=8).share_maps is True
+    assert CompressionConfig(scheme="lowrank").map_bits == 48
+    assert CompressionConfig(scheme="lowrank", rank=8).map_bits is None
+    for scheme in ("none", "projected"):
+        assert CompressionConfig(scheme=scheme).share_maps is False
 
 
 def test_every_recipe_belongs_to_a_pair():

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 import zipfile
 
@@ -35,6 +36,24 @@ def test_help_imports_nothing_slow_and_nothing_optional(module, tmp_path):
     imported = json.loads(result.stderr)
     assert result.stdout and "iexact_runner" in imported
     assert not {*SLOW, *OPTIONAL}.intersection(imported)
+
+
+def test_the_front_door_opens_without_torch_until_it_is_used():
+    code = """
+        import sys
+        import iexact_runner
+        assert "torch" not in sys.modules and "compress" in dir(iexact_runner)
+        from iexact_runner import CompressionConfig, compress, compressed_pass
+        from iexact_runner.nn import compress as same
+        assert compress is same and "torch" in sys.modules
+        try:
+            iexact_runner.nothing
+        except AttributeError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "module 'iexact_runner' has no attribute 'nothing'\n"
 
 
 def version(text: str) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import signal
@@ -13,13 +12,13 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,19 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 from iexact_runner import __version__, guard
 from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.explanations import explain, suggest_field
 from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 from iexact_runner.streams import forgiving_streams
 
 if TYPE_CHECKING:
     from iexact_runner.runs.sweeps import Sweep
 
-# Launchers of Hydra's plugins, and the extras that bring them.
-LAUNCHER_EXTRAS = {
-    "hydra/launcher/joblib": "joblib",
-    "hydra/launcher/ray": "ray",
-    "hydra/launcher/submitit_local": "slurm",
-    "hydra/launcher/submitit_slurm": "slurm",
-}
 INTERRUPTED = "interrupted: what was recorded so far is kept"
 EXIT_FAILED, EXIT_USAGE, EXIT_UNSHOWN, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -296,31 +289,6 @@ def _command() -> None:
         _failures.extend([EXIT_FAILED] if end.code else [])
 
 
-def explain(error: BaseException) -> str:
-    """An error in one line that names the field, the value and what is valid."""
-    cause = error.__cause__
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file in LAUNCHER_EXTRAS:
-        extra = LAUNCHER_EXTRAS[error.missing_cfg_file]
-        return f"{error.missing_cfg_file}: is not installed: pip install 'iexact-runner[{extra}]'"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        choices = [option for option in error.options if not option.startswith("base_")]
-        return f"{group}={choice}: no such choice; {_suggest(choice, choices)}"
-    if isinstance(error, OverrideParseException):
-        if "missing EQUAL" in error.message:
-            return f"{error.override!r}: must be FIELD=VALUE; iexact --help lists the fields"
-        return f"{error.override!r}: {_one_line(error.message.partition('See https')[0])}"
-    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
-        override = _quoted_override(str(error))
-        if dataclasses.is_dataclass(cause.object_type) and cause.key is not None:
-            if cause.key not in [field.name for field in dataclasses.fields(cause.object_type)]:
-                return f"{override}: no such field; {_suggest_field(str(cause.key), cause.object_type)}"
-        return f"{override}: {_one_line(str(cause.msg))}"
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {_one_line(str(error.msg))}"
-    return _one_line(str(error))
-
-
 def _unexpected(error: Exception, *, debug: bool) -> str:
     if "Config group override must be a string" in str(error):
         return "GROUP=null: a group needs a choice; ~GROUP drops an optional one, for example ~recipe"
@@ -357,39 +325,9 @@ def _check_known(composed: DictConfig, prefix: str = "") -> None:
     names = [field.name for field in dataclasses.fields(kind)]
     for key in map(str, composed):
         if key not in names:
-            raise ConfigError(f"{prefix}{key}: no such field; {_suggest_field(key, kind)}")
+            raise ConfigError(f"{prefix}{key}: no such field; {suggest_field(key, kind)}")
         if not OmegaConf.is_missing(composed, key) and OmegaConf.is_dict(composed[key]):
             _check_known(composed[key], f"{prefix}{key}.")
-
-
-def _quoted_override(message: str) -> str:
-    """The override that Hydra complains of, out of its message."""
-    first = message.splitlines()[0]
-    for opening in ("Could not override ", "Error merging override "):
-        if first.startswith(opening):
-            return first.removeprefix(opening).rstrip(".").strip("'")
-    return first
-
-
-def _suggest_field(name: str, kind: Any) -> str:
-    """What may be meant by a field that a configuration of this kind does not have: one of its own, or of a group."""
-    own = [field.name for field in dataclasses.fields(kind)]
-    groups = [*get_type_hints(schema.Config).items(), ("dataset", schema.SyntheticConfig)]
-    groups += [("model", model) for model in schema.MODEL_CONFIGS.values()]
-    homes = [f"{group}.{name}" for group, fields in groups if name in getattr(fields, "__dataclass_fields__", ())]
-    if homes and kind is schema.Config:
-        return f"did you mean {' or '.join(dict.fromkeys(homes))}?"
-    return _suggest(name, own)
-
-
-def _suggest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return (f"did you mean {close[0]}? " if close else "") + f"valid: {', '.join(names)}"
-
-
-def _one_line(text: str) -> str:
-    # OmegaConf appends where it looked, a line each, starting with the key.
-    return " ".join(text.partition("full_key:")[0].split())
 
 
 def _remove_if_empty(folder: Path) -> None:

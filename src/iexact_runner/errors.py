@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base of every error that the command line shows as one line, without a traceback."""
@@ -32,3 +35,10 @@ class TrainingError(UserError, RuntimeError):
 
 class OutOfMemory(UserError, MemoryError):
     """The run does not fit into the memory of its device."""
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """What may be meant by a name that does not exist, and which do."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1)
+    return (f"did you mean {close[0]}? " if close else "") + f"valid: {', '.join(names)}"

@@ -22,7 +22,7 @@ from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import OutOfMemory
 from iexact_runner.experiment import Experiment
 from iexact_runner.measure import MIB, out_of_memory
-from iexact_runner.measure.out_of_memory import PRESETS, memory_by_preset, requested, step_advice
+from iexact_runner.measure.out_of_memory import memory_by_preset, requested, step_advice
 from iexact_runner.measure.step import kept_tensors, step_memory
 from iexact_runner.nn import build_model
 from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory, phase
@@ -36,11 +36,6 @@ CPU = RuntimeError(
 )
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB")
 NUMPY = MemoryError("Unable to allocate 7.45 GiB for an array with shape (1000000000,) and data type float64")
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_those_of_the_command_line(name):
-    assert PRESETS[name] == compose_config(f"compression={name}").compression
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch_geometric.nn.models import GAT, GCN, GraphSAGE
 from conftest import FP32, assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, DigitsConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
+from iexact_runner.config.presets import preset
 from iexact_runner.data import load_dataset
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.measure import SavedTensors
@@ -331,6 +333,37 @@ def test_a_model_of_which_a_part_is_compressed_is_refused_and_stays_as_it_is():
     with pytest.raises(ConfigError, match=r"model=OneReLU: is compressed already \(layer conv2\)"):
         compress(model, INT2)
     assert type(model) is OneReLU and type(model.conv1) is pyg.SAGEConv
+
+
+def test_a_preset_is_taken_by_its_name_with_fields_of_its_own():
+    models = [OneReLU() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    compress(models[0], "lowrank", rank=3, seed=5)
+    compress(models[1], preset("lowrank", rank=3), seed=5)
+    compress(models[2], preset("lowrank"), seed=5, rank=3)
+    x, edge_index = torch.randn(31, IN), torch.randint(31, (2, 90))
+    for model in models:
+        model(x, edge_index).square().sum().backward()
+    first, *others = [[weight.grad for weight in model.parameters()] for model in models]
+    for gradients in others:
+        assert all(torch.equal(own, other) for own, other in zip(first, gradients, strict=True))
+    assert models[0]._compression.config.rank == 3
+    model = OneReLU()
+    compress(model)
+    assert model._compression.config == preset("lowrank")
+
+
+def test_what_is_no_preset_is_refused_and_the_model_stays_as_it_is():
+    model = OneReLU()
+    for arguments, fields, message in (
+        (["lowrnk"], {}, "compression=lowrnk: no such choice; did you mean lowrank?"),
+        ([INT2], {"bitz": 4}, "compression.bitz=4: no such field; did you mean bits?"),
+        ([3], {}, "compression=3: must be the name of a preset, such as lowrank or iexact, or a CompressionConfig"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+            compress(model, *arguments, **fields)
+    assert type(model) is OneReLU
 
 
 def test_plain_schemes_and_two_devices_are_refused():

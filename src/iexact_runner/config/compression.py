@@ -15,6 +15,8 @@ SCHEMES = ("none", "projected", "lowrank")
 LEVELS = ("uniform", "optimal")
 ROUNDINGS = ("nearest", "stochastic")
 SIGNS = ("sketch", "exact")
+# Of the low-rank scheme where nothing is said of bits and directions.
+MAP_BITS = 48
 
 
 @dataclass
@@ -31,10 +33,12 @@ class CompressionConfig:
             for the size of each map's blocks.
         levels: ``uniform``, or ``optimal`` for all levels of least variance, at any number of bits.
         max_block_size: cap of G in elements, rounded to whole rows; null is no cap.
-        share_maps: transform before aggregating, so that one kept map serves both weights of a SAGE layer.
+        share_maps: transform before aggregating, so that one kept map serves both weights of a SAGE layer; null is true
+            for ``lowrank``, which needs it, and false for the others.
         store_dropout_mask: keep dropout masks as 1 bit an element instead of regenerating them from the seed.
         map_bits: bits a node and map for the coefficients of ``lowrank`` [W], dealt over the directions where they
-            remove most of the error; null gives each coefficient ``bits``.
+            remove most of the error; null gives each coefficient ``bits``, and is 48 where these, ``rank`` and
+            ``energy`` are null too.
         rounding: of dealt bits, ``nearest`` level, or ``stochastic``.
         rank: number of directions [R] of ``lowrank``; null if ``energy`` chooses it, or a third of ``map_bits``.
         energy: share of each map's variance that the directions of ``lowrank`` hold.
@@ -57,7 +61,7 @@ class CompressionConfig:
     alpha: Any = 1.0  # a number or a word: OmegaConf fails to merge a union
     levels: str = "uniform"
     max_block_size: int | None = None
-    share_maps: bool = False
+    share_maps: bool | None = None
     store_dropout_mask: bool = False
     map_bits: int | None = None
     rounding: str = "nearest"
@@ -83,6 +87,8 @@ class CompressionConfig:
         check(0.0 < self.kept_frac <= 1.0, "compression.kept_frac", self.kept_frac, "must be above 0 and at most 1")
         check_at_least("compression.col_size", self.col_size, 0)
         self._check_levels()
+        if self.share_maps is None:
+            self.share_maps = self.scheme == "lowrank"
         cap = self.max_block_size
         check(cap is None or cap >= 1, "compression.max_block_size", cap, "must be 1 or more, or null for no cap")
         if self.scheme == "none":
@@ -120,6 +126,8 @@ class CompressionConfig:
 
     def _check_low_rank(self) -> None:
         rank, energy = self.rank, self.energy
+        if rank is energy is self.map_bits is self.bits is None:
+            self.map_bits = MAP_BITS
         check(rank is None or rank >= 1, "compression.rank", rank, "must be 1 or more, or null")
         fits = energy is None or 0.0 < energy <= 1.0
         check(fits, "compression.energy", energy, "must be above 0 and at most 1, or null")
@@ -140,9 +148,8 @@ class CompressionConfig:
         check_at_least("compression.refresh", self.refresh, 1)
         check_at_least("compression.sample_rows", self.sample_rows, 1)
         check_at_least("compression.residual", self.residual, 0)
-        check(
-            self.share_maps, "compression.share_maps", "false", "compression=lowrank shares its maps; leave it at true"
-        )
+        shared = bool(self.share_maps)
+        check(shared, "compression.share_maps", "false", "compression=lowrank shares its maps; leave it at true")
         unused = (("kept_frac", 1.0), ("store_dropout_mask", False))
         self._check_unused("compression=lowrank has directions and regenerated masks instead", *unused)
 

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.config.presets import preset
 from iexact_runner.measure import MIB
 from iexact_runner.measure.step import COMPILING_BYTES, PASSING_MAPS, UNKNOWN, kept_tensors
 from iexact_runner.training import Problem
 
 # Presets of ``conf/compression``, in the order in which they are suggested: the closest gradients come first.
-PRESETS = {
-    "int8": CompressionConfig(scheme="projected", bits=8),
-    "int4": CompressionConfig(scheme="projected", bits=4),
-    "lowrank": CompressionConfig(scheme="lowrank", map_bits=48, sign_threshold=2.0, sign_share=0.33, share_maps=True),
-    "int2": CompressionConfig(scheme="projected", bits=2),
-    "exact": CompressionConfig(
-        scheme="projected", bits=2, kept_frac=0.125, max_block_size=1024, store_dropout_mask=True
-    ),
-    "iexact": CompressionConfig(
-        scheme="projected", bits=2, kept_frac=0.125, col_size=64, max_block_size=1024, store_dropout_mask=True
-    ),
-}
+PRESETS = ("int8", "int4", "lowrank", "int2", "exact", "iexact")
 
 
 def requested(error: BaseException) -> str:
@@ -55,8 +44,8 @@ def memory_by_preset(problem: Problem, config: Config) -> tuple[dict[str, Any], 
     }
     presets = {
         name: sum(record.bytes for record in kept_tensors(config.model, problem, compression))
-        for name, compression in PRESETS.items()
-        if asdict(compression) != asdict(config.compression)
+        for name, compression in ((name, preset(name)) for name in PRESETS)
+        if compression != config.compression
     }
     smaller = {name: size for name, size in presets.items() if size < bytes_kept}
     return memory, smaller, max(record.bytes_fp32 for record in plain)

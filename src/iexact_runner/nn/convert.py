@@ -1,10 +1,10 @@
-"""``compress(model, config)``: a PyTorch model made of torch and PyG layers trains with compressed maps."""
+"""``compress(model, "lowrank")``: a PyTorch model made of torch and PyG layers trains with compressed maps."""
 
 from __future__ import annotations
 
 from collections import Counter
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import new_class
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.utils._trim_to_layer import TrimToLayer
 
 from iexact_runner.config import CompressionConfig
+from iexact_runner.config.presets import check_names, preset
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn.interception import Compression
 from iexact_runner.nn.pyg_convs import CONVOLUTIONS
@@ -106,7 +107,9 @@ class Compressed(nn.Module):
         return _rebuild, (function, type(self).__bases__[-1], type(self).__name__, *rest), *state
 
 
-def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> Report:
+def compress(
+    model: nn.Module, compression: str | CompressionConfig = "lowrank", *, seed: int = 0, **fields: Any
+) -> Report:
     """Turns a model into its compressed twin, in place: same parameters, same checkpoints, same evaluation.
 
     In training mode a forward pass keeps its maps compressed: those of torch's linear products, ReLU, LeakyReLU, ELU,
@@ -120,13 +123,15 @@ def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> R
 
     Args:
         model: any module; nothing of it may be compressed already.
-        config: how maps are kept.
+        compression: how maps are kept: a preset of the command line's ``compression=NAME``, or a configuration.
         seed: seed of masks, projections and rounding, which torch's global generators then have no part in.
+        fields: of :class:`CompressionConfig`, in place of those of the preset or configuration.
 
     Raises:
-        ConfigError: a ValueError of one line, if the scheme keeps plain maps, or the model is compressed already or on
-            more than one device.
+        ConfigError: a ValueError of one line, if there is no such preset or field, a value is not valid, the scheme
+            keeps plain maps, or the model is compressed already or on more than one device.
     """
+    config = _chosen(compression, fields)
     if config.scheme == "none":
         raise ConfigError.of("compression.scheme", config.scheme, "must be projected or lowrank to compress a model")
     if config.refresh > 1:
@@ -139,7 +144,7 @@ def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> R
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     if len(devices) > 1:
         raise ConfigError.of("model", model_name, f"is on {' and '.join(devices)}; must be on one device")
-    compression = Compression(config, seed=seed)
+    shared = Compression(config, seed=seed)
     layers = []
     for name, module in list(model.named_modules()):
         kind = type(module)
@@ -148,9 +153,9 @@ def compress(model: nn.Module, config: CompressionConfig, *, seed: int = 0) -> R
         if kept is not None or (leaf and not isinstance(module, PARTS)):
             layers.append(Layer(name, kind.__name__, kept is not None, kept or why_not))
         if _runs(module):
-            module._compression = compression
+            module._compression = shared
             module.__class__ = _twin(kind, kind.__name__ if kept is None else f"Compressed{kind.__name__}")
-    report = Report(tuple(layers), compression.functions, compression.left)
+    report = Report(tuple(layers), shared.functions, shared.left)
     model._report = report  # type: ignore[assignment]  # modules hold anything
     return report
 
@@ -165,8 +170,19 @@ def compressed_pass(model: nn.Module) -> AbstractContextManager[Any]:
     """
     compressed = next((module for module in model.modules() if isinstance(module, Compressed)), None)
     if compressed is None:
-        raise ConfigError.of("model", type(model).__name__, "is not compressed; call compress(model, config) first")
+        raise ConfigError.of("model", type(model).__name__, "is not compressed; call compress(model) first")
     return compressed._compression.running()
+
+
+def _chosen(compression: str | CompressionConfig, fields: dict[str, Any]) -> CompressionConfig:
+    """The configuration that a caller of :func:`compress` means."""
+    if isinstance(compression, str):
+        return preset(compression, **fields)
+    if not isinstance(compression, CompressionConfig):
+        valid = "must be the name of a preset, such as lowrank or iexact, or a CompressionConfig"
+        raise ConfigError.of("compression", repr(compression), valid)
+    check_names(fields)
+    return replace(compression, **fields)
 
 
 def _judge(module: nn.Module) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "resume", "swee
 # Bytes that a file may have; of metrics that is some 150,000 epochs.
 MOST_CONFIG, MOST_SUMMARY, MOST_METRICS = 2**18, 2**24, 2**25
 
-_COMPRESSION_DEFAULTS = {field.name: field.default for field in fields(CompressionConfig)}
+_COMPRESSION_DEFAULTS = asdict(CompressionConfig(scheme="none"))
 
 
 class DamagedRecord(UserError):

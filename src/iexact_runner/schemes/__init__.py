@@ -34,5 +34,5 @@ def start_pass(
     if training and config.scheme == "projected":
         return Projected(config, seed=seed, map_seed=map_seed)
     if not training and not torch.is_grad_enabled():
-        return Evaluation(transform_first=config.share_maps)
-    return Plain(training=training, seed=seed, transform_first=config.share_maps)
+        return Evaluation(transform_first=bool(config.share_maps))
+    return Plain(training=training, seed=seed, transform_first=bool(config.share_maps))

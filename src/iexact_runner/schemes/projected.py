@@ -29,7 +29,7 @@ class Projected(Plain):
     """
 
     def __init__(self, config: CompressionConfig, *, seed: int | Tensor, map_seed: int | Tensor | None = None) -> None:
-        super().__init__(training=True, seed=seed, transform_first=config.share_maps)
+        super().__init__(training=True, seed=seed, transform_first=bool(config.share_maps))
         self._format = MapFormat(
             bits=config.bits,
             kept_frac=config.kept_frac,
