@@ -20,7 +20,7 @@ from test_documented_commands import SMALL
 
 PAGE = REPOSITORY / "docs" / "extending.md"
 COMMANDS = [shlex.split(command) for command in commands(PAGE)]
-NEW = "graphconv or relu6 or reach or every_operator or quick"
+NEW = "gin-3 or relu6 or reach or every_operator or quick"
 # Runs one command line after another, and says how each ended.
 IN_ONE_PROCESS = """
 import json, sys
@@ -87,5 +87,5 @@ def test_tests_of_what_is_added_pass(copy):
     assert len(called) == len(paths) == len(COMMANDS) - sum(words[0] == "iexact" for words in COMMANDS)
     result = python(copy, "-m", "pytest", "-v", *paths, "-k", NEW, cwd=copy)
     assert result.returncode == 0, result.stdout[-5000:]
-    for name in ("graphconv-3-directed", "relu6-1", "reach", "quick", "test_operator_is_registered_soundly[relu6]"):
+    for name in ("gin-3-directed", "relu6-1", "reach", "quick", "test_operator_is_registered_soundly[relu6]"):
         assert name in result.stdout

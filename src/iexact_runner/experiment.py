@@ -196,6 +196,8 @@ class Experiment:
             accuracy = {"metric": found.metric}
             for split in Scores._fields:
                 accuracy[split] = mean_std([getattr(scores, split) for scores in found.completed])
+            for split in ("train", "val"):
+                accuracy[f"highest_{split}"] = mean_std([getattr(scores, split) for scores in found.highest])
         compared = found.fidelities and fidelity.pooled(found.fidelities, draws=self._config.fidelity.draws)
         throughput = found.timed()
         return {

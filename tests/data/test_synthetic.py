@@ -116,10 +116,15 @@ def test_known_values() -> None:
 
 
 def test_standardized_over_the_training_nodes() -> None:
-    dataset = generate(num_nodes=200, standardize=True)
+    dataset = generate(num_nodes=200, standardize=True, standardize_over="train")
     rows = dataset.x[dataset.train]
     torch.testing.assert_close(rows.mean(dim=0), torch.zeros(64), atol=1e-5, rtol=0)
-    torch.testing.assert_close(rows.std(dim=0, correction=0), torch.ones(64))
+    torch.testing.assert_close(rows.std(dim=0), torch.ones(64))
+
+
+def test_standardized_over_all_nodes_as_published() -> None:
+    plain, dataset = generate(num_nodes=200), generate(num_nodes=200, standardize=True)
+    torch.testing.assert_close(dataset.x, (plain.x - plain.x.mean(0)) / plain.x.std(0), atol=1e-5, rtol=1e-5)
 
 
 def test_given_split_sizes() -> None:

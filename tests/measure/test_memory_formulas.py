@@ -70,6 +70,8 @@ class Formula:
         later = (layers - 1) * 2 * self.input(hidden)
         return first + later + (layers - 1) * (self.norm(hidden) + self.masks(hidden))
 
+    graphconv = sage
+
     def gcn(self, layers, hidden):
         if self.sketched:
             return (layers - 1) * self.sketched_norm(hidden)
@@ -127,12 +129,13 @@ def kept_bytes(dataset, model, preset, *overrides):
     ("model", "sizes", "overrides"),
     [
         ("sage", (3, 128), ()),
+        ("graphconv", (3, 128), ()),
         ("gcn", (3, 128), ()),
         ("gcn2", (16, 256), ()),
         # How many edges dropout leaves is a number, which tensors without memory do not have.
         ("gat", (3, 128, 3), ("model.edge_dropout=0",)),
     ],
-    ids=["sage", "gcn", "gcn2", "gat"],
+    ids=["sage", "graphconv", "gcn", "gcn2", "gat"],
 )
 def test_kept_bytes_are_those_of_the_formula(arxiv, model, sizes, overrides, preset):
     kept, data, formula = kept_bytes(arxiv, model, preset, *overrides)

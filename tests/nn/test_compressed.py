@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from conftest import FP32, assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, SAGEConfig
+from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, GraphConvConfig, SAGEConfig
 from iexact_runner.nn import MODELS, build_model
 from iexact_runner.nn.gat import GATConv
 from iexact_runner.nn.gcn import GCNConv
@@ -29,7 +29,11 @@ CONFIGS = {
     "gcn2-shared": GCN2Config(name="gcn2", shared_weights=True, **FIELDS),
     "gat": GATConfig(name="gat", heads=3, residual=True, **FIELDS),
     "gat-arxiv": GATConfig(name="gat", shared_attention=True, edge_dropout=0.5, input_dropout=0.2, **FIELDS),
+    "gat-attention": GATConfig(name="gat", heads=2, attention_dropout=0.3, **FIELDS),
+    "gcn-linear": GCNConfig(name="gcn", use_linear=True, **FIELDS),
+    "graphconv": GraphConvConfig(name="graphconv", **FIELDS),
 }
+GAT_OPTIONS = dict(shared_attention=False, residual=True, attention_dropout=0.0, initial_weights="glorot")
 EXACT = projected()
 
 
@@ -47,7 +51,8 @@ def gradients(config, compression, dataset, *, seed=1):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_exact_twin_equals_fp32_where_nothing_is_dropped(name, symmetric):
     """Dropout of the FP32 scheme is torch's own, so the two are compared without it."""
-    fields = {key: 0.0 for key in ("dropout", "input_dropout", "edge_dropout") if hasattr(CONFIGS[name], key)}
+    rates = ("dropout", "input_dropout", "edge_dropout", "attention_dropout")
+    fields = {key: 0.0 for key in rates if hasattr(CONFIGS[name], key)}
     config = type(CONFIGS[name])(**(vars(CONFIGS[name]) | fields))
     dataset = tiny_dataset(symmetric=symmetric)
     expected, plain = gradients(config, FP32, dataset)
@@ -93,9 +98,9 @@ def test_forward_is_exact_under_every_setting(name, fields, dataset):
 
 
 CONVOLUTIONS = {
-    "gcn": lambda: GCNConv(13, 5),
+    "gcn": lambda: GCNConv(13, 5, use_linear=False),
     "gcn2": lambda: GCN2Conv(13, alpha=0.2, theta=0.5, layer=1, shared_weights=False),
-    "gat": lambda: GATConv(13, 4, heads=2, shared_attention=False, residual=True),
+    "gat": lambda: GATConv(13, 4, heads=2, **GAT_OPTIONS),
 }
 
 

@@ -7,11 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from conftest import FP32, assert_close, tiny_dataset
-from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
+from iexact_runner.config import (
+    CompressionConfig,
+    GATConfig,
+    GCN2Config,
+    GCNConfig,
+    GraphConvConfig,
+    ModelConfig,
+    SAGEConfig,
+)
 from iexact_runner.data.graph import attention_edges
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import MODELS, build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
+from iexact_runner.schemes import Plain
 
 SMALL = dict(num_layers=3, hidden_channels=8, dropout=0.0)
 CONFIGS = [
@@ -26,6 +35,7 @@ CONFIGS = [
     GCN2Config(name="gcn2", shared_weights=True, **SMALL),
     GATConfig(name="gat", heads=3, **SMALL),
     GATConfig(name="gat", heads=2, residual=True, **SMALL),
+    GraphConvConfig(name="graphconv", **SMALL),
 ]
 
 
@@ -122,9 +132,58 @@ def test_edge_dropout_depends_on_the_seed_and_only_in_training(dataset):
     assert torch.equal(model(dataset.x, graph, seed=1), model(dataset.x, graph, seed=2))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.7])
+def test_exactly_as_many_edges_are_dropped_as_published(dataset, p):
+    edges = attention_edges(dataset.edge_index, dataset.num_nodes)
+    count, rows, columns = edges.columns.numel(), edges.rows(), edges.columns.long()
+    keys = rows * dataset.num_nodes + columns
+    kept = torch.zeros(count)
+    draws = 300
+    for seed in range(draws):
+        left = Plain(training=True, seed=seed).drop_edges(edges, p, exactly=True)
+        assert left.columns.numel() == count - int(p * count)
+        kept += torch.isin(keys, left.rows() * dataset.num_nodes + left.columns.long())
+    deviation = max((p * (1 - p) / draws) ** 0.5, 1e-12)
+    assert ((kept / draws - (1 - p)).abs() / deviation).max() < 5  # self-loops like all others
+    again = Plain(training=True, seed=draws - 1).drop_edges(edges, p, exactly=True)
+    assert torch.equal(again.columns, left.columns)
+    spared = Plain(training=True, seed=0).drop_edges(edges, p)
+    assert (spared.rows() == spared.columns).sum() == (rows == columns).sum()
+
+
+def test_published_initial_weights_are_normal_with_a_gain_of_relu():
+    config = GATConfig(name="gat", heads=3, num_layers=2, hidden_channels=200, initial_weights="xavier_normal")
+    torch.manual_seed(0)
+    conv = build_model(config, in_channels=300, out_channels=3, compression=FP32).blocks[0].conv
+    weight, vector = conv.lin.weight, conv.att_src
+    assert weight.std().item() == pytest.approx((2 * 2 / (300 + 600)) ** 0.5, rel=0.02)
+    assert vector.std().item() == pytest.approx((2 * 2 / (3 * 200 + 200)) ** 0.5, rel=0.1)
+    assert (weight.abs() > 3 * weight.std()).float().mean().item() == pytest.approx(0.0027, abs=0.001)
+
+
+def test_a_linear_map_is_added_to_a_convolution(dataset):
+    config = GCNConfig(name="gcn", use_linear=True, **(SMALL | {"num_layers": 1}))
+    model = build_model(config, in_channels=13, out_channels=3, compression=FP32)
+    graph = MODELS["gcn"].build_graph(dataset.edge_index, dataset.num_nodes)
+    scores, conv = model(dataset.x, graph), model.head
+    expected = graph.matmul(dataset.x @ conv.lin.weight.T) + conv.bias + dataset.x @ conv.res.weight.T
+    assert_close(scores, expected)
+
+
+def test_attention_dropout_is_of_training_and_keeps_the_mean(dataset):
+    config = GATConfig(name="gat", heads=2, attention_dropout=0.5, **(SMALL | {"num_layers": 1}))
+    model = build_model(config, in_channels=13, out_channels=3, compression=FP32)
+    graph = attention_edges(dataset.edge_index, dataset.num_nodes)
+    exact = model.eval()(dataset.x, graph)
+    assert torch.equal(exact, model(dataset.x, graph))
+    draws = torch.stack([model.train()(dataset.x, graph, seed=seed).detach() for seed in range(400)])
+    error, spread = draws.mean(0) - exact, draws.std(0) / 20
+    assert (draws[0] != draws[1]).any() and (error.abs() / spread.clamp(min=1e-6)).max() < 5
+
+
 def test_unknown_model_is_named():
-    with pytest.raises(ConfigError, match=r"model.name=gin: must be one of sage, gcn, gcn2, gat"):
-        build_model(ModelConfig(name="gin"), in_channels=1, out_channels=1, compression=FP32)
+    with pytest.raises(ConfigError, match=r"model.name=mlp: must be one of sage, gcn, gcn2, gat, graphconv"):
+        build_model(ModelConfig(name="mlp"), in_channels=1, out_channels=1, compression=FP32)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[4], CONFIGS[6], CONFIGS[9]], ids=name)

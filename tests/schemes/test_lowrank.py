@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
 from iexact_runner.compression.sketch import SketchLayout, followed_directions, leading_directions
-from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
+from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, GraphConvConfig, SAGEConfig
 from iexact_runner.measure import SavedTensors
 from iexact_runner.nn import MODELS, build_model
 from iexact_runner.schemes import lowrank
@@ -29,6 +29,9 @@ CONFIGS = {
     "gcn2-shared": GCN2Config(name="gcn2", shared_weights=True, **FIELDS),
     "gat": GATConfig(name="gat", heads=3, residual=True, **FIELDS),
     "gat-arxiv": GATConfig(name="gat", shared_attention=True, edge_dropout=0.5, input_dropout=0.2, **FIELDS),
+    "gat-attention": GATConfig(name="gat", heads=2, attention_dropout=0.3, **FIELDS),
+    "gcn-linear": GCNConfig(name="gcn", use_linear=True, **FIELDS),
+    "graphconv": GraphConvConfig(name="graphconv", **FIELDS),
 }
 TWIN = projected(share_maps=True)
 # The block normalises in one pass of its own, which rounds at every step; torch's need not.

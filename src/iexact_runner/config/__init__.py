@@ -15,7 +15,15 @@ from omegaconf import MISSING
 from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
 from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig, dataset_config
-from iexact_runner.config.model import MODEL_CONFIGS, GATConfig, GCN2Config, GCNConfig, ModelConfig, SAGEConfig
+from iexact_runner.config.model import (
+    MODEL_CONFIGS,
+    GATConfig,
+    GCN2Config,
+    GCNConfig,
+    GraphConvConfig,
+    ModelConfig,
+    SAGEConfig,
+)
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +39,7 @@ __all__ = [
     "GATConfig",
     "GCN2Config",
     "GCNConfig",
+    "GraphConvConfig",
     "MODEL_CONFIGS",
     "MeasureConfig",
     "ModelConfig",

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 
 SOURCES = ("ogb", "pyg", "digits", "synthetic")
+STANDARDIZE_OVER = ("all", "train")
 # What is in the sources that need files.
 NAMES = {
     "ogb": ("arxiv", "products"),
@@ -29,7 +30,8 @@ class DatasetConfig:
         root: folder where its files lie or are put.
         inductive: train on the subgraph of the training nodes only.
         undirected: add the reverse of every edge.
-        standardize: scale features to mean 0 and deviation 1 over the training nodes.
+        standardize: scale features to mean 0 and deviation 1.
+        standardize_over: ``all`` nodes, as the published code does, or the ``train`` nodes.
         split_seed: draws the 60/20/20 split where none is published.
         trust_pickle: let dataset files that are pickles run what they say.
     """
@@ -40,11 +42,13 @@ class DatasetConfig:
     inductive: bool = False
     undirected: bool = False
     standardize: bool = False
+    standardize_over: str = "all"
     split_seed: int = 0
     trust_pickle: bool = False
 
     def __post_init__(self) -> None:
         check_choice("dataset.source", self.source, SOURCES)
+        check_choice("dataset.standardize_over", self.standardize_over, STANDARDIZE_OVER)
         own = None if self.source in NAMES else self.source
         valid = f"needs its own fields; start from dataset={own}" if own else "choose one with dataset=NAME"
         check(DATASET_PREFIXES.get(type(self)) == own, "dataset.source", self.source, valid)

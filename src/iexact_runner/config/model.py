@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from iexact_runner.config.checks import check, check_at_least, check_probability
+from iexact_runner.config.checks import check, check_at_least, check_choice, check_probability
+
+INITIAL_WEIGHTS = ("glorot", "xavier_normal")
 
 
 @dataclass
@@ -45,7 +47,18 @@ class SAGEConfig(ModelConfig):
 
 @dataclass
 class GCNConfig(ModelConfig):
-    """GCN with self-loops and symmetric normalisation."""
+    """GCN with self-loops and symmetric normalisation.
+
+    Args:
+        use_linear: add a linear map of a layer's input to its convolution.
+    """
+
+    use_linear: bool = False
+
+
+@dataclass
+class GraphConvConfig(ModelConfig):
+    """GraphConv with sums over the neighbours."""
 
 
 @dataclass
@@ -75,23 +88,38 @@ class GATConfig(ModelConfig):
     Args:
         heads: attention heads of all layers but the last, which has one.
         shared_attention: score both ends of an edge with one vector instead of two.
+        attention_dropout: rate on the attention coefficients of every layer.
         edge_dropout: share of the edges that a training pass leaves out, the same for all layers.
+        exact_edge_dropout: leave out exactly floor(``edge_dropout`` E) of E edges, self-loops among them, as the
+            published code does; else each proper edge by its own draw, and no self-loop.
+        initial_weights: ``glorot`` is uniform; ``xavier_normal`` that of the published code, with a gain of sqrt(2).
         label_input: feed training labels as features; the loss counts only nodes whose label was not fed.
         label_mask_rate: share of the training labels that are fed as input; the loss is that of the others.
     """
 
     heads: int = 3
     shared_attention: bool = False
+    attention_dropout: float = 0.0
     edge_dropout: float = 0.0
+    exact_edge_dropout: bool = False
+    initial_weights: str = "glorot"
     label_input: bool = False
     label_mask_rate: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("model.heads", self.heads, 1)
+        check_probability("model.attention_dropout", self.attention_dropout)
         check_probability("model.edge_dropout", self.edge_dropout)
+        check_choice("model.initial_weights", self.initial_weights, INITIAL_WEIGHTS)
         rate = self.label_mask_rate
         check(0.0 < rate < 1.0, "model.label_mask_rate", rate, "must be above 0 and below 1")
 
 
-MODEL_CONFIGS = {"sage": SAGEConfig, "gcn": GCNConfig, "gcn2": GCN2Config, "gat": GATConfig}
+MODEL_CONFIGS = {
+    "sage": SAGEConfig,
+    "gcn": GCNConfig,
+    "gcn2": GCN2Config,
+    "gat": GATConfig,
+    "graphconv": GraphConvConfig,
+}

@@ -65,6 +65,11 @@ def mean_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     return Adjacency(matrix, adjoint, mean_scale(matrix))
 
 
+def sum_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
+    """Sum over the in-neighbours, without self-loops added (GraphConv)."""
+    return Adjacency(*_pattern(edge_index, num_nodes))
+
+
 def gcn_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     """D^-1/2 (A + I) D^-1/2 with D the in-degree of A + I (Kipf and Welling, 2017)."""
     matrix, adjoint = _pattern(with_self_loops(edge_index, num_nodes), num_nodes)

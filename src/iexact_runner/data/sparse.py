@@ -98,9 +98,8 @@ class CSR:
         values = None if self.values is None else self.values[order]
         return CSR(offsets, self.rows()[order].to(self.columns.dtype), values), order
 
-    def keep(self, mask: Tensor) -> CSR:
-        """The entries where ``mask`` (E,) is set, and the diagonal, so that no node loses its last neighbour."""
-        mask = mask | (self.rows() == self.columns)
+    def masked(self, mask: Tensor) -> CSR:
+        """The entries where ``mask`` (E,) is set."""
         before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
         values = None if self.values is None else self.values[mask]
         return CSR(before[self.offsets].to(self.offsets.dtype), self.columns[mask], values)

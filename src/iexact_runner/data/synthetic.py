@@ -43,7 +43,7 @@ def generate(config: SyntheticConfig) -> NodeDataset:
         sizes = (config.num_train, config.num_val, config.num_test)
         train, val, test = split_nodes(everyone, sizes, config.split_seed)
     return NodeDataset(
-        x=standardized(x, train) if config.standardize else x,
+        x=standardized(x, train, config) if config.standardize else x,
         y=torch.from_numpy(labels),
         edge_index=edge_index,
         train=train,

@@ -11,6 +11,7 @@ from iexact_runner.nn.convert import Report, compress, compressed_pass
 from iexact_runner.nn.gat import GAT
 from iexact_runner.nn.gcn import GCN
 from iexact_runner.nn.gcn2 import GCN2
+from iexact_runner.nn.graphconv import GraphNet
 from iexact_runner.nn.sage import SAGE
 
 __all__ = [
@@ -29,7 +30,13 @@ __all__ = [
 ]
 
 Model = GNN | GCN2
-MODELS: dict[str, type[GNN] | type[GCN2]] = {"sage": SAGE, "gcn": GCN, "gcn2": GCN2, "gat": GAT}
+MODELS: dict[str, type[GNN] | type[GCN2]] = {
+    "sage": SAGE,
+    "gcn": GCN,
+    "gcn2": GCN2,
+    "gat": GAT,
+    "graphconv": GraphNet,
+}
 
 
 def build_model(config: ModelConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig) -> Model:

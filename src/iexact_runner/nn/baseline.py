@@ -16,7 +16,8 @@ class PyGBaseline(nn.Module):
     """The same network as :func:`iexact_runner.nn.build_model`, written with the layers of torch_geometric.
 
     Args:
-        config: widths, depth and rates; edge dropout and shared attention vectors have no PyG layer and are left out.
+        config: widths, depth and rates; edge dropout, shared attention vectors and the linear map beside GCN's
+            convolution have no PyG layer and are left out.
         in_channels: D, width of the features.
         out_channels: number of classes.
     """
@@ -78,6 +79,8 @@ def _pyg_conv(config: ModelConfig, in_channels: int, out_channels: int, layer: i
         conv = pyg.SAGEConv(in_channels, out_channels)
     elif config.name == "gcn":
         conv = pyg.GCNConv(in_channels, out_channels, normalize=False)
+    elif config.name == "graphconv":
+        conv = pyg.GraphConv(in_channels, out_channels)
     elif isinstance(config, GCN2Config):
         conv = pyg.GCN2Conv(
             in_channels,
@@ -90,5 +93,12 @@ def _pyg_conv(config: ModelConfig, in_channels: int, out_channels: int, layer: i
     else:
         assert isinstance(config, GATConfig)
         heads = 1 if layer == config.num_layers - 1 else config.heads
-        conv = pyg.GATConv(in_channels, out_channels, heads=heads, residual=config.residual, add_self_loops=False)
+        conv = pyg.GATConv(
+            in_channels,
+            out_channels,
+            heads=heads,
+            residual=config.residual,
+            dropout=config.attention_dropout,
+            add_self_loops=False,
+        )
     return conv

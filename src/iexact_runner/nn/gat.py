@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn.inits import glorot
@@ -26,13 +29,25 @@ class GATConv(nn.Module):
         heads: H.
         shared_attention: score both ends of an edge with ``att_src``; there is no ``att_dst`` then.
         residual: add a linear map of the layer's input.
+        attention_dropout: rate on alpha.
+        initial_weights: as in :class:`~iexact_runner.config.GATConfig`.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, heads: int, shared_attention: bool, residual: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        heads: int,
+        shared_attention: bool,
+        residual: bool,
+        attention_dropout: float,
+        initial_weights: str,
     ) -> None:
         super().__init__()
         self.heads = heads
+        self.attention_dropout = attention_dropout
+        self.draw: Callable[[Tensor | None], Any] = xavier_normal if initial_weights == "xavier_normal" else glorot
         self.lin = nn.Linear(in_channels, heads * out_channels, bias=False)
         self.att_src = nn.Parameter(torch.empty(1, heads, out_channels))
         self.att_dst = None if shared_attention else nn.Parameter(torch.empty(1, heads, out_channels))
@@ -41,9 +56,9 @@ class GATConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new weights (Glorot) and sets the bias to zero."""
+        """Draws new weights and sets the bias to zero."""
         for weight in (self.lin.weight, self.att_src, self.att_dst, None if self.res is None else self.res.weight):
-            glorot(weight)
+            self.draw(weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Activation, graph: CSR, ops: Plain) -> Tensor:
@@ -55,6 +70,7 @@ class GATConv(nn.Module):
             self.att_dst,
             graph,
             negative_slope=NEGATIVE_SLOPE,
+            dropout=self.attention_dropout if self.training else 0.0,
             product=(x, self.lin.weight),
         ).flatten(1)
         if self.res is not None:
@@ -63,10 +79,16 @@ class GATConv(nn.Module):
         return out.add_(self.bias) if out.dtype == self.bias.dtype else out + self.bias
 
 
+def xavier_normal(weight: Tensor | None) -> None:
+    """Draws a weight as DGL's GATConv does, whose gain is that of ReLU."""
+    if weight is not None:
+        nn.init.xavier_normal_(weight, gain=nn.init.calculate_gain("relu"))
+
+
 class GAT(GNN):
     """Chain of :class:`GATConv` blocks; the last has one head. Residuals are inside the convolutions.
 
-    CSR are dropped once a forward pass, the same for all layers; self-loops stay.
+    Edges are dropped once a forward pass, the same for all layers.
     """
 
     build_graph = staticmethod(attention_edges)
@@ -77,6 +99,7 @@ class GAT(GNN):
     ) -> None:
         super().__init__(config, in_channels=in_channels, out_channels=out_channels, compression=compression)
         self.edge_dropout = config.edge_dropout
+        self.exact_edge_dropout = config.exact_edge_dropout
 
     def hidden_width(self, config: GATConfig) -> int:
         """All heads side by side."""
@@ -91,8 +114,10 @@ class GAT(GNN):
             heads=heads,
             shared_attention=config.shared_attention,
             residual=config.residual,
+            attention_dropout=config.attention_dropout,
+            initial_weights=config.initial_weights,
         )
 
     def prepare_graph(self, graph: CSR, ops: Plain) -> CSR:
         """Edge dropout, once for all layers."""
-        return ops.drop_edges(graph, self.edge_dropout)
+        return ops.drop_edges(graph, self.edge_dropout, exactly=self.exact_edge_dropout)

@@ -17,22 +17,27 @@ class GCNConv(nn.Module):
     Args:
         in_channels: D.
         out_channels: C.
+        use_linear: add x W_res, a linear map of the input.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, use_linear: bool) -> None:
         super().__init__()
         self.lin = nn.Linear(in_channels, out_channels, bias=False)
+        self.res = nn.Linear(in_channels, out_channels, bias=False) if use_linear else None
         self.bias = nn.Parameter(torch.empty(out_channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws new weights (Glorot) and sets the bias to zero."""
         nn.init.xavier_uniform_(self.lin.weight)
+        if self.res is not None:
+            self.res.reset_parameters()
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        return ops.aggregate(ops.linear(x, self.lin.weight), graph).add_(self.bias)
+        out = ops.aggregate(ops.linear(x, self.lin.weight), graph).add_(self.bias)
+        return out if self.res is None else out.add_(ops.linear(x, self.res.weight))
 
 
 class GCN(GNN):
@@ -42,4 +47,4 @@ class GCN(GNN):
 
     def make_conv(self, config: GCNConfig, in_channels: int, layer: int, out_channels: int) -> GCNConv:
         """Every layer alike."""
-        return GCNConv(in_channels, out_channels)
+        return GCNConv(in_channels, out_channels, use_linear=config.use_linear)

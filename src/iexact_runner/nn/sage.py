@@ -11,6 +11,18 @@ from iexact_runner.schemes import Activation, Plain
 from iexact_runner.schemes.activation import Kept
 
 
+def neighbors_and_self(x: Activation, graph: Adjacency, ops: Plain, *, neighbors: nn.Linear, own: nn.Linear) -> Tensor:
+    """A x W_neighbors + b + x W_own: maps (N, D) to (N, C)."""
+    if ops.transform_first:
+        # (A x) W = A (x W): both products then share the one kept map of x.
+        out = ops.aggregate(ops.linear(x, neighbors.weight), graph).add_(neighbors.bias)
+    else:
+        aggregated = Activation(ops.aggregate(x.value, graph), Kept())
+        out = ops.linear(aggregated, neighbors.weight, neighbors.bias)
+        del aggregated  # one map less beside the next product
+    return out.add_(ops.linear(x, own.weight))
+
+
 class SAGEConv(nn.Module):
     """mean_{j in N(i)} x_j W_l + b + x_i W_r, parameters named as in ``torch_geometric.nn.SAGEConv``.
 
@@ -31,14 +43,7 @@ class SAGEConv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        if ops.transform_first:
-            # mean(x) W = mean(x W): both products then share the one kept map of x.
-            out = ops.aggregate(ops.linear(x, self.lin_l.weight), graph).add_(self.lin_l.bias)
-        else:
-            mean = Activation(ops.aggregate(x.value, graph), Kept())
-            out = ops.linear(mean, self.lin_l.weight, self.lin_l.bias)
-            del mean  # one map less beside the next product
-        return out.add_(ops.linear(x, self.lin_r.weight))
+        return neighbors_and_self(x, graph, ops, neighbors=self.lin_l, own=self.lin_r)
 
 
 class SAGE(GNN):

@@ -72,6 +72,8 @@ METRICS = {
         Metric("test", "accuracy.test.values", "test score [%]", 100.0),
         Metric("val", "accuracy.val.values", "validation score [%]", 100.0),
         Metric("train", "accuracy.train.values", "training score [%]", 100.0),
+        Metric("highest_val", "accuracy.highest_val.values", "highest validation score [%]", 100.0),
+        Metric("highest_train", "accuracy.highest_train.values", "highest training score [%]", 100.0),
         Metric("epochs_per_second", "throughput.epochs_per_second", "epochs/s"),
         Metric("saved_mib", "memory.saved_mib", "saved [MiB]"),
         Metric("saved_mib_fp32", "memory.saved_mib_fp32", "saved by FP32 [MiB]"),

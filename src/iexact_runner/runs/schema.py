@@ -68,6 +68,8 @@ class Accuracy(Struct):
     train: Scores | None = None
     val: Scores | None = None
     test: Scores | None = None
+    highest_train: Scores | None = None
+    highest_val: Scores | None = None
 
 
 class Tensor(Struct):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.utils import scatter, softmax
@@ -80,12 +81,21 @@ class Plain:
         gathered: Tensor = scatter(weighted, target, dim_size=h.size(0))
         return gathered
 
-    def drop_edges(self, edges: CSR, p: float) -> CSR:
-        """CSR left by dropout on the graph itself, from the seed of this pass."""
+    def drop_edges(self, edges: CSR, p: float, *, exactly: bool = False) -> CSR:
+        """What dropout on the graph itself leaves, from the seed of this pass.
+
+        Each entry but those of the diagonal is dropped with probability p; ``exactly`` drops floor(p E) of all.
+        """
         if not self.training or p == 0:
             return edges
-        columns = edges.columns
-        return edges.keep(reference.keep_mask(columns.numel(), p=p, seed=self.next_mask_seed(), device=columns.device))
+        count, device, seed = edges.columns.numel(), edges.columns.device, self.next_mask_seed()
+        if exactly:
+            draws = reference.draw16(2 * count, seed=seed, purpose=reference.DROPOUT, device=device).long()
+            order = (draws[:count] << 16 | draws[count:]).argsort(stable=True)
+            mask = torch.ones(count, dtype=torch.bool, device=device)
+            mask[order[: int(p * count)]] = False
+            return edges.masked(mask)
+        return edges.masked(reference.keep_mask(count, p=p, seed=seed, device=device) | (edges.rows() == edges.columns))
 
     def finish(
         self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float

@@ -27,6 +27,7 @@ class Findings:
         memory: figures of one training step and one evaluation.
         fp32: peaks and speed of the same model in FP32; None where it would not fit or is not asked for.
         completed: scores at the best validation epoch of each run that was completed.
+        highest: highest scores of each of them, split by split, whenever they came.
         resumed: how many times the run went on after its end.
         warmup_epochs: epochs of a run, and of what follows a resumption, that are not timed.
         epoch_seconds: of every timed epoch of training.
@@ -40,6 +41,7 @@ class Findings:
     memory: dict[str, Any] | None = None
     fp32: dict[str, Any] | None = None
     completed: list[Scores] = field(default_factory=list)
+    highest: list[Scores] = field(default_factory=list)
     resumed: int = 0
     warmup_epochs: int = 0
     epoch_seconds: list[float] = field(default_factory=list)

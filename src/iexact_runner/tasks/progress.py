@@ -33,6 +33,7 @@ class Progress:
         self.run = run
         self.epoch = 0
         self.best: Scores | None = None
+        self.highest = Scores(0.0, 0.0, 0.0)
         self.model, self.seed = context.new_model(run)
         self.optimization = Optimization(self.model, config.training, precision=config.precision)
 
@@ -74,6 +75,7 @@ class Progress:
         self.epoch = epoch.number
         if self.best is None or epoch.scores.val > self.best.val:
             self.best = epoch.scores
+        self.highest = Scores(*map(max, self.highest, epoch.scores))
 
     def best_scores(self) -> Scores:
         """Scores at the best validation epoch; there was one."""
@@ -91,7 +93,9 @@ class Progress:
             "seed": self.seed,
             "machine": _machine(self._context),
             "best": self.best and list(self.best),
+            "highest": list(self.highest),
             "completed": [list(scores) for scores in findings.completed],
+            "completed_highest": [list(scores) for scores in findings.highest],
             "resumed": findings.resumed,
             "epoch_seconds": findings.epoch_seconds,
             "distribution": to_json(findings.distribution),
@@ -109,6 +113,7 @@ class Progress:
             raise ValueError(f"seed {state['seed']} is not {self.seed}")
         self.epoch = state["epoch"]
         self.best = state["best"] and Scores(*state["best"])
+        self.highest = Scores(*state["highest"])
         self.model.load_state_dict(state["model"])
         self.model.directions[:] = [Directions.of(kept, device) for kept in state["directions"]]
         self.optimization.optimizer.load_state_dict(state["optimizer"])
@@ -117,6 +122,7 @@ class Progress:
         if device.type == "cuda" and state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"], device)
         findings.completed[:] = [Scores(*scores) for scores in state["completed"]]
+        findings.highest[:] = [Scores(*scores) for scores in state["completed_highest"]]
         findings.epoch_seconds[:] = state["epoch_seconds"]
         findings.resumed = state["resumed"]
         if findings.distribution is not None:

@@ -59,6 +59,7 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
                     save()  # what follows takes long
                 finish(progress.model, progress.seed)
             findings.completed.append(progress.best_scores())
+            findings.highest.append(progress.highest)
             if progress.run + 1 == config.runs:
                 return
             progress = Progress(context, progress.run + 1)
