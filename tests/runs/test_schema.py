@@ -21,6 +21,9 @@ def run(tmp_path):
     folder = record(tmp_path / "run", task="distribution")
     observed = [[observed_map("head", js=0.1, reduction=0.1)]]
     edit_summary(folder, distribution=observed, fidelity={"after": AFTER}, energy={"kwh": 0.1, "gco2e": None})
+    summary = json.loads((folder / "summary.json").read_text())
+    highest = {f"highest_{split}": summary["accuracy"][split] for split in ("train", "val")}
+    edit_summary(folder, accuracy=summary["accuracy"] | highest)
     edit_summary(folder, fp32={"step_peak_mib": 2.0, "evaluation_peak_mib": 1.0, "epochs_per_second": None})
     return folder
 
