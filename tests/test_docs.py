@@ -117,7 +117,7 @@ def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
         counts = f"{row['test_difference_repeats']:.0f} | {row['training.epochs']}"
         assert f"| {row['dataset.name']} | {counts} | {figures} |" in text
     steps = pd.read_csv(REPOSITORY / "benchmarks" / "epoch_cpu.csv").set_index(["model", "preset"])
-    step = steps.loc["sage", "lowrank_v1"]
+    step = steps.loc["sage", "lowrank"]
     time, peak = (f"{step[name]:.2f}"[1:] for name in ("ratio_median", "peak_ratio"))
     assert f"takes {time} of the time of plain PyG in FP32 and {peak} of its peak memory" in text
     amazon = fidelity[(fidelity["dataset.name"] == "amazon_computers") & (fidelity["compression.refresh"] == 1)]

@@ -8,6 +8,7 @@ import torch
 from conftest import assert_close
 from iexact_runner.compression import sketch
 from iexact_runner.compression.maps import MapFormat
+from iexact_runner.compression.seeds import mix, normal_draws
 from iexact_runner.compression.signs import SignLayout
 from iexact_runner.compression.sketch import (
     ProductLayout,
@@ -15,6 +16,7 @@ from iexact_runner.compression.sketch import (
     SketchLayout,
     keep_coefficients,
     leading_directions,
+    residual_directions,
     sampled_rows,
 )
 from iexact_runner.kernels import ops
@@ -134,3 +136,39 @@ def test_product_is_multiplied_again():
         ProductLayout(kept, (64, 5)).decode((*tensors, weight[:5, :1].expand(5, 16))),
         z @ weight[:5, :1].expand(5, 16).T,
     )
+
+
+def test_normal_draws_are_normal():
+    draws = normal_draws(200_001, seed=5, device=torch.device("cpu"))
+    assert draws.shape == (200_001,) and torch.equal(draws, normal_draws(200_001, seed=5, device=draws.device))
+    spread = draws.numel() ** -0.5
+    assert abs(draws.mean().item()) < 4 * spread and abs(draws.square().mean().item() - 1) < 4 * 2**0.5 * spread
+    assert abs(draws.pow(4).mean().item() - 3) < 4 * 96**0.5 * spread
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 3), (3, 1), (3, 4), (3, 9), (12, 4)])
+def test_residual_directions_are_uniform_in_what_the_others_miss(rank, count):
+    """PRAC's estimate: (D - R) / k times the projection on k orthonormal columns of the complement."""
+    width, draws = 12, 3000
+    directions = torch.linalg.qr(torch.randn(width, width))[0][:, :rank]
+    columns = torch.stack([residual_directions(directions, count, seed=mix(seed)) for seed in range(draws)])
+    kept = min(count, width - rank)
+    gram = columns.transpose(1, 2) @ columns
+    expected = torch.zeros(count, count)
+    expected[:kept, :kept] = torch.eye(kept) * (width - rank) / max(1, kept)
+    assert_close(gram, expected.expand_as(gram), tolerance=1e-4)
+    assert (directions.T @ columns).abs().max() < 1e-4 if rank else True
+    products = columns @ columns.transpose(1, 2)
+    error = products.mean(0) - (torch.eye(width) - directions @ directions.T)
+    assert (error.abs() / (products.std(0) / draws**0.5).clamp(min=1e-5)).max() < 5.0
+
+
+def test_residual_directions_have_the_least_variance():
+    """Of x Q Q^T for a fixed x in the complement: |x|^2 ((D - R) / k - 1); Rademacher columns have more."""
+    width, count, draws = 16, 4, 4000
+    x = torch.randn(width)
+    columns = torch.stack([residual_directions(torch.zeros(width, 0), count, seed=mix(seed)) for seed in range(draws)])
+    errors = ((x @ columns).unsqueeze(1) @ columns.transpose(1, 2)).squeeze(1) - x
+    variance = errors.square().sum(1)
+    expected = x.square().sum() * (width / count - 1)
+    assert ((variance.mean() - expected).abs() / (variance.std() / draws**0.5)).item() < 4.0

@@ -1,8 +1,16 @@
-"""Seeds derived from seeds: run -> step -> tensor, so that nothing random is drawn from a global generator."""
+"""Seeds derived from seeds: run -> step -> tensor, so that nothing random is drawn from a global generator.
+
+And the normal numbers that are drawn from them outside of the kernels.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
+
+from iexact_runner.kernels import reference
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -32,3 +40,12 @@ def tensor_seed(step_seed: int | Tensor, index: int) -> int | Tensor:
     if isinstance(step_seed, Tensor):
         return step_seed + stride
     return _signed((step_seed + stride) & _MASK)
+
+
+def normal_draws(count: int, *, seed: int | Tensor, device: torch.device) -> Tensor:
+    """Standard normal numbers (count,) from a seed, by the transform of Box and Muller."""
+    pairs = count + count % 2
+    draws = reference.draw16(pairs, seed=seed, purpose=reference.PROJECTION, device=device)
+    radius, angle = ((draws.float() + 0.5) / 2**16).view(2, -1)
+    length, turn = (-2 * radius.log()).sqrt(), 2 * math.pi * angle
+    return torch.cat([length * turn.cos(), length * turn.sin()])[:count]

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from iexact_runner.compression.coefficients import CoefficientFormat
 from iexact_runner.compression.maps import Layout, MapFormat
+from iexact_runner.compression.seeds import normal_draws
 from iexact_runner.compression.signs import Decoded, Room, SignLayout
 from iexact_runner.kernels import block_ops, ops
 from iexact_runner.kernels.reference import dropout_factor
@@ -322,14 +324,18 @@ def followed_directions(sample: Tensor, directions: Tensor) -> Tensor:
     return followed.contiguous()
 
 
-def residual_directions(directions: Tensor, count: int, *, seed: int | Tensor, backend: str) -> Tensor:
+def residual_directions(directions: Tensor, count: int, *, seed: int | Tensor) -> Tensor:
     """Random directions (D, count) Q of what V (D, R) misses: E[Q Q^T] = I - V V^T.
 
-    Rademacher columns, less their part along V.
+    Orthogonal columns of one length, uniform in the complement of V: of all such Q that with the least variance (PRAC,
+    arXiv 2602.23111). Where the complement has fewer than ``count`` dimensions the last columns are zero.
     """
-    columns = ops.rademacher(directions, directions.size(0), count, seed=seed, backend=backend)
-    residual: Tensor = columns - directions @ (directions.T @ columns)
-    return residual
+    width, rank = directions.shape
+    columns = normal_draws(width * count, seed=seed, device=directions.device).view(width, count)
+    missed = columns.to(directions.dtype) - directions @ (directions.T @ columns.to(directions.dtype))
+    kept = min(count, width - rank)
+    basis: Tensor = torch.linalg.qr(missed[:, :kept])[0] if kept else missed[:, :0]
+    return F.pad(basis * ((width - rank) / max(1, kept)) ** 0.5, (0, count - kept))
 
 
 def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:

@@ -270,9 +270,7 @@ class LowRank(Projected):
             state.bits = deal_bits((sample @ state.vectors).square().mean(0), config.map_bits)
 
     def _residual_directions(self, directions: Tensor) -> Tensor:
-        return residual_directions(
-            directions, self._config.residual, seed=self._next_map_seed(), backend=self._format.backend
-        )
+        return residual_directions(directions, self._config.residual, seed=self._next_map_seed())
 
     def _mask_seed(self) -> tuple[int | Tensor, int | None, list[Tensor]]:
         """Seed of the next mask; what a layout holds of it, and the tensors that a map holds of it."""
