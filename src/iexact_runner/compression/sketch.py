@@ -331,10 +331,10 @@ def residual_directions(directions: Tensor, count: int, *, seed: int | Tensor) -
     arXiv 2602.23111). Where the complement has fewer than ``count`` dimensions the last columns are zero.
     """
     width, rank = directions.shape
-    columns = normal_draws(width * count, seed=seed, device=directions.device).view(width, count)
-    missed = columns.to(directions.dtype) - directions @ (directions.T @ columns.to(directions.dtype))
     kept = min(count, width - rank)
-    basis: Tensor = torch.linalg.qr(missed[:, :kept])[0] if kept else missed[:, :0]
+    basis = normal_draws(width * kept, seed=seed, device=directions.device).view(width, kept).to(directions.dtype)
+    for _ in range(2):  # once leaves parts along V where the columns nearly span the complement
+        basis = torch.linalg.qr(basis - directions @ (directions.T @ basis))[0]
     return F.pad(basis * ((width - rank) / max(1, kept)) ** 0.5, (0, count - kept))
 
 
