@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -185,9 +186,15 @@ def write(path: Path, rows: dict[tuple[str, int, str], dict[str, Any]]) -> None:
     pd.DataFrame([rows[key] for key in sorted(rows)]).to_csv(path, index=False)
 
 
+@functools.cache
+def all_mutants(package: Path) -> dict[str, list[Mutant]]:
+    """All mutants of each module of ``TESTS``."""
+    return {module: list(mutants(module, (package / module).read_text())) for module in TESTS}
+
+
 def draw(package: Path, *, count: int, seed: int) -> list[Mutant]:
     """About ``count`` mutants of the modules of ``TESTS``, by the number of places that each has."""
-    found = {module: list(mutants(module, (package / module).read_text())) for module in TESTS}
+    found = all_mutants(package)
     weights = {module: len(places) * (0.25 if module.startswith(QUARTERED) else 1) for module, places in found.items()}
     total = sum(weights.values())
     drawn = []

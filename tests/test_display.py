@@ -56,3 +56,11 @@ def test_each_figure_stands_against_fp32(capsys):
     show_summary(Console(file=sys.stdout, width=120), summary_of(fp32=None), folder="outputs")
     shown = capsys.readouterr().out
     assert "step peak       │ 250.00 MiB " in shown and "3.00  (p20 2.50, p80 3.50)" in shown
+
+
+def test_fp32_that_keeps_nothing_is_no_divisor(capsys):
+    """One layer of GCN in FP32 keeps the features alone, which are data."""
+    summary = summary_of(fp32=None)
+    summary["memory"]["saved_mib_fp32"] = 0.0
+    show_summary(Console(file=sys.stdout, width=120), summary, folder="outputs")
+    assert "saved           │ 2.00 MiB " in capsys.readouterr().out

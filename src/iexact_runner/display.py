@@ -140,7 +140,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
 
 def _less_than_fp32(figure: float, plain: float | None) -> str:
     """A size beside that of the same model in FP32; empty where that is not known or the run is FP32 itself."""
-    if not figure or plain is None or figure == plain:
+    if not figure or not plain or figure == plain:
         return ""
     words = f"{plain / figure:.1f}x less than" if figure < plain else f"{figure / plain:.2f}x"
     return f"  ({words} {plain:.2f} in FP32)"

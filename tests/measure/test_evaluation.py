@@ -100,6 +100,12 @@ def test_attention_on_a_dense_graph_forms_no_map_of_edges():
     assert memory["evaluation_peak_mib"] < 4 * edges * heads * channels / 2**20 / 5
 
 
+def test_fp32_of_a_model_that_keeps_nothing_is_measured_too():
+    config, problem, _ = built("model=gcn", "compression=int4", "model.num_layers=1")
+    figures = fp32_figures(problem, config, device=CPU, seed=0, available=2**34)
+    assert figures["step_peak_mib"] > 0
+
+
 def test_fp32_is_measured_where_it_fits(monkeypatch):
     config, problem, net = built("model=gcn", "compression=lowrank")
     memory = step_memory(net, problem, config, device=CPU, seed=0)

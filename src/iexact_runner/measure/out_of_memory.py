@@ -48,7 +48,7 @@ def memory_by_preset(problem: Problem, config: Config) -> tuple[dict[str, Any], 
         if compression != config.compression
     }
     smaller = {name: size for name, size in presets.items() if size < bytes_kept}
-    return memory, smaller, max(record.bytes_fp32 for record in plain)
+    return memory, smaller, max((record.bytes_fp32 for record in plain), default=0)
 
 
 def evaluation_advice(problem: Problem, config: Config) -> str:

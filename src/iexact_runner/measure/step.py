@@ -92,7 +92,8 @@ def fp32_figures(
     """
     plain = CompressionConfig(scheme="none")
     kept = kept_tensors(config.model, problem, plain)
-    needed = sum(record.bytes for record in kept) + PASSING_MAPS * max(record.bytes_fp32 for record in kept)
+    widest = max((record.bytes_fp32 for record in kept), default=0)
+    needed = sum(record.bytes for record in kept) + PASSING_MAPS * widest
     if available is None or needed + COMPILING_BYTES > available:
         return None
     torch.manual_seed(seed)
