@@ -49,7 +49,7 @@ def test_each_figure_stands_against_fp32(capsys):
         "saved           │ 2.00 MiB  (450.0x less than 900.00 in FP32)",
         "step peak       │ 250.00 MiB  (4.0x less than 1000.00 in FP32)",
         "evaluation peak │ 240.00 MiB  (1.20x 200.00 in FP32)",
-        "data            │ 95.00 MiB",
+        "data            │ 95.00 MiB  (the same in FP32)",
         "epochs/s        │ 3.00  (p20 2.50, p80 3.50; 1.50x FP32's 2.00)",
     ):
         assert line in shown

@@ -110,8 +110,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
             table.add_row(unmarked(f"{split} {accuracy['metric']}"), f"{100 * figures['mean']:.2f}{spread} %")
     fp32 = summary.get("fp32") or {}
     if memory is not None:
-        plain = {"saved": memory["saved_mib_fp32"], "data": memory["data_mib"]}
-        plain |= {name: fp32.get(f"{name.replace(' ', '_')}_mib") for name in ("step peak", "evaluation peak")}
+        plain = {name: fp32.get(f"{name.replace(' ', '_')}_mib") for name in ("step peak", "evaluation peak")}
+        plain |= {"saved": memory["saved_mib_fp32"], "data": memory["data_mib"] if fp32 else None}
         for name in (
             "saved",
             "step peak",
@@ -139,9 +139,11 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
 
 
 def _less_than_fp32(figure: float, plain: float | None) -> str:
-    """A size beside that of the same model in FP32; empty where that is not known or the run is FP32 itself."""
-    if not figure or not plain or figure == plain:
+    """A size beside that of the same model in FP32; empty where one of them is not known or nothing."""
+    if not figure or not plain:
         return ""
+    if figure == plain:
+        return "  (the same in FP32)"
     words = f"{plain / figure:.1f}x less than" if figure < plain else f"{figure / plain:.2f}x"
     return f"  ({words} {plain:.2f} in FP32)"
 

@@ -29,7 +29,7 @@ CONFIGS = {
     "gcn2-shared": GCN2Config(name="gcn2", shared_weights=True, **FIELDS),
     "gat": GATConfig(name="gat", heads=3, residual=True, **FIELDS),
     "gat-arxiv": GATConfig(name="gat", shared_attention=True, edge_dropout=0.5, input_dropout=0.2, **FIELDS),
-    "gat-attention": GATConfig(name="gat", heads=2, attention_dropout=0.3, **FIELDS),
+    "gat-attention": GATConfig(name="gat", heads=3, residual=True, attention_dropout=0.3, **FIELDS),
     "gcn-linear": GCNConfig(name="gcn", use_linear=True, **FIELDS),
     "graphconv": GraphConvConfig(name="graphconv", **FIELDS),
 }
@@ -211,8 +211,8 @@ def test_two_residual_sketches_leave_no_bias(name):
 
 def test_one_residual_sketch_in_both_places_would_be_biased(monkeypatch):
     monkeypatch.setattr(SketchLayout, "independent", lambda layout: layout)
-    biased, _ = deviations(CONFIGS["sage"], low_rank(rank=1, residual=1, bits=None), draws=1500)
-    assert biased.square().mean() > 5.0, biased  # 1 without a bias
+    biased, _ = deviations(CONFIGS["sage"], low_rank(rank=1, residual=1, bits=None), draws=3000)
+    assert biased.square().mean() > 10.0, biased  # 1 without a bias
 
 
 def test_more_residual_columns_are_less_noise():

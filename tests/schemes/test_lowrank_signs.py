@@ -34,7 +34,7 @@ def test_presets_are_exact_forward_and_near_backward(name, preset, dataset):
     expected, exact = gradient(make(config, TWIN), config, dataset)
     scores, found = gradient(make(config, scheme), config, dataset)
     assert_close(scores, expected, tolerance=ROUNDING)
-    most = {"lowrank": 0.5, "lowrank_small": 0.8, "lowrank_fine": 0.3}[preset]
+    most = {"lowrank": 0.5, "lowrank_small": 0.8, "lowrank_fine": 0.25}[preset]
     assert relative_error(joined(found), joined(exact)) < most
 
 
