@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from iexact_runner.cli import compose_config
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
+from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.experiment import resolve_device
 from iexact_runner.kernels import backends
 from iexact_runner.loss import loss_per_node
@@ -103,16 +104,9 @@ def time_presets(
     presets: Mapping[str, tuple[str, ...]] = PRESETS,
 ) -> list[dict[str, Any]]:
     """One row a preset: epoch seconds and their ratio to the baseline's."""
-    configs = {
-        name: compose_config(f"dataset={dataset}", f"model={model}", *overrides, f"compression.backend={backend}")
-        for name, overrides in presets.items()
-    }
-    first = configs["none"]
-    problem = prepare(load_dataset(first.dataset), first.model, inductive=False, device=device)
-    subjects = {"baseline": _baseline(first, problem)}
-    subjects |= {name: _preset(config, problem) for name, config in configs.items()}
-    memory = {name: _memory(subject, device) for name, subject in subjects.items()}
-    seconds = _take_turns({name: subject.step for name, subject in subjects.items()}, rounds, device)
+    measured = subjects(dataset, model, device, backend=backend, presets=presets)
+    memory = {name: _memory(subject, device) for name, subject in measured.items()}
+    seconds = _take_turns({name: subject.step for name, subject in measured.items()}, rounds, device)
     facts = environment.describe(device, backend=backends.resolve(backend, device))
     return [
         {
@@ -132,6 +126,29 @@ def time_presets(
         }
         for name in seconds
     ]
+
+
+def subjects(
+    dataset: str,
+    model: str,
+    device: torch.device,
+    *,
+    backend: str = "auto",
+    presets: Mapping[str, tuple[str, ...]] = PRESETS,
+) -> dict[str, Subject]:
+    """Plain PyG FP32 as ``baseline``, and each preset, on one graph."""
+    configs = {
+        name: compose_config(f"dataset={dataset}", f"model={model}", *overrides, f"compression.backend={backend}")
+        for name, overrides in presets.items()
+    }
+    first = next(iter(configs.values()))
+    problem = prepare(_dataset(dataset), first.model, inductive=False, device=device)
+    return {"baseline": _baseline(first, problem)} | {name: _preset(each, problem) for name, each in configs.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _dataset(name: str) -> NodeDataset:
+    return load_dataset(compose_config(f"dataset={name}").dataset)
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from iexact_runner.kernels import backends, parity
+from iexact_runner.kernels import backends, parity, reference
+from iexact_runner.kernels.levels import level_table
 from iexact_runner.measure import environment
 
 BITS = (1, 2, 4, 8)
@@ -132,7 +133,7 @@ def kernel_runs(kernels: ModuleType, x: Tensor) -> dict[str, KernelRun]:
 
 
 def _block_runs(kernels: ModuleType, x: Tensor) -> dict[str, KernelRun]:
-    """The passes of a block of the low-rank scheme, with 8 directions."""
+    """The passes of a block of the low-rank scheme, with 8 directions, and of its kept form, with 48 bits a node."""
     random: dict[str, Any] = {"p": 0.5, "seed": 0}
     vector = torch.rand(x.size(1), device=x.device)
     directions = torch.randn(x.size(1), 8, device=x.device)
@@ -141,7 +142,28 @@ def _block_runs(kernels: ModuleType, x: Tensor) -> dict[str, KernelRun]:
     form: dict[str, Any] = {"bits": 4, "block_size": 32, "levels": None, "seed": 0}
     kept = sum(part.nbytes for part in kernels.quantize(coefficients, **form))
     decoded = mask.nbytes + coefficients.nbytes
+    dealt = torch.tensor([8, 7, 6, 6, 5, 5, 4, 4, 1, 1, 1, 0], dtype=torch.int32, device=x.device)
+    levels = level_table(x.device)
+    several = torch.randn(x.size(0), len(dealt), device=x.device)
+    codes = kernels.quantize_coefficients(several, dealt, levels, width=48, seed=None)
+    # Signs of which the sketch is sure in about nine of ten.
+    sketch = (coefficients, directions, vector, torch.full_like(vector, 0.3))
+    signs: dict[str, Any] = {"exact": False, "p": 0.5, "seed": 0}
+    streams, counts = kernels.pack_signs(mask, *sketch, **signs)
+    length = int(reference.stream_lengths(counts).sum())
+    stream = kernels.join_streams(streams, counts, capacity=length)
+    sketched = mask.nbytes + coefficients.nbytes
     return {
+        "quantize_coefficients/48": KernelRun(
+            lambda: kernels.quantize_coefficients(several, dealt, levels, width=48, seed=None),
+            several.nbytes + codes.nbytes,
+        ),
+        "dequantize_coefficients/48": KernelRun(
+            lambda: kernels.dequantize_coefficients(codes, dealt, levels), several.nbytes + codes.nbytes
+        ),
+        "pack_signs": KernelRun(lambda: kernels.pack_signs(mask, *sketch, **signs), sketched + length),
+        "join_streams": KernelRun(lambda: kernels.join_streams(streams, counts, capacity=length), 2 * length),
+        "unpack_signs": KernelRun(lambda: kernels.unpack_signs(stream, counts, *sketch, **signs), sketched + length),
         "normalize_relu_dropout": KernelRun(
             lambda: kernels.normalize_relu_dropout(x, vector, vector, vector, vector, **random),
             2 * x.nbytes + mask.nbytes,
