@@ -101,6 +101,9 @@ def check_parity(kernels: Any, device: Any, out: Path, *, max_seconds: float, wo
 
 
 def _compared_by_name(name: str, *arguments: Any) -> tuple[int, int, list[str]]:
+    import torch
+
+    torch.set_num_threads(1)  # processes with a thread for every processor each wait for one another
     return _compared(importlib.import_module(name), *arguments)
 
 
@@ -125,15 +128,23 @@ def _compared(kernels: Any, device: Any, share: int, of: int, max_seconds: float
 
 def check_steps(device: Any, out: Path) -> bool:
     """Compares a training step of every model and preset with the same on the CPU; whether all agree."""
-    from gpu_steps import compare_steps
-
-    rows = compare_steps(device, models=MODELS)
+    with ProcessPoolExecutor(len(MODELS), mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = [row for found in pool.map(_steps_of, itertools.repeat(device), MODELS) for row in found]
     _write(rows, out / "gpu_steps.csv", device)
     problems = [row for row in rows if row["problem"]]
     for row in problems:
         print(f"{row['model']} {row['preset']}: {row['problem']}")
     print(f"steps: {len(rows)} compared, {len(problems)} differ")
     return not problems
+
+
+def _steps_of(device: Any, model: str) -> list[dict[str, Any]]:
+    import torch
+
+    from gpu_steps import compare_steps
+
+    torch.set_num_threads(2)
+    return compare_steps(device, models=[model])
 
 
 def profile_steps(device: Any, out: Path, *, models: tuple[str, ...], deadline: float) -> bool:

@@ -53,6 +53,12 @@ def test_presets_of_the_library_are_those_of_the_command_line(name):
     assert preset(name, backend="torch") == backend != preset(name)
 
 
+def test_directions_are_found_less_often_on_a_gpu():
+    config = preset("lowrank")
+    assert (config.refresh_on("cpu"), config.refresh_on("cuda")) == (1, 10)
+    assert {preset("lowrank", refresh=3).refresh_on(device) for device in ("cpu", "cuda")} == {3}
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
@@ -347,7 +353,7 @@ PROJECTED = st.fixed_dictionaries(
 )
 LOW_RANK = st.fixed_dictionaries(
     {"scheme": st.just("lowrank"), "bits": st.sampled_from((*BITS, None)), "share_maps": st.just(True)},
-    optional={"refresh": COUNTS, "sample_rows": COUNTS, "residual": st.integers(0, 2**31)},
+    optional={"refresh": st.none() | COUNTS, "sample_rows": COUNTS, "residual": st.integers(0, 2**31)},
 ).flatmap(lambda fields: st.just(fields | {"rank": 3}) | RATES.map(lambda share: fields | {"energy": share}))
 TRAINING = st.fixed_dictionaries(
     {

@@ -16,8 +16,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 LOG_LOSS_OFFSET = 1 - math.log(2)
-# Scores that are worked on at once, so that softmax and gathered rows stay small beside the output.
+# Scores that are worked on at once, so that softmax and gathered rows stay small beside the output; on a GPU, where
+# each chunk is a dozen launches, 64 MiB of them.
 CHUNK_ELEMENTS = 1 << 18
+GPU_CHUNK_ELEMENTS = 1 << 24
 
 
 def loss_per_node(scores: Tensor, labels: Tensor, *, kind: str) -> Tensor:
@@ -77,4 +79,5 @@ class _NodeLoss(Function):
 
 def _chunks(scores: Tensor, nodes: Tensor) -> Iterator[Tensor]:
     """Runs of ``nodes``."""
-    return iter(nodes.split(max(1, CHUNK_ELEMENTS // max(1, scores.size(1)))))
+    elements = CHUNK_ELEMENTS if scores.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    return iter(nodes.split(max(1, elements // max(1, scores.size(1)))))

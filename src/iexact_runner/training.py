@@ -17,7 +17,7 @@ from iexact_runner.config import GATConfig, ModelConfig, TrainingConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.graph import Graph, training_subgraph
 from iexact_runner.errors import TrainingError
-from iexact_runner.kernels import reference
+from iexact_runner.kernels import ops
 from iexact_runner.loss import node_loss
 from iexact_runner.nn import MODELS, Model
 from iexact_runner.phases import phase
@@ -116,7 +116,7 @@ def training_input(problem: Problem, *, seed: int) -> tuple[Tensor, Tensor]:
     view = problem.training
     if problem.label_mask_rate is None:
         return view.x, view.train
-    fed = ~reference.keep_mask(
+    fed = ~ops.keep_mask(
         view.train.numel(), p=problem.label_mask_rate, seed=mix(seed, LABEL_MASK_STREAM), device=view.x.device
     )
     if fed.all():  # a handful of training nodes: leave one to learn from

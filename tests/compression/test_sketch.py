@@ -7,18 +7,11 @@ import torch
 
 from conftest import assert_close
 from iexact_runner.compression import sketch
+from iexact_runner.compression.directions import leading_directions
 from iexact_runner.compression.maps import MapFormat
-from iexact_runner.compression.seeds import mix, normal_draws
+from iexact_runner.compression.seeds import normal_draws
 from iexact_runner.compression.signs import SignLayout
-from iexact_runner.compression.sketch import (
-    ProductLayout,
-    ResidentLayout,
-    SketchLayout,
-    keep_coefficients,
-    leading_directions,
-    residual_directions,
-    sampled_rows,
-)
+from iexact_runner.compression.sketch import ProductLayout, ResidentLayout, SketchLayout, keep_coefficients
 from iexact_runner.kernels import ops
 
 SHAPES = [(1, 1), (37, 63), (101, 100), (64, 128)]
@@ -94,28 +87,6 @@ def test_rounding_of_coefficients_is_unbiased():
     assert errors.abs().mean() > 0.01
 
 
-def test_directions_are_those_of_the_singular_vectors():
-    sample = torch.randn(300, 10) * torch.arange(1, 11)
-    directions = leading_directions(sample, rank=3, energy=None)
-    assert_close(directions.T @ directions, torch.eye(3), tolerance=1e-4)
-    expected = torch.linalg.svd(sample).Vh[:3].T
-    assert_close(directions @ directions.T, expected @ expected.T, tolerance=1e-3)
-    assert leading_directions(sample, rank=99, energy=None).shape == (10, 10)
-
-
-@pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (0.85, 2), (0.95, 3), (1.0, 3)])
-def test_energy_chooses_the_number_of_directions(energy, rank):
-    sample = torch.diag(torch.tensor([7.0, 5.0, 2.0])).repeat(4, 1)  # shares .63, .32, .05
-    assert leading_directions(sample, rank=None, energy=energy).size(1) == rank
-
-
-def test_sampled_rows_are_spread_over_the_map():
-    rows = sampled_rows(1050, 100, device=torch.device("cpu"))
-    assert rows.numel() == 100 and rows[0] == 0 and rows[-1] == 1039
-    assert set(rows.diff().tolist()) == {10, 11}
-    assert torch.equal(sampled_rows(5, 100, device=torch.device("cpu")), torch.arange(5))
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_resident_features_are_exact(shape, dropout):
@@ -144,31 +115,3 @@ def test_normal_draws_are_normal():
     spread = draws.numel() ** -0.5
     assert abs(draws.mean().item()) < 4 * spread and abs(draws.square().mean().item() - 1) < 4 * 2**0.5 * spread
     assert abs(draws.pow(4).mean().item() - 3) < 4 * 96**0.5 * spread
-
-
-@pytest.mark.parametrize(("rank", "count"), [(0, 3), (3, 1), (3, 4), (3, 9), (12, 4)])
-def test_residual_directions_are_uniform_in_what_the_others_miss(rank, count):
-    """PRAC's estimate: (D - R) / k times the projection on k orthonormal columns of the complement."""
-    width, draws = 12, 3000
-    directions = torch.linalg.qr(torch.randn(width, width))[0][:, :rank]
-    columns = torch.stack([residual_directions(directions, count, seed=mix(seed)) for seed in range(draws)])
-    kept = min(count, width - rank)
-    gram = columns.transpose(1, 2) @ columns
-    expected = torch.zeros(count, count)
-    expected[:kept, :kept] = torch.eye(kept) * (width - rank) / max(1, kept)
-    assert_close(gram, expected.expand_as(gram), tolerance=1e-4)
-    assert (directions.T @ columns).abs().max() < 1e-4 if rank else True
-    products = columns @ columns.transpose(1, 2)
-    error = products.mean(0) - (torch.eye(width) - directions @ directions.T)
-    assert (error.abs() / (products.std(0) / draws**0.5).clamp(min=1e-5)).max() < 5.0
-
-
-def test_residual_directions_have_the_least_variance():
-    """Of x Q Q^T for a fixed x in the complement: |x|^2 ((D - R) / k - 1); Rademacher columns have more."""
-    width, count, draws = 16, 4, 4000
-    x = torch.randn(width)
-    columns = torch.stack([residual_directions(torch.zeros(width, 0), count, seed=mix(seed)) for seed in range(draws)])
-    errors = ((x @ columns).unsqueeze(1) @ columns.transpose(1, 2)).squeeze(1) - x
-    variance = errors.square().sum(1)
-    expected = x.square().sum() * (width / count - 1)
-    assert ((variance.mean() - expected).abs() / (variance.std() / draws**0.5)).item() < 4.0

@@ -85,3 +85,16 @@ def test_quantize_goes_on_at_an_offset_of_the_draws():
     actual = ops.quantize(X, bits=2, block_size=100, levels=tuple(LEVELS), seed=7, backend="torch", offset=16)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     assert not torch.equal(actual[0], ops._quantize(X, SEED, 2, 100, LEVELS, 0, "torch")[0])
+
+
+def test_a_seed_is_written_where_it_is_needed():
+    """Of a copy from the host a GPU would be waited for, once a call."""
+    assert ops.seed_tensor(-5, torch.device("meta")).device.type == "meta"
+    assert torch.equal(ops.seed_tensor(-(1 << 63), X.device), torch.tensor(-(1 << 63)))
+    assert ops.seed_tensor(SEED, torch.device("meta")) is SEED
+
+
+@pytest.mark.parametrize("count", [0, 1, 37, 4099])
+def test_mask_of_edges_is_that_of_the_reference(count):
+    mask = ops.keep_mask(count, p=0.3, seed=-11, device=X.device)
+    assert torch.equal(mask, reference.keep_mask(count, p=0.3, seed=-11, device=X.device))

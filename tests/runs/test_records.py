@@ -191,7 +191,7 @@ def test_compression_in_words():
     assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
     assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
     assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
-    fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": 1, "col_size": 16}
+    fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": None, "col_size": 16}
     assert compression_label(fitted) == "INT4, low rank, rank 8"
     labels = {
         "lowrank_v1": "INT4, low rank, rank 8",
@@ -211,7 +211,7 @@ def test_a_field_that_is_newer_than_a_record_had_its_default(tmp_path):
     config |= {"dataset": {}, "seed": 0}
     folder.write_summary({"schema_version": SCHEMA_VERSION, "status": "completed", "config": config})
     found = read_run(tmp_path / "old").summary["config"]["compression"]
-    assert (found["bits"], found["refresh"], found["levels"]) == (2, 1, "uniform")
+    assert (found["bits"], found["refresh"], found["levels"]) == (2, None, "uniform")
 
 
 def test_hash_of_a_configuration_is_the_same_wherever_it_is_read_from():

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import assert_close, projected, relative_error, tiny_dataset
+from iexact_runner.compression.directions import followed_directions, leading_directions
 from iexact_runner.compression.seeds import mix
-from iexact_runner.compression.sketch import SketchLayout, followed_directions, leading_directions
+from iexact_runner.compression.sketch import SketchLayout
 from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, GraphConvConfig, SAGEConfig
 from iexact_runner.measure import SavedTensors
 from iexact_runner.nn import MODELS, build_model

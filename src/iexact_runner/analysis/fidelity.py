@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
-from iexact_runner.compression.sketch import Directions
 from iexact_runner.config import CompressionConfig, Config
 from iexact_runner.nn import Model
 from iexact_runner.training import Optimization, Problem, step, training_loss
@@ -89,6 +89,7 @@ def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) ->
     """
     twin = exact_twin(config.compression)
     compared = twin if config.compression.scheme == "none" else config.compression
+    refresh = compared.refresh_on(problem.whole.x.device.type)
     model.compression = twin
     optimization = Optimization(model, config.training)
     names = [name for name, _ in model.named_parameters()]
@@ -97,7 +98,7 @@ def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) ->
         if epoch > 0:
             step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
         for later in config.fidelity.epochs:
-            if later + 1 - compared.refresh <= epoch < later:
+            if later + 1 - refresh <= epoch < later:
                 _update(directions[later], model, compared, problem, config, seed=mix(seed, epoch + 1))
         if epoch in config.fidelity.epochs:
             # A copy, for a forward pass also moves the running statistics of BatchNorm.

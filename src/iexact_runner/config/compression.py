@@ -17,6 +17,8 @@ ROUNDINGS = ("nearest", "stochastic")
 SIGNS = ("sketch", "exact")
 # Of the low-rank scheme where nothing is said of bits and directions.
 MAP_BITS = 48
+# Passes from one eigenproblem to the next on a GPU.
+GPU_REFRESH = 10
 
 
 @dataclass
@@ -47,7 +49,8 @@ class CompressionConfig:
         sign_share: at most about this share of the signs is stored, those that the sketch is least sure of; null for as
             many as ``sign_threshold`` says.
         signs: ``sketch`` takes the signs that the sketch is sure of as they are, ``exact`` lists its errors as well.
-        refresh: training passes from one eigenproblem of a map to the next; its directions follow it in between.
+        refresh: training passes from one eigenproblem of a map to the next; its directions follow it in between. null
+            for 1 on a CPU and 10 on a GPU, where an eigenproblem takes longer than the rest of a block.
         sample_rows: rows that new directions are found from.
         residual: columns [k] of each of two random sketches of what the directions miss, which make ``lowrank``
             unbiased and noisy; 0 leaves it out of the gradient.
@@ -70,7 +73,7 @@ class CompressionConfig:
     sign_threshold: float | None = None
     sign_share: float | None = None
     signs: str = "sketch"
-    refresh: int = 1
+    refresh: int | None = None
     sample_rows: int = 4096
     residual: int = 0
     backend: str = "auto"
@@ -145,13 +148,18 @@ class CompressionConfig:
             "is for compression.map_bits, which is null here; compression.bits always rounds stochastically",
         )
         self._check_signs()
-        check_at_least("compression.refresh", self.refresh, 1)
+        if self.refresh is not None:
+            check_at_least("compression.refresh", self.refresh, 1)
         check_at_least("compression.sample_rows", self.sample_rows, 1)
         check_at_least("compression.residual", self.residual, 0)
         shared = bool(self.share_maps)
         check(shared, "compression.share_maps", "false", "compression=lowrank shares its maps; leave it at true")
         unused = (("kept_frac", 1.0), ("store_dropout_mask", False))
         self._check_unused("compression=lowrank has directions and regenerated masks instead", *unused)
+
+    def refresh_on(self, device: str) -> int:
+        """Training passes from one eigenproblem of a map to the next on a type of device."""
+        return self.refresh or (GPU_REFRESH if device == "cuda" else 1)
 
     def _check_dealt_bits(self, bits: int) -> None:
         check(bits >= 8 and bits % 8 == 0, "compression.map_bits", bits, "must be a multiple of 8, or null")
@@ -201,7 +209,7 @@ _LOW_RANK = (
     ("sign_threshold", None),
     ("sign_share", None),
     ("signs", "sketch"),
-    ("refresh", 1),
+    ("refresh", None),
     ("sample_rows", 4096),
     ("residual", 0),
 )

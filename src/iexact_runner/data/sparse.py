@@ -43,8 +43,9 @@ class CSR:
         if values is None:
             values = torch.ones(self.columns.numel(), device=self.columns.device)
         nodes = self.offsets.numel() - 1
-        with warnings.catch_warnings():  # torch calls CSR "in beta state" at its first use, which is no news to a user
+        with warnings.catch_warnings():  # torch tells of CSR at its first use what is no news to a user
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
             return torch.sparse_csr_tensor(
                 self.offsets, self.columns, values, size=(nodes, nodes), check_invariants=False
             )
@@ -93,8 +94,9 @@ class CSR:
         Found by sorting where a gradient needs it, rather than held: an index an edge is as much as a second matrix.
         """
         order = torch.argsort(self.columns, stable=True)
-        counts = torch.bincount(self.columns, minlength=self.offsets.numel() - 1)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(self.offsets.dtype)
+        # Searched for rather than counted: a GPU would be waited for to know how many counts there are.
+        firsts = torch.arange(self.offsets.numel(), dtype=self.columns.dtype, device=self.columns.device)
+        offsets = torch.searchsorted(self.columns[order], firsts).to(self.offsets.dtype)
         values = None if self.values is None else self.values[order]
         return CSR(offsets, self.rows()[order].to(self.columns.dtype), values), order
 

@@ -47,7 +47,7 @@ def normalize_relu_dropout(
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm from its statistics, ReLU and dropout in one pass, and the packed mask of ReLU."""
     finished: tuple[Tensor, Tensor] = _normalize_relu_dropout(
-        h.contiguous(), mean, inverse_std, weight, bias, seed_tensor(seed), p, backend
+        h.contiguous(), mean, inverse_std, weight, bias, seed_tensor(seed, h.device), p, backend
     )
     return finished
 
@@ -100,7 +100,7 @@ def decode_relu_dropout(
 ) -> Tensor:
     """Rows of dropout(mask(c V^T + shift)) in one pass."""
     decoded: Tensor = _decode_relu_dropout(
-        coefficients.contiguous(), directions, shift, mask, seed_tensor(seed), p, offset, backend
+        coefficients.contiguous(), directions, shift, mask, seed_tensor(seed, coefficients.device), p, offset, backend
     )
     return decoded
 
@@ -135,7 +135,7 @@ def gated_sums(
 ) -> Tensor:
     """Sums over the nodes of g and of g (c V^T), (2, D), with g the gradient behind ReLU and dropout."""
     sums: Tensor = _gated_sums(
-        grad.contiguous(), mask, coefficients.contiguous(), directions, seed_tensor(seed), p, backend
+        grad.contiguous(), mask, coefficients.contiguous(), directions, seed_tensor(seed, grad.device), p, backend
     )
     return sums
 
@@ -191,7 +191,15 @@ def gated_gradient(
 ) -> Tensor:
     """Gradient factor g + (c V^T + shift) in one pass, with g that of :func:`gated_sums`."""
     result: Tensor = _gated_gradient(
-        grad.contiguous(), mask, coefficients.contiguous(), directions, factor, shift, seed_tensor(seed), p, backend
+        grad.contiguous(),
+        mask,
+        coefficients.contiguous(),
+        directions,
+        factor,
+        shift,
+        seed_tensor(seed, grad.device),
+        p,
+        backend,
     )
     return result
 
@@ -248,6 +256,6 @@ def quantize_product(
     """Packed codes, zero and scale of z M + shift."""
     table = None if levels is None else list(levels)
     kept: tuple[Tensor, Tensor, Tensor] = _quantize_product(
-        z.contiguous(), matrix.contiguous(), shift, seed_tensor(seed), bits, block_size, table, backend
+        z.contiguous(), matrix.contiguous(), shift, seed_tensor(seed, z.device), bits, block_size, table, backend
     )
     return kept

@@ -21,9 +21,9 @@ def operator(name: str, schema: str):  # type: ignore[no-untyped-def]  # a decor
     return torch.library.custom_op(f"{_LIBRARY}::{name}", mutates_args=(), schema=schema)
 
 
-def seed_tensor(seed: int | Tensor) -> Tensor:
-    """A seed as a 0-d int64 tensor."""
-    return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64)
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as a 0-d int64 tensor; an int is written on the device, which a copy to it would wait for."""
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def packed_bytes(x: Tensor, count: int, bits: int = 1) -> Tensor:
@@ -67,7 +67,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, zero and scale of a map."""
     table = None if levels is None else list(levels)
-    kept: tuple[Tensor, Tensor, Tensor] = _quantize(x, seed_tensor(seed), bits, block_size, table, offset, backend)
+    kept: tuple[Tensor, Tensor, Tensor] = _quantize(
+        x, seed_tensor(seed, x.device), bits, block_size, table, offset, backend
+    )
     return kept
 
 
@@ -175,7 +177,7 @@ def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
 
 def dropout(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Dropout, and its own backward."""
-    dropped: Tensor = _dropout(x.contiguous(), seed_tensor(seed), p, offset, backend)
+    dropped: Tensor = _dropout(x.contiguous(), seed_tensor(seed, x.device), p, offset, backend)
     return dropped
 
 
@@ -193,7 +195,7 @@ def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
 
 def dropout_mask(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Packed mask of what :func:`dropout` keeps of ``x``, of which only size and device are used."""
-    mask: Tensor = _dropout_mask(x, seed_tensor(seed), p, offset, backend)
+    mask: Tensor = _dropout_mask(x, seed_tensor(seed, x.device), p, offset, backend)
     return mask
 
 
@@ -206,6 +208,12 @@ def _apply_dropout_mask(x: Tensor, mask: Tensor, p: float, backend: str) -> Tens
 @_apply_dropout_mask.register_fake
 def _(x: Tensor, mask: Tensor, p: float, backend: str) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def keep_mask(count: int, *, p: float, seed: int | Tensor, device: torch.device) -> Tensor:
+    """Boolean mask (count,) of what :func:`dropout` keeps of so many elements, drawn by the kernels of the device."""
+    sized = torch.empty(1, device=device).expand(count)
+    return reference.unpack(dropout_mask(sized, p=p, seed=seed, backend="auto"), count, 1).bool()
 
 
 def apply_dropout_mask(x: Tensor, mask: Tensor, *, p: float, backend: str) -> Tensor:
@@ -237,7 +245,7 @@ def leaky_relu_dropout(
 ) -> tuple[Tensor, Tensor]:
     """LeakyReLU and dropout in one pass, and the packed mask of the former."""
     dropped: tuple[Tensor, Tensor] = _leaky_relu_dropout(
-        x.contiguous(), seed_tensor(seed), negative_slope, p, offset, backend
+        x.contiguous(), seed_tensor(seed, x.device), negative_slope, p, offset, backend
     )
     return dropped
 
@@ -271,7 +279,7 @@ def leaky_relu_dropout_backward(
     offset: int = 0,
 ) -> Tensor:
     """Gradient of :func:`leaky_relu_dropout`."""
-    seed = seed_tensor(seed)
+    seed = seed_tensor(seed, grad.device)
     result: Tensor = _leaky_relu_dropout_backward(grad.contiguous(), mask, seed, negative_slope, p, offset, backend)
     return result
 
@@ -290,5 +298,5 @@ def _(like: Tensor, seed: Tensor, rows: int, columns: int, backend: str) -> Tens
 
 def rademacher(like: Tensor, rows: int, columns: int, *, seed: int | Tensor, backend: str) -> Tensor:
     """Random projection (rows, columns), of the type and on the device of ``like``."""
-    projection: Tensor = _rademacher(like, seed_tensor(seed), rows, columns, backend)
+    projection: Tensor = _rademacher(like, seed_tensor(seed, like.device), rows, columns, backend)
     return projection

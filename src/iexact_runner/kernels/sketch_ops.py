@@ -35,7 +35,7 @@ def quantize_coefficients(
     coefficients: Tensor, bits: Tensor, *, width: int, seed: int | Tensor | None, backend: str
 ) -> Tensor:
     """Packed codes (N, W / 8) of the levels about each coefficient; without a seed the nearer ones."""
-    drawn = None if seed is None else seed_tensor(seed)
+    drawn = None if seed is None else seed_tensor(seed, coefficients.device)
     codes: Tensor = _quantize_coefficients(coefficients.contiguous(), bits, width, drawn, backend)
     return codes
 
@@ -112,7 +112,7 @@ def pack_signs(
 ) -> tuple[Tensor, Tensor]:
     """The stream of each chunk of rows (chunks, room), and its bits and gaps (2, chunks)."""
     streams: tuple[Tensor, Tensor] = _pack_signs(
-        mask, coefficients, directions, shift, limit, seed_tensor(seed), exact, p, backend
+        mask, coefficients, directions, shift, limit, seed_tensor(seed, mask.device), exact, p, backend
     )
     return streams
 
@@ -189,6 +189,6 @@ def unpack_signs(
 ) -> tuple[Tensor, Tensor]:
     """All signs, 0 where dropout drops, and of how many chunks the bits stored are not those found."""
     unpacked: tuple[Tensor, Tensor] = _unpack_signs(
-        stream, counts, coefficients, directions, shift, limit, seed_tensor(seed), exact, p, backend
+        stream, counts, coefficients, directions, shift, limit, seed_tensor(seed, stream.device), exact, p, backend
     )
     return unpacked

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from iexact_runner.compression.sketch import Directions
+from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig, ModelConfig
 from iexact_runner.data.graph import Graph
 from iexact_runner.schemes import Activation, Plain, start_pass

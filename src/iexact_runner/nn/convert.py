@@ -134,8 +134,8 @@ def compress(
     config = _chosen(compression, fields)
     if config.scheme == "none":
         raise ConfigError.of("compression.scheme", config.scheme, "must be projected or lowrank to compress a model")
-    if config.refresh > 1:
-        valid = "must be 1 to compress a model, whose passes need not be alike"
+    if config.refresh is not None and config.refresh > 1:
+        valid = "must be 1 or null to compress a model, whose passes need not be alike"
         raise ConfigError.of("compression.refresh", config.refresh, valid)
     model_name = type(model).__name__
     if compressed := [name for name, module in model.named_modules() if isinstance(module, Compressed)]:

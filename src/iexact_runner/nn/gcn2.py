@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from iexact_runner.compression.sketch import Directions
+from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig, GCN2Config
 from iexact_runner.data.graph import Adjacency, gcn_adjacency
 from iexact_runner.nn.block import Block

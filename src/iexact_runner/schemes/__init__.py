@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iexact_runner.compression.sketch import Directions
+from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig
 from iexact_runner.schemes.activation import Activation
 from iexact_runner.schemes.evaluation import Evaluation

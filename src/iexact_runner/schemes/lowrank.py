@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits
+from iexact_runner.compression.directions import (
+    Directions,
+    followed_directions,
+    leading_directions,
+    residual_directions,
+    sampled_rows,
+)
 from iexact_runner.compression.maps import KeptMap, MapFormat
 from iexact_runner.compression.signs import Room
 from iexact_runner.compression.sketch import (
-    Directions,
     ProductLayout,
     ResidentLayout,
     SketchLayout,
     encode_coefficients,
-    followed_directions,
     keep_coefficients,
-    leading_directions,
-    residual_directions,
-    sampled_rows,
 )
 from iexact_runner.config import CompressionConfig
 from iexact_runner.schemes import functions
@@ -253,12 +255,14 @@ class LowRank(Projected):
             return threshold * missed
         certainty = (z[:: max(1, z.size(0) // SHARE_ROWS)].abs() / missed).flatten()
         rank = max(1, int(share * certainty.numel()))
-        return certainty.kthvalue(rank).values.clamp(max=threshold) * missed
+        # A GPU sorts in parallel, and selects in one block of threads.
+        kth = certainty.sort().values[rank - 1] if certainty.is_cuda else certainty.kthvalue(rank).values
+        return kth.clamp(max=threshold) * missed
 
     def _renew(self, state: Directions, sample: Tensor) -> None:
         """Finds the directions of a map from sampled rows (S, D), or has them follow; deals bits over new ones."""
         config = self._config
-        if state.vectors is not None and state.age < config.refresh:
+        if state.vectors is not None and state.age < config.refresh_on(sample.device.type):
             state.vectors = followed_directions(sample, state.vectors)
             state.age += 1
             return

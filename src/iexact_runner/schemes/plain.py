@@ -15,7 +15,7 @@ from torch_geometric.utils import scatter, softmax
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
-from iexact_runner.kernels import reference
+from iexact_runner.kernels import ops, reference
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import SpMM
 
@@ -95,7 +95,7 @@ class Plain:
             mask = torch.ones(count, dtype=torch.bool, device=device)
             mask[order[: int(p * count)]] = False
             return edges.masked(mask)
-        return edges.masked(reference.keep_mask(count, p=p, seed=seed, device=device) | (edges.rows() == edges.columns))
+        return edges.masked(ops.keep_mask(count, p=p, seed=seed, device=device) | (edges.rows() == edges.columns))
 
     def finish(
         self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from iexact_runner.compression.sketch import Directions
+from iexact_runner.compression.directions import Directions
 from iexact_runner.errors import ConfigError
 from iexact_runner.runs.records import DamagedRecord, config_hash, to_json
 from iexact_runner.tasks.context import Context

@@ -34,7 +34,9 @@ def split(size: int) -> tuple[int, int]:
 
 def seed_on(device: torch.device, seed: int | Tensor) -> Tensor:
     """The seed as a 0-d int64 tensor that kernels read: a tensor needs no synchronisation, an int no compilation."""
-    return seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device, non_blocking=True)
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,0 +1,107 @@
+"""The directions of a map: found by an eigenproblem, followed as the map moves, and random ones of what they miss.
+
+Shapes: N nodes, S sampled rows, D features, R directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iexact_runner.compression.seeds import normal_draws
+from iexact_runner.compression.signs import Room
+
+# What the inner products of unit columns in float64 are shifted by: some hundred times their rounding.
+CHOLESKY_SHIFT = 1e-13
+
+
+@dataclass
+class Directions:
+    """The directions of one map: found anew every so many training passes, and following the map in between.
+
+    Args:
+        vectors: (D, R), orthonormal columns; None before the first pass.
+        age: training passes since they were found anew.
+        bits: int32 (R,), dealt when they were found anew; None if all coefficients have as many.
+        room: for the signs of the map, once it has any.
+    """
+
+    vectors: Tensor | None = None
+    age: int = 0
+    bits: Tensor | None = None
+    room: Room | None = None
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room and self.room.state()}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], device: torch.device) -> Directions:
+        """What :meth:`state` was taken of."""
+        vectors, bits = (None if part is None else part.to(device) for part in (state["vectors"], state["bits"]))
+        return cls(vectors, state["age"], bits, state["room"] and Room(**state["room"]))
+
+
+def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None) -> Tensor:
+    """Leading eigenvectors (D, R) of the second moments of rows (S, D).
+
+    R is ``rank``, at most D, or else as many as hold the share ``energy`` of the sum of squares.
+    """
+    # In ascending order: the last belong to the largest eigenvalues.
+    values, vectors = torch.linalg.eigh(sample.float().T @ sample.float())
+    if rank is None:
+        share = values.flip(0).clamp_min(0).cumsum(0)
+        rank = 1 + int((share < (energy or 1.0) * share[-1]).sum())
+    # The first one first: a step of orthogonal iteration keeps that order, in which bits are dealt.
+    leading: Tensor = vectors[:, -min(rank, vectors.size(1)) :].flip(1).contiguous()
+    return leading
+
+
+def followed_directions(sample: Tensor, directions: Tensor) -> Tensor:
+    """Directions (D, R) that follow rows (S, D) which have moved: one step of orthogonal iteration from V (D, R).
+
+    It brings V nearer to the leading eigenvectors of the rows' second moments, for two products and a QR decomposition
+    of R columns in place of an eigenproblem of size D.
+    """
+    followed: Tensor = (sample.T @ (sample @ directions)).float()
+    return _orthonormal(followed) if followed.is_cuda else torch.linalg.qr(followed).Q.contiguous()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """The Q of QR by Cholesky decompositions of the columns' inner products, in float64; a GPU is not waited for.
+
+    Shifted Cholesky QR (Fukaya et al., 2020), twice. A column that depends on those before it becomes next to zero.
+    """
+    q = columns.double()
+    q = q / q.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    shift = CHOLESKY_SHIFT * torch.eye(q.size(1), dtype=q.dtype, device=q.device)
+    for _ in range(2):
+        factor = torch.linalg.cholesky_ex(q.T @ q + shift).L
+        q = torch.linalg.solve_triangular(factor.T, q, upper=True, left=False)
+    orthonormal: Tensor = q.to(columns.dtype).contiguous()
+    return orthonormal
+
+
+def residual_directions(directions: Tensor, count: int, *, seed: int | Tensor) -> Tensor:
+    """Random directions (D, count) Q of what V (D, R) misses: E[Q Q^T] = I - V V^T.
+
+    Orthogonal columns of one length, uniform in the complement of V: of all such Q that with the least variance (PRAC,
+    arXiv 2602.23111). Where the complement has fewer than ``count`` dimensions the last columns are zero.
+    """
+    width, rank = directions.shape
+    kept = min(count, width - rank)
+    basis = normal_draws(width * kept, seed=seed, device=directions.device).view(width, kept).to(directions.dtype)
+    for _ in range(2):  # once leaves parts along V where the columns nearly span the complement
+        basis = torch.linalg.qr(basis - directions @ (directions.T @ basis))[0]
+    return F.pad(basis * ((width - rank) / max(1, kept)) ** 0.5, (0, count - kept))
+
+
+def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:
+    """Indices of ``count`` rows, or of all if there are fewer, evenly spaced."""
+    count = min(count, nodes)
+    return torch.arange(count, device=device) * nodes // count
