@@ -142,5 +142,5 @@ def test_gradients_of_the_low_rank_presets_are_those_of_the_rows():
     assert len(rows) == 4 * len(rows[["dataset.name", "model.name"]].drop_duplicates())
     for _, row in rows.iterrows():
         preset = "lowrank_v1" if pd.isna(row["compression.map_bits"]) else presets[row["compression.map_bits"]]
-        figures = " | ".join(f"{error:.2f}"[1:] for error in row[errors])
+        figures = " | ".join("-" if pd.isna(error) else f"{error:.2f}"[1:] for error in row[errors])
         assert f"| {row['dataset.name']} | {row['model.name']} | {preset} | {row.saved_mib:.3f} | {figures} |" in text
