@@ -144,3 +144,43 @@ def test_gradients_of_the_low_rank_presets_are_those_of_the_rows():
         preset = "lowrank_v1" if pd.isna(row["compression.map_bits"]) else presets[row["compression.map_bits"]]
         figures = " | ".join("-" if pd.isna(error) else f"{error:.2f}"[1:] for error in row[errors])
         assert f"| {row['dataset.name']} | {row['model.name']} | {preset} | {row.saved_mib:.3f} | {figures} |" in text
+
+
+def test_figures_of_a_gpu_are_those_of_the_rows():
+    text = (REPOSITORY / "docs" / "gpu.md").read_text()
+    rows = REPOSITORY / "benchmarks"
+    epochs = pd.read_csv(rows / "gpu_epochs.csv")
+    for _, row in epochs[~epochs["preset"].str.contains("refresh")].iterrows():
+        times = f"{1e3 * row.seconds_median:.1f} | {row.ratio_median:.2f} ({row.ratio_p20:.2f} to {row.ratio_p80:.2f})"
+        sizes = f"{row.saved_mib:.1f} | {row.peak_mib:.0f} | {row.evaluation_peak_mib:.0f} | {row.peak_ratio:.2f}"
+        assert f"| {row.model} | {row.preset} | {times} | {sizes} |" in text
+    parity = pd.read_csv(rows / "gpu_parity.csv").iloc[0]
+    assert f"{parity.compared} of {parity.of} cases" in text and f": {parity.differences} differences" in text
+    steps = pd.read_csv(rows / "gpu_steps.csv")
+    assert steps["problem"].isna().all() and len(steps) == 28
+    assert f"at most {steps.gradient_difference.max():.1e} of their norm" in text
+    kernels = pd.read_csv(rows / "gpu_kernels.csv")
+    large = kernels[kernels["rows"] == kernels["rows"].max()]
+    shown = [row for _, row in large.iterrows() if f"| {row.kernel} |" in text]
+    assert len(shown) > 20
+    for row in shown:
+        assert f"| {row.kernel} | {row.microseconds_median:.0f} | {row.share_of_copy_bandwidth:.2f} |" in text
+    profile = pd.read_csv(rows / "gpu_profile.csv")
+    for (model, preset), found in profile.groupby(["model", "preset"], sort=False):
+        figures = [(f"{row.launches}", f"{row.copies_from_host}", f"{row.waits}") for _, row in found.iterrows()]
+        assert f"| {model} | {preset} | " + " | ".join(" -> ".join(each) for each in zip(*figures, strict=True)) in text
+    refreshed = pd.read_csv(rows / "fidelity_refresh_cpu.csv")
+    for _, row in refreshed.iterrows():
+        errors = "/".join(f"{row[f'gradient_error_{epoch}_mean']:.2f}"[1:] for epoch in (5, 30, 100))
+        assert f"{row['model.name']} {errors} in place of" in " ".join(text.split())
+
+
+def test_figures_of_a_gpu_in_the_readme_are_those_of_the_rows():
+    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    epochs = pd.read_csv(REPOSITORY / "benchmarks" / "gpu_epochs.csv").set_index(["model", "preset"])
+    shares = [f"{100 * epochs.loc[(model, 'iexact'), 'peak_ratio']:.0f}%" for model in ("gat", "gcn2")]
+    times = [f"{epochs.loc[(model, 'iexact'), 'ratio_median']:.2f}".lstrip("0") for model in ("gat", "gcn2", "sage")]
+    assert f"GAT takes {shares[0]} and GCN2 {shares[1]} of the peak memory" in text
+    assert f"at {times[0]} and {times[1]} of its time" in text
+    slow = f"{epochs.loc[('sage', 'lowrank'), 'ratio_median']:.2f}"
+    assert f"takes {times[2]} of the time under `iexact`, {slow} under `lowrank`" in text

@@ -41,7 +41,7 @@ class Room:
         return {"bytes": self.bytes, "share": self.share}
 
     def capacity(self, lengths: Tensor, most: int, *, p: float) -> int:
-        """Bytes to reserve: as many as there are on a CPU; on a GPU those of the last pass and some more.
+        """Bytes to reserve: as many as there are on a CPU; on a GPU those of the pass before and some more.
 
         Of tensors without data, whose number cannot be known, the share of what a dropout of rate p keeps.
         """
@@ -57,7 +57,10 @@ class Room:
         copied = torch.cuda.Event()
         copied.record()
         self._pending = total, copied
-        return most if self.bytes is None else min(most, int(self.bytes * _SPARE) + _LEAST_SPARE)
+        if self.bytes is None:  # waited for once, instead of room for every sign of all maps at once
+            copied.synchronize()
+            self.bytes = int(total)
+        return min(most, int(self.bytes * _SPARE) + _LEAST_SPARE)
 
 
 @dataclass

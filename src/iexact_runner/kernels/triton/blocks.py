@@ -32,8 +32,8 @@ from iexact_runner.kernels.triton.common import (
 from iexact_runner.kernels.triton.elementwise import scale_kept, store_mask
 
 _DROPOUT = tl.constexpr(DROPOUT)
-# 8 elements a thread: a tile of gradients, one of sketched values and two of sums stay in registers. A coefficient serves
-# a whole row of a tile, so that wide tiles load least: with 128 columns the sums take half of what they take with 64.
+# 8 elements a thread: a tile of gradients, one of sketched values and two of sums stay in registers. A coefficient
+# serves a row of a tile, so that wide tiles load least: with 128 columns the sums take half of the time of 64.
 BLOCK_TILE, MOST_COLUMNS = 1024, 128
 # Rows are summed up by so many programs for each run of columns: enough to fill a GPU.
 SUM_PROGRAMS = 512
