@@ -208,7 +208,8 @@ def _baseline(config: Config, problem: Problem) -> Subject:
         features, nodes = training_input(problem, seed=epoch)
         scores = model(features, operator)[nodes]
         loss = loss_per_node(scores, problem.training.y[nodes], kind=config.training.loss).mean()
-        optimization.update(model, loss, epoch=epoch)
+        optimization.backward(loss)
+        optimization.update(model, epoch=epoch)
         return loss.item()
 
     @torch.no_grad()

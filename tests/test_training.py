@@ -7,6 +7,7 @@ import torch
 
 from conftest import FP32, assert_close, projected, tiny_dataset
 from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig, TrainingConfig
+from iexact_runner.config.presets import preset
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import build_model
 from iexact_runner.training import (
@@ -133,16 +134,22 @@ def test_gradients_are_clipped(dataset, grad_norm, precision):
     model = make_model(problem)
     config = TrainingConfig(grad_norm=grad_norm)
     loss = model(problem.whole.x, problem.whole.graph).square().sum()
-    Optimization(model, config, precision=precision).update(model, loss, epoch=1)
+    optimization = Optimization(model, config, precision=precision)
+    optimization.backward(loss)
+    optimization.update(model, epoch=1)
     norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
     assert norm == pytest.approx(1e-3, rel=0.01) if grad_norm else norm > 1
 
 
-def test_loss_that_is_not_finite_stops_with_the_epoch(dataset):
+@pytest.mark.parametrize("compression", ["none", "iexact", "lowrank"])
+def test_loss_that_is_not_finite_stops_with_the_epoch(compression, dataset):
     dataset.x[3] = math.inf
     problem = make_problem(dataset)
+    model = make_model(problem, compression=preset(compression))
+    weights = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(TrainingError, match=r"the training loss is nan at epoch 1"):
-        list(train(make_model(problem), problem, TrainingConfig(epochs=3), seed=0))
+        list(train(model, problem, TrainingConfig(epochs=3), seed=0))
+    assert all(map(torch.equal, weights, model.parameters()))
 
 
 def test_evaluation_is_the_same_twice_and_leaves_no_gradient(dataset):

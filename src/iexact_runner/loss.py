@@ -72,7 +72,7 @@ class _NodeLoss(Function):
             (slope,) = torch.autograd.grad(losses, chunk, weight.expand_as(losses))
             scores[part] = slope.to(scores.dtype)
         others = torch.ones(scores.size(0), dtype=torch.bool, device=scores.device)
-        others[nodes] = False
+        others.index_fill_(0, nodes, False)  # ``others[nodes] = False`` copies the False to a GPU, and waits
         # In place, so that autograd refuses a second backward pass, which would find no scores.
         return scores.masked_fill_(others.unsqueeze(1), 0), None, None, None
 

@@ -154,13 +154,16 @@ class Optimization:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=precision == "float16")
 
-    def update(self, model: nn.Module, loss: Tensor, *, epoch: int) -> None:
-        """Backward pass, clipping and optimizer step of epoch ``epoch``, counted from 1."""
+    def backward(self, loss: Tensor) -> None:
+        """Computes the gradients of a loss, scaled, in place of those of the step before."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+
+    def update(self, model: nn.Module, *, epoch: int) -> None:
+        """Clipping and optimizer step of epoch ``epoch``, counted from 1."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * min(1.0, epoch / max(1, config.warmup_epochs))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if config.grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_norm)
@@ -201,10 +204,11 @@ def step(model: Model, optimization: Optimization, problem: Problem, *, seed: in
     """
     model.train()
     loss = training_loss(model, problem, kind=optimization.config.loss, precision=optimization.precision, seed=seed)
-    value = loss.item()
+    optimization.backward(loss)
+    value = loss.item()  # not before the backward pass is queued: a GPU would have nothing to do meanwhile
     if not math.isfinite(value):
         raise TrainingError(f"the training loss is {value} at epoch {epoch}: lower training.lr or use more bits")
-    optimization.update(model, loss, epoch=epoch)
+    optimization.update(model, epoch=epoch)
     return value
 
 

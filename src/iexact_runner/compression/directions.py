@@ -52,8 +52,10 @@ def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None
 
     R is ``rank``, at most D, or else as many as hold the share ``energy`` of the sum of squares.
     """
+    moments = sample.float().T @ sample.float()
+    # Of rows that are not finite any directions will do, for the loss is not finite either and says so better.
     # In ascending order: the last belong to the largest eigenvalues.
-    values, vectors = torch.linalg.eigh(sample.float().T @ sample.float())
+    values, vectors = torch.linalg.eigh(moments.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
     if rank is None:
         share = values.flip(0).clamp_min(0).cumsum(0)
         rank = 1 + int((share < (energy or 1.0) * share[-1]).sum())

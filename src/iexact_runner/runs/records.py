@@ -356,15 +356,8 @@ def compression_label(config: Mapping[str, Any]) -> str:
     if config.get("scheme") == "lowrank":
         dealt = config.get("map_bits")
         words = [*words, "low rank"] if dealt is None else ["low rank", f"{dealt} bits a node"]
-        usual = {
-            "rank": None,
-            "energy": None,
-            "rounding": "nearest",
-            "refresh": None,
-            "residual": 0,
-            "levels": "uniform",
-        }
-        usual |= {"sign_threshold": None, "sign_share": None, "signs": "sketch"}
+        usual = {"rank": None, "energy": None, "rounding": "nearest", "refresh": None, "residual": 0}
+        usual |= {"levels": "uniform", "sign_threshold": None, "sign_share": None, "signs": "sketch"}
     words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(words)
 
