@@ -206,8 +206,8 @@ def time_epochs(
     *,
     rounds: int,
     deadline: float,
-    datasets: tuple[str, ...] = DATASETS,
-    models: tuple[str, ...] = MODELS,
+    datasets: tuple[str, ...],
+    models: tuple[str, ...],
 ) -> bool:
     """A training step of every model and preset against plain PyG FP32."""
     from rich.console import Console

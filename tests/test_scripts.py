@@ -118,13 +118,13 @@ def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     import gpu_suite
 
-    monkeypatch.setattr(gpu_suite, "DATASETS", ("digits",))
-    monkeypatch.setattr(gpu_suite, "MODELS", ("sage",))
-    gpu_suite.time_epochs(torch.device("cpu"), tmp_path, rounds=2, deadline=time.monotonic() + 600)
-    rows = pd.read_csv(tmp_path / "gpu_epochs.csv")
-    assert "iexact" in rows["preset"].tolist() and rows["ratio_median"].notna().all()
-    gpu_suite.time_epochs(torch.device("cpu"), tmp_path, rounds=2, deadline=0.0)
+    for deadline in (time.monotonic() + 600, 0.0):
+        options = {"rounds": 2, "deadline": deadline, "datasets": ("digits",), "models": ("sage",)}
+        gpu_suite.time_epochs(torch.device("cpu"), tmp_path / str(deadline), **options)
     assert "left out, the time is up" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/gpu_epochs.csv")
+    rows = pd.read_csv(path)
+    assert "iexact" in rows["preset"].tolist() and rows["ratio_median"].notna().all()
 
 
 def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
