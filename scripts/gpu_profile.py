@@ -52,8 +52,7 @@ def profile_presets(
     dataset: str, model: str, device: torch.device, *, presets: Mapping[str, tuple[str, ...]]
 ) -> tuple[list[Row], list[Row]]:
     """One row a preset and PyG FP32, and one for each of the kernels that take longest."""
-    facts = environment.describe(device, backend="triton")
-    kept = {key: facts[key] for key in ("device_name", "python", "torch", "triton", "cuda", "git_commit")}
+    kept = provenance(device)
     rows, kernels = [], []
     for name, subject in subjects(dataset, model, device, presets=presets).items():
         where = {"dataset": dataset, "model": model, "preset": name}
@@ -61,6 +60,12 @@ def profile_presets(
         rows.append(where | figures | kept)
         kernels += [where | kernel | kept for kernel in hottest]
     return rows, kernels
+
+
+def provenance(device: torch.device) -> Row:
+    """Device, versions and commit, as every row of a GPU has them."""
+    facts = environment.describe(device, backend="triton")
+    return {key: facts[key] for key in ("device_name", "python", "torch", "triton", "cuda", "git_commit")}
 
 
 def profile_step(step: Callable[[int], object], device: torch.device) -> tuple[Row, list[Row]]:

@@ -215,8 +215,8 @@ def time_epochs(
     from bench_epoch import PRESETS, append_rows, show, time_presets
     from iexact_runner.errors import UserError
 
-    # Eigenproblems take long on a GPU: what does it bring to follow directions instead?
-    presets = PRESETS | {"lowrank, refresh 10": ("compression=lowrank", "compression.refresh=10")}
+    # What directions cost that are found anew in each pass, as on a CPU, instead of followed.
+    presets = PRESETS | {"lowrank, refresh 1": ("compression=lowrank", "compression.refresh=1")}
     path = out / "gpu_epochs.csv"
     path.unlink(missing_ok=True)
     for dataset, model in itertools.product(datasets, models):
@@ -265,10 +265,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
 def _write(rows: list[dict[str, Any]], path: Path, device: Any) -> None:
     import pandas as pd
 
-    from iexact_runner.measure import environment
+    from gpu_profile import provenance
 
-    facts = environment.describe(device, backend="triton")
-    kept = {key: facts[key] for key in ("device_name", "python", "torch", "triton", "cuda", "git_commit")}
+    kept = provenance(device)
     pd.DataFrame([row | kept for row in rows]).to_csv(path, index=False)
 
 

@@ -114,6 +114,19 @@ def test_gpu_suite_notices_a_difference(tmp_path, monkeypatch):
     assert not gpu_suite.check_parity(broken, device, tmp_path, max_seconds=0.0)
 
 
+def test_a_step_that_differs_between_devices_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import gpu_steps
+
+    agreeing = {"loss_gpu": 2.5, "loss_cpu": 2.50001, "gradient_difference": 1e-6}
+    agreeing |= {"gradient_error_gpu": 0.5, "gradient_error_cpu": 0.45}
+    assert gpu_steps.problem_of(agreeing) == ""
+    differing = {"loss_gpu": 2.51, "gradient_difference": 0.01, "gradient_error_gpu": 0.7}
+    for name, value in differing.items():
+        for wrong in (value, float("nan")):
+            assert gpu_steps.problem_of(agreeing | {name: wrong})
+
+
 def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     import gpu_suite
