@@ -33,7 +33,7 @@ from iexact_runner.loss import loss_per_node
 from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
 from iexact_runner.measure.peak import PeakMemory
 from iexact_runner.nn import build_model
-from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
+from iexact_runner.nn.baseline import baseline_graph, build_baseline
 from iexact_runner.training import (
     Optimization,
     Problem,
@@ -199,10 +199,10 @@ def _preset(config: Config, problem: Problem) -> Subject:
 
 def _baseline(config: Config, problem: Problem) -> Subject:
     torch.manual_seed(0)
-    model = PyGBaseline(config.model, in_channels=problem.in_channels, out_channels=problem.num_classes)
+    model = build_baseline(config.model, in_channels=problem.in_channels, out_channels=problem.num_classes)
     model.to(problem.whole.x.device).train()
     optimization = Optimization(model, config.training)
-    operator = baseline_graph(problem.training.graph)
+    operator = baseline_graph(problem.training.graph, config.model)
 
     def run(epoch: int) -> float:
         features, nodes = training_input(problem, seed=epoch)

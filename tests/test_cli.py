@@ -77,7 +77,10 @@ def test_help_reads_as_documentation_and_is_quick(tmp_path):
         ("epochs=3", "epochs: no such field; did you mean training.epochs or fidelity.epochs?"),
         ("+heads=3", "heads: no such field; did you mean model.heads?"),
         ("epochs", "'epochs': must be FIELD=VALUE; iexact --help lists the fields"),
-        ("model=sagee", "model=sagee: no such choice; did you mean sage? valid: gat, gcn, gcn2, graphconv, sage"),
+        (
+            "model=sagee",
+            "model=sagee: no such choice; did you mean sage? valid: deepergcn, gat, gcn, gcn2, graphconv, sage",
+        ),
         ("dataset=corra", "dataset=corra: no such choice; did you mean cora?"),
         ("model.heads=2", "model.heads: no such field; valid: name"),
         ("training.lr=[1", "no viable alternative at input"),

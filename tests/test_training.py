@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from conftest import FP32, assert_close, projected, tiny_dataset
-from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig, TrainingConfig
+from iexact_runner.config import (
+    CompressionConfig,
+    DeeperGCNConfig,
+    GATConfig,
+    GCN2Config,
+    GCNConfig,
+    SAGEConfig,
+    TrainingConfig,
+)
 from iexact_runner.config.presets import preset
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import build_model
@@ -164,6 +172,7 @@ MODELS = [
     GCNConfig(name="gcn", num_layers=2, hidden_channels=16, dropout=0.2),
     GCN2Config(name="gcn2", num_layers=2, hidden_channels=16, dropout=0.2),
     GATConfig(name="gat", num_layers=2, hidden_channels=8, dropout=0.2, residual=True, edge_dropout=0.2),
+    DeeperGCNConfig(name="deepergcn", num_layers=3, hidden_channels=16, dropout=0.2),
 ]
 SCHEMES = {
     "none": FP32,

@@ -86,6 +86,22 @@ class Formula:
         each = self.input(hidden) + self.norm(hidden) + self.masks(hidden)
         return self.input(FEATURES) + initial + layers * each + self.input(hidden)
 
+    def deepergcn(self, layers, hidden):
+        if self.sketched:
+            first, sums = self.sketch(hidden), layers * (self.sketch(hidden) - NODES * hidden / 8)
+            return first + sums + layers * self.sketched_norm(hidden) + self.messages(hidden) * layers
+        first = NODES * hidden / 8 if self.compressed else FLOAT * hidden
+        each = self.messages(hidden) + self.input(hidden) + self.norm(hidden) + self.masks(hidden)
+        features = self.projected(FEATURES) if self.compressed else 0
+        return features + first + layers * each + self.input(hidden)
+
+    def messages(self, width):
+        """Softmax aggregation: its input, or the softmax of each edge and its target as an int64."""
+        if self.sketched:
+            return 0
+        edges = EDGES + NODES
+        return self.quantized(width) if self.compressed else edges * (4 * width + 8)
+
     def gat(self, layers, hidden, heads):
         edges, total = EDGES + NODES, 0.0
         for layer in range(layers):
@@ -132,10 +148,11 @@ def kept_bytes(dataset, model, preset, *overrides):
         ("graphconv", (3, 128), ()),
         ("gcn", (3, 128), ()),
         ("gcn2", (16, 256), ()),
+        ("deepergcn", (28, 128), ()),
         # How many edges dropout leaves is a number, which tensors without memory do not have.
         ("gat", (3, 128, 3), ("model.edge_dropout=0",)),
     ],
-    ids=["sage", "graphconv", "gcn", "gcn2", "gat"],
+    ids=["sage", "graphconv", "gcn", "gcn2", "deepergcn", "gat"],
 )
 def test_kept_bytes_are_those_of_the_formula(arxiv, model, sizes, overrides, preset):
     kept, data, formula = kept_bytes(arxiv, model, preset, *overrides)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import projected
-from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
+from iexact_runner.config import CompressionConfig, DeeperGCNConfig, GATConfig, GCN2Config, GCNConfig, SAGEConfig
 from iexact_runner.measure.peak import PeakMemory, record_allocations
 from iexact_runner.nn import MODELS, build_model
 
@@ -106,8 +106,10 @@ LAYOUTS = {
         # One more for the initial map that all layers add.
         (GCN2Config(name="gcn2", **FIELDS), 4),
         (GATConfig(name="gat", heads=2, **(FIELDS | {"hidden_channels": WIDTH // 2})), 4),
+        # The sum that runs past all layers, beside those of a GAT layer.
+        (DeeperGCNConfig(name="deepergcn", **FIELDS), 5),
     ],
-    ids=["sage", "sage-residual", "sage-no-norm", "gcn", "gcn-residual", "gcn2", "gat"],
+    ids=["sage", "sage-residual", "sage-no-norm", "gcn", "gcn-residual", "gcn2", "gat", "deepergcn"],
 )
 def test_few_maps_are_alive_at_any_moment(config, most, layout, graph):
     pytest.importorskip("numba")  # the reference kernels are plain PyTorch, with its temporaries

@@ -82,7 +82,7 @@ def test_fp32_keeps_what_plain_pyg_modules_keep(dataset, dropout):
     with SavedTensors(model, excluded=[dataset.x, *graph.tensors()]) as saved:
         ours = saved.kept(model(dataset.x, graph))
     baseline = PyGBaseline(config, in_channels=13, out_channels=3)
-    operator = baseline_graph(graph)
+    operator = baseline_graph(graph, config)
     with SavedTensors(baseline, excluded=[dataset.x, operator]) as saved:
         theirs = saved.kept(baseline(dataset.x, operator))
     totals = [sum(record.bytes for record in records) for records in (ours, theirs)]

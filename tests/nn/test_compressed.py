@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from conftest import FP32, assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import GATConfig, GCN2Config, GCNConfig, GraphConvConfig, SAGEConfig
+from iexact_runner.config import DeeperGCNConfig, GATConfig, GCN2Config, GCNConfig, GraphConvConfig, SAGEConfig
 from iexact_runner.nn import MODELS, build_model
 from iexact_runner.nn.gat import GATConv
 from iexact_runner.nn.gcn import GCNConv
@@ -32,6 +32,10 @@ CONFIGS = {
     "gat-attention": GATConfig(name="gat", heads=2, attention_dropout=0.3, **FIELDS),
     "gcn-linear": GCNConfig(name="gcn", use_linear=True, **FIELDS),
     "graphconv": GraphConvConfig(name="graphconv", **FIELDS),
+    "sage-linear": SAGEConfig(name="sage", use_linear=True, **FIELDS),
+    "deepergcn": DeeperGCNConfig(name="deepergcn", input_dropout=0.1, **FIELDS),
+    "deepergcn-plain": DeeperGCNConfig(name="deepergcn", residual=False, batch_norm=False, **FIELDS),
+    "deepergcn-full": DeeperGCNConfig(name="deepergcn", t=1.0, semi_grad=False, **FIELDS),
 }
 GAT_OPTIONS = dict(shared_attention=False, residual=True, attention_dropout=0.0, initial_weights="glorot")
 EXACT = projected()

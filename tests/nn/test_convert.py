@@ -189,7 +189,7 @@ def our_twin(name, config, *, symmetric=True):
     assert len(shapes) == len(pairs)
     graph = MODELS[OURS[name].name].build_graph(dataset.edge_index, dataset.num_nodes)
     compress(baseline, config)
-    return model, baseline, pairs, graph, baseline_graph(graph), dataset
+    return model, baseline, pairs, graph, baseline_graph(graph, OURS[name]), dataset
 
 
 @pytest.mark.parametrize("share_maps", [False, True])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from conftest import FP32, assert_close, tiny_dataset
 from iexact_runner.config import (
     CompressionConfig,
+    DeeperGCNConfig,
     GATConfig,
     GCN2Config,
     GCNConfig,
@@ -19,7 +21,7 @@ from iexact_runner.config import (
 from iexact_runner.data.graph import attention_edges
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import MODELS, build_model
-from iexact_runner.nn.baseline import PyGBaseline, baseline_graph
+from iexact_runner.nn.baseline import baseline_graph, build_baseline
 from iexact_runner.schemes import Plain
 
 SMALL = dict(num_layers=3, hidden_channels=8, dropout=0.0)
@@ -36,12 +38,17 @@ CONFIGS = [
     GATConfig(name="gat", heads=3, **SMALL),
     GATConfig(name="gat", heads=2, residual=True, **SMALL),
     GraphConvConfig(name="graphconv", **SMALL),
+    DeeperGCNConfig(name="deepergcn", **SMALL),
+    DeeperGCNConfig(name="deepergcn", residual=False, t=1.0, semi_grad=False, **SMALL),
+    DeeperGCNConfig(name="deepergcn", batch_norm=False, **(SMALL | {"num_layers": 1})),
 ]
 
 
 def name(config: ModelConfig) -> str:
     changed = [field for field in ("residual",) if getattr(config, field)]
     extra = [] if config.batch_norm else ["no-norm"]
+    if isinstance(config, DeeperGCNConfig):
+        extra += ["semi-gradient"] if config.semi_grad else ["full"]
     if isinstance(config, GCN2Config):
         extra += [f"theta={config.theta}", "shared"] if config.shared_weights else [f"theta={config.theta}"]
     return "-".join([config.name, str(config.num_layers), *changed, *extra])
@@ -52,14 +59,14 @@ def pair(config, dataset, *, share_maps=False):
     torch.manual_seed(0)
     compression = CompressionConfig(scheme="none", share_maps=share_maps)
     model = build_model(config, in_channels=13, out_channels=3, compression=compression)
-    baseline = PyGBaseline(config, in_channels=13, out_channels=3)
+    baseline = build_baseline(config, in_channels=13, out_channels=3)
     ours, theirs = list(model.parameters()), list(baseline.parameters())
     assert sum(p.numel() for p in ours) == sum(p.numel() for p in theirs)
     with torch.no_grad():
         for key, value in baseline.named_parameters():
             value.copy_(model.get_parameter(translated(key, config)))
     graph = MODELS[config.name].build_graph(dataset.edge_index, dataset.num_nodes)
-    return model, baseline, graph, baseline_graph(graph)
+    return model, baseline, graph, baseline_graph(graph, config)
 
 
 def translated(key: str, config: ModelConfig) -> str:
@@ -68,6 +75,8 @@ def translated(key: str, config: ModelConfig) -> str:
     if kind in ("lin_in", "lin_out"):
         return key
     index, _, rest = rest.partition(".")
+    if config.name == "deepergcn":
+        return key.replace("mlp.0", "lin")
     blocks = config.num_layers if config.name == "gcn2" else config.num_layers - 1
     if kind == "norms":
         return f"blocks.{index}.norm.{rest}"
@@ -161,13 +170,15 @@ def test_published_initial_weights_are_normal_with_a_gain_of_relu():
     assert (weight.abs() > 3 * weight.std()).float().mean().item() == pytest.approx(0.0027, abs=0.001)
 
 
-def test_a_linear_map_is_added_to_a_convolution(dataset):
-    config = GCNConfig(name="gcn", use_linear=True, **(SMALL | {"num_layers": 1}))
+@pytest.mark.parametrize("config_class", [GCNConfig, SAGEConfig], ids=["gcn", "sage"])
+def test_a_linear_map_is_added_to_a_convolution(config_class, dataset):
+    name = config_class.__name__.removesuffix("Config").lower()
+    config = config_class(name=name, use_linear=True, **(SMALL | {"num_layers": 1}))
     model = build_model(config, in_channels=13, out_channels=3, compression=FP32)
-    graph = MODELS["gcn"].build_graph(dataset.edge_index, dataset.num_nodes)
+    graph = MODELS[name].build_graph(dataset.edge_index, dataset.num_nodes)
     scores, conv = model(dataset.x, graph), model.head
-    expected = graph.matmul(dataset.x @ conv.lin.weight.T) + conv.bias + dataset.x @ conv.res.weight.T
-    assert_close(scores, expected)
+    conv.res.weight, linear = nn.Parameter(torch.zeros_like(conv.res.weight)), conv.res.weight
+    assert_close(scores, model(dataset.x, graph) + dataset.x @ linear.T)
 
 
 def test_attention_dropout_is_of_training_and_keeps_the_mean(dataset):
@@ -182,7 +193,7 @@ def test_attention_dropout_is_of_training_and_keeps_the_mean(dataset):
 
 
 def test_unknown_model_is_named():
-    with pytest.raises(ConfigError, match=r"model.name=mlp: must be one of sage, gcn, gcn2, gat, graphconv"):
+    with pytest.raises(ConfigError, match=r"model.name=mlp: must be one of sage, gcn, gcn2, gat, graphconv, deepergcn"):
         build_model(ModelConfig(name="mlp"), in_channels=1, out_channels=1, compression=FP32)
 
 

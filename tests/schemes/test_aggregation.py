@@ -11,12 +11,13 @@ from torch_geometric import nn as pyg
 
 from conftest import assert_close, bin_widths, projected, relative_error, tiny_dataset
 from iexact_runner.compression.seeds import mix
-from iexact_runner.data.graph import attention_edges, edges_of, mean_adjacency
+from iexact_runner.data.graph import attention_edges, edges_of, mean_adjacency, sum_adjacency
 from iexact_runner.data.sparse import CSR
 from iexact_runner.measure import SavedTensors
 from iexact_runner.schemes import Activation, Plain, Projected
 from iexact_runner.schemes.activation import Kept
 from iexact_runner.schemes.aggregation import SpMM
+from iexact_runner.schemes.evaluation import Evaluation
 
 EXACT = projected()
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "directed"])
@@ -158,15 +159,50 @@ def test_extremum_of_a_row_with_nan_is_nan():
     assert out.isnan().all() and x.grad.isfinite().all()
 
 
+def aggregate_softmax(config, x, t, adjacency, *, semi_grad, seed=1):
+    return Projected(config, seed=seed).aggregate_softmax(Activation(x, Kept()), t, adjacency, semi_grad=semi_grad)
+
+
+@pytest.fixture(params=["products", "by edges"])
+def way(request, monkeypatch):
+    """With products of the whole adjacency, and edge by edge, all rows at once and row by row."""
+    if request.param == "by edges":
+        monkeypatch.setattr("iexact_runner.schemes.softmax.LARGEST_SPREAD", -1.0)
+        monkeypatch.setattr("iexact_runner.schemes.softmax.CHUNK_ELEMENTS", 500)
+    else:
+        monkeypatch.setattr("iexact_runner.schemes.softmax.COLUMNS", 4)
+
+
 @SYMMETRIC
 @pytest.mark.parametrize("semi_grad", [False, True], ids=["full", "semi"])
-def test_softmax(symmetric, semi_grad, chunked):
+def test_softmax(symmetric, semi_grad, way):
     edges, x, _ = problem(symmetric=symmetric)
+    data = tiny_dataset(symmetric=symmetric, nodes=61)
+    adjacency = sum_adjacency(data.edge_index, data.num_nodes)
     for t in (torch.tensor([0.7], requires_grad=True), torch.rand(13, requires_grad=True)):
         inputs = (x,) if semi_grad else (x, t)
         for config, gradient in ((EXACT, 1e-5), (projected(bits=8), 0.02)):
-            actual = Projected(config, seed=1).aggregate_softmax(x, t, edges, semi_grad=semi_grad)
+            actual = aggregate_softmax(config, x, t, adjacency, semi_grad=semi_grad)
             check(actual, dense_softmax(edges, x, t, semi_grad), inputs, gradient=gradient)
+        plain = Plain(training=True, seed=1).aggregate_softmax(Activation(x, Kept()), t, adjacency, semi_grad=semi_grad)
+        check(plain, dense_softmax(edges, x, t, semi_grad), inputs)
+
+
+@pytest.mark.parametrize("spread", [50.0, 61.0, 1e6])
+def test_softmax_of_weights_that_float32_does_not_hold_beside_each_other(spread):
+    """A row whose neighbours all lie far below the column's largest entry gathers them all the same."""
+    adjacency = sum_adjacency(torch.tensor([[1, 2, 3, 3], [0, 0, 1, 2]]), 4)
+    x = torch.tensor([[0.0], [1.0], [2.0], [spread]], requires_grad=True)
+    t = torch.ones(1)
+    expected = (torch.tensor([1.0, 2.0]).softmax(0) * torch.tensor([1.0, 2.0])).sum()
+    for out in (
+        aggregate_softmax(EXACT, x, t, adjacency, semi_grad=False),
+        Evaluation().aggregate_softmax(Activation(x.detach(), Kept()), t, adjacency, semi_grad=False),
+    ):
+        assert_close(out.detach(), torch.tensor([[expected], [spread], [spread], [0.0]]))
+    (grad,) = torch.autograd.grad(aggregate_softmax(EXACT, x, t, adjacency, semi_grad=True).sum(), x)
+    share = torch.tensor([1.0, 2.0]).softmax(0)
+    assert_close(grad, torch.tensor([[0.0], [share[0]], [share[1]], [2.0]]))
 
 
 @SYMMETRIC
@@ -294,12 +330,13 @@ def test_attention_gradient_of_h_is_unbiased_and_that_of_the_vectors_is_not(bits
 
 
 def test_recomputed_softmax_is_biased_and_less_so_with_more_bits():
-    edges, x, _ = problem(nodes=31)
+    _, x, _ = problem(nodes=31)
+    adjacency = sum_adjacency(tiny_dataset(nodes=31).edge_index, 31)
     t = torch.tensor([2.0], requires_grad=True)
     grad = torch.randn(31, 13)
 
     def gradient(config, seed):
-        out = Projected(config, seed=seed).aggregate_softmax(x, t, edges, semi_grad=False)
+        out = aggregate_softmax(config, x, t, adjacency, semi_grad=False, seed=seed)
         return torch.autograd.grad(out, x, grad)[0]
 
     exact = gradient(EXACT, 0)

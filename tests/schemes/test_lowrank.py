@@ -13,7 +13,15 @@ from conftest import assert_close, projected, relative_error, tiny_dataset
 from iexact_runner.compression.directions import followed_directions, leading_directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.compression.sketch import SketchLayout
-from iexact_runner.config import CompressionConfig, GATConfig, GCN2Config, GCNConfig, GraphConvConfig, SAGEConfig
+from iexact_runner.config import (
+    CompressionConfig,
+    DeeperGCNConfig,
+    GATConfig,
+    GCN2Config,
+    GCNConfig,
+    GraphConvConfig,
+    SAGEConfig,
+)
 from iexact_runner.measure import SavedTensors
 from iexact_runner.nn import MODELS, build_model
 from iexact_runner.schemes import lowrank
@@ -33,6 +41,10 @@ CONFIGS = {
     "gat-attention": GATConfig(name="gat", heads=3, residual=True, attention_dropout=0.3, **FIELDS),
     "gcn-linear": GCNConfig(name="gcn", use_linear=True, **FIELDS),
     "graphconv": GraphConvConfig(name="graphconv", **FIELDS),
+    "sage-linear": SAGEConfig(name="sage", use_linear=True, **FIELDS),
+    "deepergcn": DeeperGCNConfig(name="deepergcn", input_dropout=0.1, **FIELDS),
+    "deepergcn-plain": DeeperGCNConfig(name="deepergcn", residual=False, batch_norm=False, **FIELDS),
+    "deepergcn-full": DeeperGCNConfig(name="deepergcn", t=1.0, semi_grad=False, **FIELDS),
 }
 TWIN = projected(share_maps=True)
 # The block normalises in one pass of its own, which rounds at every step; torch's need not.

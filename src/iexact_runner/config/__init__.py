@@ -17,6 +17,7 @@ from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
 from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig, dataset_config
 from iexact_runner.config.model import (
     MODEL_CONFIGS,
+    DeeperGCNConfig,
     GATConfig,
     GCN2Config,
     GCNConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "DatasetConfig",
     "DigitsConfig",
     "FidelityConfig",
+    "DeeperGCNConfig",
     "GATConfig",
     "GCN2Config",
     "GCNConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -42,7 +43,13 @@ class ModelConfig:
 
 @dataclass
 class SAGEConfig(ModelConfig):
-    """GraphSAGE with mean aggregation."""
+    """GraphSAGE with mean aggregation.
+
+    Args:
+        use_linear: add a linear map of a layer's input to its convolution.
+    """
+
+    use_linear: bool = False
 
 
 @dataclass
@@ -59,6 +66,24 @@ class GCNConfig(ModelConfig):
 @dataclass
 class GraphConvConfig(ModelConfig):
     """GraphConv with sums over the neighbours."""
+
+
+@dataclass
+class DeeperGCNConfig(ModelConfig):
+    """DeeperGCN: softmax aggregation (GENConv) in pre-activation residual layers.
+
+    Args:
+        t: inverse temperature of the softmax over the neighbours; 0 is their mean.
+        semi_grad: whether the softmax counts as a constant in the backward pass.
+    """
+
+    residual: bool = True
+    t: float = 0.1
+    semi_grad: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(math.isfinite(self.t), "model.t", self.t, "must be finite")
 
 
 @dataclass
@@ -122,4 +147,5 @@ MODEL_CONFIGS = {
     "gcn2": GCN2Config,
     "gat": GATConfig,
     "graphconv": GraphConvConfig,
+    "deepergcn": DeeperGCNConfig,
 }

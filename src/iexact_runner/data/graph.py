@@ -70,6 +70,11 @@ def sum_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     return Adjacency(*_pattern(edge_index, num_nodes))
 
 
+def sum_adjacency_with_self(edge_index: Tensor, num_nodes: int) -> Adjacency:
+    """Sum over the in-neighbours and the node itself, once (GENConv)."""
+    return sum_adjacency(with_self_loops(edge_index, num_nodes), num_nodes)
+
+
 def gcn_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
     """D^-1/2 (A + I) D^-1/2 with D the in-degree of A + I (Kipf and Welling, 2017)."""
     matrix, adjoint = _pattern(with_self_loops(edge_index, num_nodes), num_nodes)

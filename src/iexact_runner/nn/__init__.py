@@ -8,6 +8,7 @@ from iexact_runner.config import CompressionConfig, ModelConfig
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn.block import GNN, Block
 from iexact_runner.nn.convert import Report, compress, compressed_pass
+from iexact_runner.nn.deepergcn import DeeperGCN
 from iexact_runner.nn.gat import GAT
 from iexact_runner.nn.gcn import GCN
 from iexact_runner.nn.gcn2 import GCN2
@@ -22,6 +23,7 @@ __all__ = [
     "MODELS",
     "SAGE",
     "Block",
+    "DeeperGCN",
     "Model",
     "Report",
     "build_model",
@@ -29,13 +31,14 @@ __all__ = [
     "compressed_pass",
 ]
 
-Model = GNN | GCN2
-MODELS: dict[str, type[GNN] | type[GCN2]] = {
+Model = GNN | GCN2 | DeeperGCN
+MODELS: dict[str, type[Model]] = {
     "sage": SAGE,
     "gcn": GCN,
     "gcn2": GCN2,
     "gat": GAT,
     "graphconv": GraphNet,
+    "deepergcn": DeeperGCN,
 }
 
 

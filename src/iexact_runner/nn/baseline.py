@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric import nn as pyg
 
-from iexact_runner.config import GATConfig, GCN2Config, ModelConfig
+from iexact_runner.config import DeeperGCNConfig, GATConfig, GCN2Config, ModelConfig
 from iexact_runner.data.graph import Graph
 from iexact_runner.data.sparse import CSR
 
@@ -16,7 +16,7 @@ class PyGBaseline(nn.Module):
     """The same network as :func:`iexact_runner.nn.build_model`, written with the layers of torch_geometric.
 
     Args:
-        config: widths, depth and rates; edge dropout, shared attention vectors and the linear map beside GCN's
+        config: widths, depth and rates; edge dropout, shared attention vectors and the linear map beside a
             convolution have no PyG layer and are left out.
         in_channels: D, width of the features.
         out_channels: number of classes.
@@ -64,10 +64,50 @@ class PyGBaseline(nn.Module):
         return scores
 
 
-def baseline_graph(graph: Graph) -> Tensor:
-    """What :class:`PyGBaseline` takes for a graph: an edge_index for attention, else a torch CSR adjacency."""
-    if isinstance(graph, CSR):
-        return torch.stack([graph.columns.long(), graph.rows()])
+class PyGDeeperGCN(nn.Module):
+    """DeeperGCN, written with the layers of torch_geometric; arguments as in :class:`PyGBaseline`."""
+
+    def __init__(self, config: DeeperGCNConfig, *, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_channels
+        self.lin_in = nn.Linear(in_channels, hidden)
+        kind = "softmax_sg" if config.semi_grad else "softmax"
+        self.convs = nn.ModuleList(
+            pyg.GENConv(hidden, hidden, aggr=kind, t=config.t, num_layers=1, bias=True)
+            for _ in range(config.num_layers)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(hidden) for _ in range(config.num_layers if config.batch_norm else 0))
+        self.lin_out = nn.Linear(hidden, out_channels)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        """Maps features (N, D) to scores (N, classes)."""
+        x = self.lin_in(F.dropout(x, self.config.input_dropout, self.training))
+        for index, conv in enumerate(self.convs):
+            h = conv(x if index == 0 else self._activate(x, index - 1), edge_index)
+            x = x + h if self.config.residual and index else h
+        scores: Tensor = self.lin_out(self._activate(x, len(self.convs) - 1))
+        return scores
+
+    def _activate(self, x: Tensor, index: int) -> Tensor:
+        x = F.relu(self.norms[index](x) if self.norms else x)
+        return F.dropout(x, self.config.dropout, self.training)
+
+
+def build_baseline(config: ModelConfig, *, in_channels: int, out_channels: int) -> PyGBaseline | PyGDeeperGCN:
+    """The network of :func:`iexact_runner.nn.build_model` in plain PyG layers, its weights freshly drawn."""
+    kind = PyGDeeperGCN if isinstance(config, DeeperGCNConfig) else PyGBaseline
+    return kind(config, in_channels=in_channels, out_channels=out_channels)  # type: ignore[arg-type]
+
+
+def baseline_graph(graph: Graph, config: ModelConfig) -> Tensor:
+    """What :func:`build_baseline` takes for a graph: an edge_index where PyG's layers form messages, else torch CSR.
+
+    Of a CSR adjacency PyG 2.8's softmax aggregation has another gradient than of the same edge_index, and a wrong one.
+    """
+    if isinstance(graph, CSR) or isinstance(config, DeeperGCNConfig):
+        matrix = graph if isinstance(graph, CSR) else graph.matrix
+        return torch.stack([matrix.columns.long(), matrix.rows()])
     if graph.column_scale is None:  # a mean: PyG divides by the degree itself
         return graph.matrix.tensor()
     return graph.matrix.tensor(row_scale=graph.row_scale, column_scale=graph.column_scale)

@@ -20,6 +20,7 @@ from torch_geometric.utils import is_torch_sparse_tensor
 
 from iexact_runner.data.graph import Adjacency, mean_scale
 from iexact_runner.nn.interception import Compression, Pass, kind_without_twin
+from iexact_runner.schemes.activation import Activation, Kept
 
 REDUCTIONS = {
     aggr.SumAggregation: "sum",
@@ -98,11 +99,12 @@ class Convolution(pyg.MessagePassing):  # type: ignore[misc]
         linear = reduction in ("sum", "mean")
         if linear and (weight is None or not weight.requires_grad):
             return run.ops.aggregate(x, graphs.adjacency(graph, nodes, weight, mean=reduction == "mean"))
-        edges = graphs.edges(graph, nodes)
         if reduction == "softmax":
             softmax = self.aggr_module
             t = softmax.t if isinstance(softmax.t, Tensor) else x.new_tensor([softmax.t])
-            return run.ops.aggregate_softmax(x, t, edges, semi_grad=softmax.semi_grad)
+            adjacency = graphs.adjacency(graph, nodes, None, mean=False)
+            return run.ops.aggregate_softmax(Activation(x, Kept()), t, adjacency, semi_grad=softmax.semi_grad)
+        edges = graphs.edges(graph, nodes)
         ordered = None if weight is None else graphs.weights(graph, nodes, weight)
         if ordered is None or not linear:
             return run.ops.aggregate_extremum(x, ordered, edges, maximum=reduction == "max")

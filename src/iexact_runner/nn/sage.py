@@ -29,21 +29,25 @@ class SAGEConv(nn.Module):
     Args:
         in_channels: D.
         out_channels: C.
+        use_linear: add x_i W_res, another linear map of the input.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, use_linear: bool) -> None:
         super().__init__()
+        self.res = nn.Linear(in_channels, out_channels, bias=False) if use_linear else None
         self.lin_l = nn.Linear(in_channels, out_channels)
         self.lin_r = nn.Linear(in_channels, out_channels, bias=False)
 
     def reset_parameters(self) -> None:
         """Draws new weights."""
-        self.lin_l.reset_parameters()
-        self.lin_r.reset_parameters()
+        for part in (self.lin_l, self.lin_r, self.res):
+            if part is not None:
+                part.reset_parameters()
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        return neighbors_and_self(x, graph, ops, neighbors=self.lin_l, own=self.lin_r)
+        out = neighbors_and_self(x, graph, ops, neighbors=self.lin_l, own=self.lin_r)
+        return out if self.res is None else out.add_(ops.linear(x, self.res.weight))
 
 
 class SAGE(GNN):
@@ -53,4 +57,4 @@ class SAGE(GNN):
 
     def make_conv(self, config: SAGEConfig, in_channels: int, layer: int, out_channels: int) -> SAGEConv:
         """Every layer alike."""
-        return SAGEConv(in_channels, out_channels)
+        return SAGEConv(in_channels, out_channels, use_linear=config.use_linear)

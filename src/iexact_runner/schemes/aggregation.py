@@ -112,46 +112,6 @@ class Extremum(Function):
         return grad_x if needs_x else None, grad_weight, None, None, None, None
 
 
-class SoftmaxAggregation(Function):
-    """Sum over j of softmax_j(t x_j) x_j, feature by feature (GENConv; Li et al., 2020).
-
-    The backward pass recomputes the softmax from the kept map, which is not linear in it: the gradients are biased.
-    With ``semi_grad`` the softmax counts as a constant.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, matrix: CSR, semi_grad: bool, kept: KeptMap, fp32_bytes: int) -> Tensor:
-        layout, tensors = kept
-        ctx.matrix, ctx.layout, ctx.semi_grad = matrix, layout, semi_grad
-        ctx.saved_map = SavedMap(layout.shape, layout.stored_type, fp32_bytes, len(tensors))
-        ctx.save_for_backward(*tensors, t)
-        output = torch.empty_like(x)
-        for nodes, entries, local in matrix.row_chunks(max(1, CHUNK_ELEMENTS // max(1, x.size(1)))):
-            message = x.index_select(0, matrix.columns[entries])  # [entries, D]
-            output[nodes] = local.reduce_rows(local.softmax_rows_(message * t).mul_(message), "sum")
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, t = ctx.saved_tensors
-        matrix, x = ctx.matrix, ctx.layout.decode(tuple(tensors)).float()
-        grad_x, grad_t = torch.zeros_like(x), torch.zeros_like(x[:1])
-        for nodes, entries, local in matrix.row_chunks(max(1, CHUNK_ELEMENTS // max(1, x.size(1)))):
-            rows, columns = local.rows(), matrix.columns[entries]
-            message = x.index_select(0, columns)  # [entries, D]
-            share = local.softmax_rows_(message * t)
-            output = local.reduce_rows(share * message, "sum")
-            sent = share.mul_(grad[nodes].float().index_select(0, rows))  # g_i p_ij
-            if not ctx.semi_grad:
-                excess = message - output.index_select(0, rows)
-                grad_t += (sent * message * excess).sum(0)
-                sent = sent.addcmul_(sent, excess.mul_(t))
-            grad_x.index_add_(0, columns, sent)
-        grad_t = grad_t.expand_as(x[:1]).sum_to_size(1, t.numel()).view_as(t)
-        return grad_x.to(grad.dtype), grad_t if ctx.needs_input_grad[1] else None, None, None, None, None
-
-
 def _extremum(x: Tensor, weight: Tensor | None, matrix: CSR, *, maximum: bool) -> tuple[Tensor, Tensor]:
     """Extreme w_ij x_j (N, D) and the offset of its edge within the row."""
     largest = int(matrix.offsets.diff().max()) if matrix.offsets.numel() > 1 else 0

@@ -15,6 +15,7 @@ from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.activation import Activation, Kept
 from iexact_runner.schemes.attention import attend
 from iexact_runner.schemes.plain import Plain
+from iexact_runner.schemes.softmax import gather_softmax
 
 # Elements that are normalised at once: 4 MiB of float32.
 CHUNK_ELEMENTS = 1 << 20
@@ -34,6 +35,10 @@ class Evaluation(Plain):
         """Product A x."""
         return adjacency.matmul(x)
 
+    def aggregate_softmax(self, x: Activation, t: Tensor, adjacency: Adjacency, *, semi_grad: bool) -> Tensor:
+        """What plain modules gather, (E, D), is never formed."""
+        return gather_softmax(x.value, t, adjacency)
+
     def attention(
         self,
         h: Tensor,
@@ -49,10 +54,16 @@ class Evaluation(Plain):
         return attend(h, att_source, att_target, edges, negative_slope=negative_slope).output
 
     def finish(
-        self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float
+        self,
+        convolve: Callable[[], Tensor],
+        *,
+        norm: nn.BatchNorm1d | None,
+        residual: Tensor | None,
+        dropout: float,
+        owned: bool = True,
     ) -> Activation:
         """A convolution and what follows it in a block, all written over its output."""
-        h = convolve()
+        h = convolve() if owned else convolve().clone()
         if norm is not None:
             for part in h.split(max(1, CHUNK_ELEMENTS // h.size(1))):
                 part.copy_(norm(part))

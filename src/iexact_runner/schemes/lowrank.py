@@ -77,11 +77,17 @@ class LowRank(Projected):
         return self.drop(Activation(features, Resident()), dropout)
 
     def finish(
-        self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float
+        self,
+        convolve: Callable[[], Tensor],
+        *,
+        norm: nn.BatchNorm1d | None,
+        residual: Tensor | None,
+        dropout: float,
+        owned: bool = True,
     ) -> Activation:
         """A convolution, BatchNorm, + residual, ReLU, dropout: one sketch, or two if a residual comes between."""
         if not torch.is_grad_enabled():
-            return super().finish(convolve, norm=norm, residual=residual, dropout=dropout)
+            return super().finish(convolve, norm=norm, residual=residual, dropout=dropout, owned=owned)
         h = convolve()
         self._normalized = None
         if norm is not None and norm.affine and residual is None and not self._config.residual:
@@ -178,6 +184,10 @@ class LowRank(Projected):
             else:
                 x.source.kept = self._kept_sketch(x.value)
         return x.source.kept
+
+    def _keep_messages(self, x: Activation) -> KeptMap:
+        """The sketch of an activation that has one already."""
+        return x.source.kept or super()._keep_messages(x)
 
     def _keep_product(self, h: Tensor, product: tuple[Activation, Tensor] | None) -> KeptMap:
         """Keeps nothing of h = x W^T but W: x is kept already."""

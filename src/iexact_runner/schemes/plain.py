@@ -81,6 +81,17 @@ class Plain:
         gathered: Tensor = scatter(weighted, target, dim_size=h.size(0))
         return gathered
 
+    def aggregate_softmax(self, x: Activation, t: Tensor, adjacency: Adjacency, *, semi_grad: bool) -> Tensor:
+        """Sum of neighbours' x (N, D) weighted by their softmax of t x, feature by feature.
+
+        With ``semi_grad`` the weights count as a constant.
+        """
+        source, target, nodes = adjacency.matrix.columns, adjacency.matrix.rows(), x.value.size(0)
+        message = x.value.index_select(0, source)  # [E, D]
+        scores = message.detach() * t if semi_grad else message * t
+        summed: Tensor = scatter(message * softmax(scores, target, num_nodes=nodes), target, dim_size=nodes)
+        return summed
+
     def drop_edges(self, edges: CSR, p: float, *, exactly: bool = False) -> CSR:
         """What dropout on the graph itself leaves, from the seed of this pass.
 
@@ -98,11 +109,18 @@ class Plain:
         return edges.masked(ops.keep_mask(count, p=p, seed=seed, device=device) | (edges.rows() == edges.columns))
 
     def finish(
-        self, convolve: Callable[[], Tensor], *, norm: nn.BatchNorm1d | None, residual: Tensor | None, dropout: float
+        self,
+        convolve: Callable[[], Tensor],
+        *,
+        norm: nn.BatchNorm1d | None,
+        residual: Tensor | None,
+        dropout: float,
+        owned: bool = True,
     ) -> Activation:
         """A convolution and what follows it in a block: BatchNorm, + residual, ReLU, dropout.
 
-        The convolution is called here, so that no caller holds on to its output once it is normalised.
+        The convolution is called here, so that no caller holds on to its output once it is normalised; ``owned`` says
+        that nobody else reads that output, which may then be overwritten.
         """
         h = convolve()
         if norm is not None:

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from iexact_runner.compression.maps import KeptMap, MapFormat, levels_for
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config import CompressionConfig
+from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
-from iexact_runner.schemes.aggregation import Extremum, SoftmaxAggregation, WeightedSpMM
+from iexact_runner.schemes.aggregation import Extremum, WeightedSpMM
 from iexact_runner.schemes.attention import Attention
 from iexact_runner.schemes.plain import Plain
+from iexact_runner.schemes.softmax import SoftmaxAggregation
 
 
 class Projected(Plain):
@@ -73,13 +75,19 @@ class Projected(Plain):
         aggregated: Tensor = Extremum.apply(x, weight, matrix, maximum, kept, fp32_bytes)
         return aggregated
 
-    def aggregate_softmax(self, x: Tensor, t: Tensor, matrix: CSR, *, semi_grad: bool) -> Tensor:
-        """Sum of neighbours' x (N, D) weighted by the softmax of t x, feature by feature."""
-        # Plain modules keep what each edge gathers, its softmax, and the steps between.
-        fp32_bytes = 4 * 3 * matrix.columns.numel() * x.size(1)
-        kept = self._keep(x, project=False)
-        aggregated: Tensor = SoftmaxAggregation.apply(x, t, matrix, semi_grad, kept, fp32_bytes)
+    def aggregate_softmax(self, x: Activation, t: Tensor, adjacency: Adjacency, *, semi_grad: bool) -> Tensor:
+        """Softmax aggregation that keeps x quantized, without projection; nothing as long as the edges."""
+        if not torch.is_grad_enabled():
+            return super().aggregate_softmax(x, t, adjacency, semi_grad=semi_grad)
+        # Plain modules keep an edge's softmax; where it has a gradient, its message and the steps between as well.
+        fp32_bytes = 4 * (1 if semi_grad else 3) * adjacency.matrix.columns.numel() * x.value.size(1)
+        kept = self._keep_messages(x)
+        aggregated: Tensor = SoftmaxAggregation.apply(x.value, t, adjacency, semi_grad, kept, fp32_bytes)
         return aggregated
+
+    def _keep_messages(self, x: Activation) -> KeptMap:
+        """Keeps what a softmax is recomputed from, and is not linear in."""
+        return self._keep(x.value, project=False)
 
     def attention(
         self,
