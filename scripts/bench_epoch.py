@@ -41,7 +41,7 @@ from iexact_runner.training import (
     evaluate,
     evaluation_input,
     prepare,
-    step,
+    stepper,
     training_input,
 )
 
@@ -188,8 +188,9 @@ def _preset(config: Config, problem: Problem) -> Subject:
     ).to(problem.whole.x.device)
     optimization = Optimization(model, config.training)
     view = problem.training
+    take_step = stepper(model, optimization, problem)
     return Subject(
-        lambda epoch: step(model, optimization, problem, seed=epoch, epoch=epoch),
+        lambda epoch: take_step(seed=epoch, epoch=epoch),
         model,
         lambda: model.train()(training_input(problem, seed=1)[0], view.graph, seed=1),
         lambda: evaluate(model, problem),

@@ -28,7 +28,7 @@ from iexact_runner.data import load_dataset
 from iexact_runner.nn import build_model
 from iexact_runner.training import prepare, training_loss
 
-MODELS = ("sage", "gcn", "gcn2", "gat")
+MODELS = ("sage", "gcn", "gcn2", "gat", "deepergcn")
 SIZES = ("dataset=synthetic", "dataset.num_nodes=3000", "model.hidden_channels=64", "model.num_layers=3")
 # Between devices: of losses and of exact gradients, relative; the ratio of the errors of estimated ones.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, ERROR_RATIO = 1e-4, 1e-3, 1.3

@@ -65,6 +65,8 @@ class Experiment:
         self._folder = folder
         self._console = console
         self._device = resolve_device(config.device)
+        if config.training.cuda_graph and self._device.type != "cuda":
+            raise ConfigError.of("training.cuda_graph", "true", f"needs device=cuda, and this is {self._device}")
         self._backend = backends.resolve(config.compression.backend, self._device)
         loggers.check_installed(config.logger)
         if config.measure.energy:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iexact_runner.capture import CapturedStep
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import GATConfig, ModelConfig, TrainingConfig
 from iexact_runner.data.dataset import NodeDataset
@@ -111,11 +113,12 @@ def prepare(dataset: NodeDataset, model: ModelConfig, *, inductive: bool, device
     return Problem(training, whole, val, test, dataset.num_classes, label_mask_rate)
 
 
-def training_input(problem: Problem, *, seed: int) -> tuple[Tensor, Tensor]:
+def training_input(problem: Problem, *, seed: int | Tensor) -> tuple[Tensor, Tensor]:
     """Model input and the nodes of the loss; with labels as input, those whose label was not fed."""
     view = problem.training
     if problem.label_mask_rate is None:
         return view.x, view.train
+    assert isinstance(seed, int)  # how many labels are fed is a number, which a captured step has none of
     fed = ~ops.keep_mask(
         view.train.numel(), p=problem.label_mask_rate, seed=mix(seed, LABEL_MASK_STREAM), device=view.x.device
     )
@@ -159,6 +162,16 @@ class Optimization:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
 
+    def apply(self, model: nn.Module, loss: float, *, epoch: int) -> None:
+        """Updates the weights after a step of that loss.
+
+        Raises:
+            TrainingError: if the loss is not finite.
+        """
+        if not math.isfinite(loss):
+            raise TrainingError(f"the training loss is {loss} at epoch {epoch}: lower training.lr or use more bits")
+        self.update(model, epoch=epoch)
+
     def update(self, model: nn.Module, *, epoch: int) -> None:
         """Clipping and optimizer step of epoch ``epoch``, counted from 1."""
         config = self.config
@@ -185,15 +198,27 @@ def train_epochs(
     Raises:
         TrainingError: if the loss or the model's output stops being finite.
     """
-    device = problem.whole.x.device
+    device, take_step = problem.whole.x.device, stepper(model, optimization, problem)
     for epoch in range(done + 1, optimization.config.epochs + 1):
         start = clock(device)
-        loss = step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
+        loss = take_step(seed=mix(seed, epoch), epoch=epoch)
         seconds = clock(device) - start
         scores = evaluate(model, problem, precision=optimization.precision)
         if not all(map(math.isfinite, scores)):
             raise TrainingError(f"the model's output is not finite after epoch {epoch}: lower training.lr")
         yield Epoch(epoch, loss, seconds, scores)
+
+
+def stepper(model: Model, optimization: Optimization, problem: Problem) -> Callable[..., float]:
+    """What takes training steps, given ``seed`` and ``epoch``: :func:`step`, or replays of a captured one."""
+    config = optimization.config
+    if not config.cuda_graph:
+        return partial(step, model, optimization, problem)
+
+    def loss(seed: Tensor) -> Tensor:
+        return training_loss(model, problem, kind=config.loss, precision=optimization.precision, seed=seed)
+
+    return CapturedStep(model, optimization, loss, refresh=model.compression.refresh_on("cuda"))
 
 
 def step(model: Model, optimization: Optimization, problem: Problem, *, seed: int, epoch: int) -> float:
@@ -206,14 +231,12 @@ def step(model: Model, optimization: Optimization, problem: Problem, *, seed: in
     loss = training_loss(model, problem, kind=optimization.config.loss, precision=optimization.precision, seed=seed)
     optimization.backward(loss)
     value = loss.item()  # not before the backward pass is queued: a GPU would have nothing to do meanwhile
-    if not math.isfinite(value):
-        raise TrainingError(f"the training loss is {value} at epoch {epoch}: lower training.lr or use more bits")
-    optimization.update(model, epoch=epoch)
+    optimization.apply(model, value, epoch=epoch)
     return value
 
 
 def training_loss(
-    model: Model, problem: Problem, *, kind: str, precision: str, seed: int, map_seed: int | None = None
+    model: Model, problem: Problem, *, kind: str, precision: str, seed: int | Tensor, map_seed: int | None = None
 ) -> Tensor:
     """Loss of one forward pass over the training view."""
     features, nodes = training_input(problem, seed=seed)

@@ -36,6 +36,14 @@ class Directions:
     bits: Tensor | None = None
     room: Room | None = None
 
+    def follow(self, vectors: Tensor) -> None:
+        """Takes the directions that follow; in their place where a captured step is to read them again."""
+        self.age += 1
+        if self.vectors is not None and vectors.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.vectors.copy_(vectors)
+        else:
+            self.vectors = vectors
+
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
         return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room and self.room.state()}

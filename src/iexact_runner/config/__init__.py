@@ -75,6 +75,8 @@ class TrainingConfig:
         warmup_epochs: epochs over which the learning rate rises linearly to ``lr``.
         loss: ``cross_entropy``, binary for several labels a node; ``log_cross_entropy`` is the published one on arxiv,
             log(eps + CE) - log(eps) with eps = 1 - ln 2 and CE the cross-entropy of a node.
+        cuda_graph: capture the training step in a CUDA graph, which takes the launches off the host; the graph keeps
+            its memory beside that of an evaluation.
     """
 
     epochs: int = 200
@@ -84,6 +86,7 @@ class TrainingConfig:
     grad_norm: float | None = 0.5
     warmup_epochs: int = 0
     loss: str = "cross_entropy"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("training.epochs", self.epochs, 1)
@@ -257,6 +260,11 @@ class Config:
             valid = "choose one with dataset=NAME"
             check(dataset.name.startswith(prefix), "dataset.name", dataset.name, valid)
         check(self.task != "measure" or self.runs == 1, "runs", self.runs, "task=measure measures one run")
+        if self.training.cuda_graph and isinstance(model, GATConfig):
+            varying = model.label_input or model.edge_dropout > 0
+            check(
+                not varying, "training.cuda_graph", "true", "a step needs model.label_input=false model.edge_dropout=0"
+            )
         if self.task == "distribution":
             quantized = self.compression.scheme == "projected" and self.compression.bits is not None
             check(

@@ -40,7 +40,7 @@ class GENConv(nn.Module):
 
     def forward(self, x: Tensor, rectified: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps x (N, D) and ReLU(x) to (N, D)."""
-        t = x.new_tensor([self.t], dtype=torch.float32)
+        t = torch.full((1,), self.t, device=x.device)
         gathered = ops.aggregate_softmax(rectified, t, graph, semi_grad=self.semi_grad)
         # A softmax does not see what is added to all messages, and sums to one in every row.
         return ops.linear(Activation(gathered.add_(EPSILON).add_(x), Kept()), self.lin.weight, self.lin.bias)

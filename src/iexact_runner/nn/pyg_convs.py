@@ -101,7 +101,7 @@ class Convolution(pyg.MessagePassing):  # type: ignore[misc]
             return run.ops.aggregate(x, graphs.adjacency(graph, nodes, weight, mean=reduction == "mean"))
         if reduction == "softmax":
             softmax = self.aggr_module
-            t = softmax.t if isinstance(softmax.t, Tensor) else x.new_tensor([softmax.t])
+            t = softmax.t if isinstance(softmax.t, Tensor) else torch.full((1,), softmax.t, device=x.device)
             adjacency = graphs.adjacency(graph, nodes, None, mean=False)
             return run.ops.aggregate_softmax(Activation(x, Kept()), t, adjacency, semi_grad=softmax.semi_grad)
         edges = graphs.edges(graph, nodes)

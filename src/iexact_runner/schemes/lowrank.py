@@ -273,8 +273,7 @@ class LowRank(Projected):
         """Finds the directions of a map from sampled rows (S, D), or has them follow; deals bits over new ones."""
         config = self._config
         if state.vectors is not None and state.age < config.refresh_on(sample.device.type):
-            state.vectors = followed_directions(sample, state.vectors)
-            state.age += 1
+            state.follow(followed_directions(sample, state.vectors))
             return
         rank = config.rank
         if config.map_bits is not None and rank is None and config.energy is None:

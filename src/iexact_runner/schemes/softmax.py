@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from iexact_runner.compression.deferred import defer
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.data.graph import Adjacency
 from iexact_runner.schemes.aggregation import CHUNK_ELEMENTS
@@ -124,8 +125,8 @@ def _far_apart(x: Tensor, t: Tensor) -> bool:
     if isinstance(x, FakeTensor) or not x.numel():
         return False
     low, high = x.detach().aminmax(dim=0)
-    spread = (high - low).float() * t.detach().flatten().float().abs()
-    return not bool(spread.max() <= LARGEST_SPREAD)
+    spread = ((high - low).float() * t.detach().flatten().float().abs()).max()
+    return not defer(~(spread <= LARGEST_SPREAD)) and not bool(spread <= LARGEST_SPREAD)
 
 
 def _edges_at_once(x: Tensor) -> int:

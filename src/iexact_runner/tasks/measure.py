@@ -9,7 +9,7 @@ from iexact_runner.display import show_tensors
 from iexact_runner.measure import time_epochs
 from iexact_runner.measure.energy import EnergyMeter
 from iexact_runner.tasks.context import Context
-from iexact_runner.training import Optimization, clock, step
+from iexact_runner.training import Optimization, clock, stepper
 
 
 def run(context: Context) -> None:
@@ -19,12 +19,12 @@ def run(context: Context) -> None:
     show_tensors(context.console, findings.memory["tensors"])
     model, seed = context.new_model(run=0)
     optimization = Optimization(model, config.training, precision=config.precision)
-    numbers = itertools.count(1)
+    take_step, numbers = stepper(model, optimization, problem), itertools.count(1)
 
     def one_epoch() -> float:
         number = next(numbers)
         start = clock(device)
-        step(model, optimization, problem, seed=mix(seed, number), epoch=number)
+        take_step(seed=mix(seed, number), epoch=number)
         return clock(device) - start
 
     context.lock.exclude_others(patience=config.measure.max_wait)
