@@ -29,8 +29,8 @@ EPOCHS, WARM_UP = 24, 4
 PRESETS = ("none", "exact", "iexact", "lowrank_v1", "lowrank")
 # Labels that are fed and edges that are dropped are so many as the seed says, which a graph cannot be.
 FIXED = {"gat": ("model.label_input=false", "model.edge_dropout=0")}
-# Sums over neighbours have no fixed order, so that the losses of the same steps taken twice differ, more with every step.
-# Those of captured steps may by so many times as much, and by so much beside it, relative.
+# Sums over neighbours have no fixed order: losses of the same steps taken twice differ, more with every step. Those of
+# captured steps may by so many times as much, and by so much beside it, relative.
 LARGEST_RATIO, LOSS_TOLERANCE = 5.0, 1e-5
 Row = dict[str, Any]
 

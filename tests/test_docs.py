@@ -157,7 +157,7 @@ def test_figures_of_a_gpu_are_those_of_the_rows():
     parity = pd.read_csv(rows / "gpu_parity.csv").iloc[0]
     assert f"{parity.compared} of {parity.of} cases" in text and f": {parity.differences} differences" in text
     steps = pd.read_csv(rows / "gpu_steps.csv")
-    assert steps["problem"].isna().all() and len(steps) == 28
+    assert steps["problem"].isna().all() and len(steps) == 35
     assert f"at most {steps.gradient_difference.max():.1e} of their norm" in text
     kernels = pd.read_csv(rows / "gpu_kernels.csv")
     large = kernels[kernels["rows"] == kernels["rows"].max()]
@@ -169,6 +169,17 @@ def test_figures_of_a_gpu_are_those_of_the_rows():
     for (model, preset), found in profile.groupby(["model", "preset"], sort=False):
         figures = [(f"{row.launches}", f"{row.copies_from_host}", f"{row.waits}") for _, row in found.iterrows()]
         assert f"| {model} | {preset} | " + " | ".join(" -> ".join(each) for each in zip(*figures, strict=True)) in text
+    captured = pd.read_csv(rows / "gpu_graph.csv")
+    assert captured["problem"].isna().all()
+    for _, row in captured.iterrows():
+        means = [
+            row.baseline_milliseconds,
+            row.milliseconds,
+            row.captured_milliseconds,
+            row.captured_milliseconds_median,
+        ]
+        times = " | ".join(f"{mean:.1f}" for mean in means) + f" | {means[2] / means[0]:.2f}"
+        assert f"| {row.model} | {row.preset} | {times} | {row.replays}/{row.epochs} |" in text
     refreshed = pd.read_csv(rows / "fidelity_refresh_cpu.csv")
     for _, row in refreshed.iterrows():
         errors = "/".join(f"{row[f'gradient_error_{epoch}_mean']:.2f}"[1:] for epoch in (5, 30, 100))
@@ -183,4 +194,13 @@ def test_figures_of_a_gpu_in_the_readme_are_those_of_the_rows():
     assert f"GAT takes {shares[0]} and GCN2 {shares[1]} of the peak memory" in text
     assert f"at {times[0]} and {times[1]} of its time" in text
     slow = f"{epochs.loc[('sage', 'lowrank'), 'ratio_median']:.2f}"
-    assert f"takes {times[2]} of the time under `iexact`, {slow} under `lowrank`" in text
+    graph = pd.read_csv(REPOSITORY / "benchmarks" / "gpu_graph.csv").set_index(["model", "preset"])
+    ratios = (graph["captured_milliseconds"] / graph["baseline_milliseconds"]).map(
+        lambda ratio: f"{ratio:.2f}".lstrip("0")
+    )
+    captured = " and ".join(ratios["sage", preset] for preset in ("iexact", "lowrank"))
+    assert f"takes {times[2]} of the time under `iexact`, {slow} under `lowrank`, and {captured} where" in text
+    plain, lowrank = (epochs.loc[("deepergcn", preset)] for preset in ("baseline", "lowrank"))
+    peaks = [f"{row.peak_mib / 1024:.1f}".lstrip("0") for row in (plain, lowrank)]
+    time = f"{lowrank.ratio_median:.2f}".lstrip("0")
+    assert f"needs {peaks[0]} GiB in plain PyG, and {peaks[1]} GiB and {time} of the time" in text
