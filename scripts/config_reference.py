@@ -23,9 +23,18 @@ from iexact_runner.errors import ConfigError
 # The page of the fields that are in no group.
 RUN = "run"
 # Values of each type that most checks refuse, saying what is valid.
-WRONG = {"int": (-1, 0), "float": (-1.0, 0.0), "str": ("?", ""), "Any": (-1, "?"), "list[int]": ([-1], [])}
+WRONG = {
+    "int": (-1, 0),
+    "float": (-1.0, 0.0),
+    "str": ("?", ""),
+    "Any": (-1, "?"),
+    "list[int]": ([-1], []),
+    "dict[str, Any]": (),
+}
 # Groups of fields, by name.
 SECTIONS = tuple(field.name for field in dataclasses.fields(Config) if str(field.type).endswith("Config"))
+# What a choice has no default for.
+NEEDED = {"file": ("dataset.path=PATH",), "module": ("model.target=package.module:Class",)}
 
 
 def main() -> None:
@@ -165,7 +174,7 @@ def examples(group: str) -> dict[str, Any]:
     names = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
     if not names:
         return {"": getattr(compose_config(), group)}
-    return {name: getattr(compose_config(f"{group}={name}"), group) for name in names}
+    return {name: getattr(compose_config(f"{group}={name}", *NEEDED.get(name, ())), group) for name in names}
 
 
 def documentation(kind: type) -> tuple[str, dict[str, str]]:

@@ -79,7 +79,7 @@ def test_help_reads_as_documentation_and_is_quick(tmp_path):
         ("epochs", "'epochs': must be FIELD=VALUE; iexact --help lists the fields"),
         (
             "model=sagee",
-            "model=sagee: no such choice; did you mean sage? valid: deepergcn, gat, gcn, gcn2, graphconv, sage",
+            "model=sagee: no such choice; did you mean sage? valid: deepergcn, gat, gcn, gcn2, graphconv, module, sage",
         ),
         ("dataset=corra", "dataset=corra: no such choice; did you mean cora?"),
         ("model.heads=2", "model.heads: no such field; valid: name"),

@@ -38,9 +38,12 @@ RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_model_composes_with_every_dataset(model, dataset):
-    config = compose_config(f"model={model}", f"dataset={dataset}", "compression=none")
+    needed = {"module": ["model.target=package:Class"], "file": ["dataset.path=PATH"]}
+    overrides = [*needed.get(model, ()), *needed.get(dataset, ())]
+    config = compose_config(f"model={model}", f"dataset={dataset}", "compression=none", *overrides)
     assert isinstance(config, Config)
-    assert (config.model.name, config.dataset.name) == (model, dataset)
+    named = {"module": "module_Class", "file": "file_PATH"}
+    assert (config.model.name, config.dataset.name) == (named.get(model, model), named.get(dataset, dataset))
     if f"{model}_{dataset}" not in RECIPES:
         assert config.training.epochs == 200 and config.training.lr == 0.01 and config.training.grad_norm == 0.5
 

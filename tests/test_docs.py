@@ -114,11 +114,16 @@ def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
         figures = " | ".join(f"{error:.2f}"[1:] for error in row[errors])
         assert f"| {row['dataset.name']} | {row['compression.rank']:.0f} | {directions} | {figures} |" in text
     paired = pd.read_csv(REPOSITORY / "benchmarks" / "paired_accuracy_cpu.csv").dropna(subset=["test_difference_mean"])
-    assert len(paired) == 3
-    for _, row in paired.iterrows():
-        figures = f"{100 * row['test_difference_mean']:.2f} +- {100 * row['test_difference_interval']:.2f}"
-        counts = f"{row['test_difference_repeats']:.0f} | {row['training.epochs']}"
-        assert f"| {row['dataset.name']} | {counts} | {figures} |" in text
+    assert len(paired) == 6
+    for name, rows in paired.groupby("dataset.name"):
+        first, second = (rows[rows["compression.map_bits"].isna() == old].iloc[0] for old in (True, False))
+        figures = " | ".join(
+            f"{100 * row['test_difference_mean']:.2f} +- {100 * row['test_difference_interval']:.2f}"
+            for row in (first, second)
+        )
+        counts = f"{first['test_difference_repeats']:.0f} | {first['training.epochs']:.0f}"
+        assert f"| {name} | {counts} | {figures} |" in text
+        assert abs(second["test_difference_mean"]) < second["test_difference_interval"]
     steps = pd.read_csv(REPOSITORY / "benchmarks" / "epoch_cpu.csv").set_index(["model", "preset"])
     step = steps.loc["sage", "lowrank"]
     time, peak = (f"{step[name]:.2f}"[1:] for name in ("ratio_median", "peak_ratio"))

@@ -217,6 +217,19 @@ def test_trust_is_typed(iexact):
     assert iexact(files, "+experiment=x", "dataset.trust_pickle=true") == (0, "")
 
 
+@pytest.mark.parametrize("target", ["mine:Net", "os:system"])
+def test_code_is_named_on_the_command_line_alone(iexact, target):
+    files = {"experiment/x": {"defaults": [{"override /model": "module"}], "model": {"target": target}}}
+    status, error = iexact(files, "+experiment=x")
+    assert status == 2 and error.startswith(f"iexact: model.target={target}: a configuration file may not set this")
+
+
+def test_a_file_from_elsewhere_reads_no_graph_outside_of_the_working_folder(iexact):
+    files = {"experiment/x": {"defaults": [{"override /dataset": "file"}], "dataset": {"path": "/etc/passwd"}}}
+    status, error = iexact(files, "+experiment=x")
+    assert status == 2 and error.startswith("iexact: dataset.path=/etc/passwd: lies outside the working folder")
+
+
 def test_a_resumed_run_does_not_bring_trust_along(iexact):
     assert iexact({"x": {}}, "hydra.run.dir=run", "dataset.trust_pickle=true") == (0, "")
     status, error = iexact({"x": {}}, "resume=run")

@@ -125,13 +125,13 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     recorded |= {name: asked[name] for name in WITHOUT_EFFECT if name in own and name in asked}
     typed = OmegaConf.structured(schema.Config)
     try:
-        typed.model = schema.MODEL_CONFIGS[recorded["model"]["name"]]
+        typed.model = schema.model_config(recorded["model"]["name"]) or schema.MODEL_CONFIGS[recorded["model"]["name"]]
         typed.dataset = schema.dataset_config(recorded["dataset"]["name"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
     merged = OmegaConf.merge(typed, recorded)
     assert isinstance(merged, DictConfig)
-    check_trust(OmegaConf.select(merged, "dataset.trust_pickle"), overrides)
+    check_trust(merged, overrides)
     return merged
 
 
@@ -231,8 +231,9 @@ def show_sweep(sweep: Sweep) -> None:
 
 
 def spell_out(arguments: list[str]) -> list[str]:
-    """Arguments with ``quick=true`` as Hydra takes it: the choice of a group cannot be a truth value."""
+    """Arguments as Hydra takes them: the choice of a group cannot be a truth value, and new keys need ``++``."""
     spelled = ["+quick=on" if argument == "quick=true" else argument for argument in arguments]
+    spelled = [f"++{argument}" if argument.startswith("model.kwargs") else argument for argument in spelled]
     return [argument for argument in spelled if argument != "quick=false"]
 
 
@@ -322,6 +323,8 @@ def _report(message: str, status: int, *, debug: bool) -> None:
 def _check_known(composed: DictConfig, prefix: str = "") -> None:
     """Refuses fields that ``+name=value`` added: nothing would ever read them."""
     kind: Any = OmegaConf.get_type(composed)
+    if not dataclasses.is_dataclass(kind):  # arguments of a class of the user's
+        return
     names = [field.name for field in dataclasses.fields(kind)]
     for key in map(str, composed):
         if key not in names:

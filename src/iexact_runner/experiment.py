@@ -14,6 +14,7 @@ from iexact_runner import loggers, measure
 from iexact_runner.analysis import fidelity
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
+from iexact_runner.data.inspection import inspect_dataset
 from iexact_runner.determinism import deterministic_algorithms
 from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, OutOfMemory, UserError
@@ -148,6 +149,8 @@ class Experiment:
         config = self._config
         with self._console.status(f"loading {config.dataset.name}"):
             dataset = load_dataset(config.dataset)
+            if config.task == "inspect":
+                self._findings.inspection = inspect_dataset(dataset)
             problem = prepare(dataset, config.model, inductive=config.dataset.inductive, device=self._device)
         if problem.multilabel and config.training.loss != "cross_entropy":
             valid = f"{config.dataset.name} has several labels a node, whose loss is BCE: leave it at cross_entropy"
@@ -162,6 +165,9 @@ class Experiment:
         context = Context(
             config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings
         )
+        if config.task == "inspect":
+            TASKS["inspect"](context)
+            return
         model, seed = context.new_model(run=0)
         self._findings.memory = step_memory(model, problem, config, device=self._device, seed=seed)
         del model
@@ -216,6 +222,7 @@ class Experiment:
             "fidelity": compared or None,
             "energy": found.energy,
             "distribution": found.distribution,
+            "inspection": found.inspection,
         }
 
 

@@ -34,7 +34,7 @@ from iexact_runner.errors import ConfigError
 
 # Below ``hydra``: what any file may set, and what Hydra itself fills in.
 _FREE = ("mode", "searchpath", "sweeper.params", "runtime", "overrides", "job.override_dirname", "job.config_name")
-_FOLDERS = ("output_dir", "resume", "dataset.root")
+_FOLDERS = ("output_dir", "resume", "dataset.root", "dataset.path")
 _TYPE_IT = "a configuration file may not set this; type it on the command line"
 # Of what an interpolation can call: the clock, and another field. The rest reads the environment or evaluates text.
 _RESOLVERS = ("now", "oc.select")
@@ -192,7 +192,7 @@ def check_foreign(composed: DictConfig, typed: list[str]) -> None:
     for path in {**found, **own}:
         if found.get(path) != own.get(path) and not any(f"{path}.".startswith(f"{free}.") for free in _FREE):
             raise ConfigError.of(f"hydra.{path}", found.get(path), _TYPE_IT)
-    check_trust(OmegaConf.select(composed, "dataset.trust_pickle"), typed)
+    check_trust(composed, typed)
     for name in _FOLDERS:
         folder = OmegaConf.select(composed, name)
         if name not in names and folder and not Path(folder).resolve().is_relative_to(Path.cwd().resolve()):
@@ -213,10 +213,13 @@ def _is_below(folder: str) -> bool:
     return "$" not in folder and not Path(folder).is_absolute() and ".." not in Path(folder).parts
 
 
-def check_trust(trust_pickle: object, typed: Iterable[str]) -> None:
-    """Refuses to run what dataset files say because a file says so."""
-    if trust_pickle and not any(line.lstrip("+").startswith("dataset.trust_pickle=") for line in typed):
-        raise ConfigError.of("dataset.trust_pickle", "true", _TYPE_IT)
+def check_trust(composed: DictConfig, typed: Iterable[str]) -> None:
+    """Refuses to run code because a configuration file says so: what dataset files say, or a class that it names."""
+    lines = [line.lstrip("+") for line in typed]
+    for name in ("dataset.trust_pickle", "model.target"):
+        value = OmegaConf.select(composed, name, throw_on_missing=False)
+        if value and not any(line.startswith(f"{name}=") for line in lines):
+            raise ConfigError.of(name, str(value).lower() if value is True else value, _TYPE_IT)
 
 
 def _own_hydra(found: DictConfig, typed: list[str], names: set[str]) -> DictConfig:

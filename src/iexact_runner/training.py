@@ -21,7 +21,7 @@ from iexact_runner.data.graph import Graph, training_subgraph
 from iexact_runner.errors import TrainingError
 from iexact_runner.kernels import ops
 from iexact_runner.loss import node_loss
-from iexact_runner.nn import MODELS, Model
+from iexact_runner.nn import Model, model_class_of
 from iexact_runner.phases import phase
 
 # Streams of one step seed that training itself draws from; the model counts its own from 0.
@@ -96,7 +96,7 @@ class Epoch(NamedTuple):
 
 def prepare(dataset: NodeDataset, model: ModelConfig, *, inductive: bool, device: torch.device) -> Problem:
     """Builds the graph operators a model needs and moves all to the device."""
-    build_graph = MODELS[model.name].build_graph
+    build_graph: Callable[..., Graph] = model_class_of(model).build_graph
 
     def view(x: Tensor, y: Tensor, edge_index: Tensor, train: Tensor) -> View:
         graph = build_graph(edge_index, x.size(0)).map(lambda part: part.to(device))

@@ -193,7 +193,9 @@ def test_attention_dropout_is_of_training_and_keeps_the_mean(dataset):
 
 
 def test_unknown_model_is_named():
-    with pytest.raises(ConfigError, match=r"model.name=mlp: must be one of sage, gcn, gcn2, gat, graphconv, deepergcn"):
+    with pytest.raises(
+        ConfigError, match=r"model.name=mlp: must be one of sage, gcn, gcn2, gat, graphconv, deepergcn, module"
+    ):
         build_model(ModelConfig(name="mlp"), in_channels=1, out_channels=1, compression=FP32)
 
 

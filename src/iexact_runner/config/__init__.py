@@ -14,7 +14,14 @@ from omegaconf import MISSING
 
 from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
-from iexact_runner.config.dataset import DATASET_PREFIXES, DatasetConfig, DigitsConfig, SyntheticConfig, dataset_config
+from iexact_runner.config.dataset import (
+    DATASET_PREFIXES,
+    DatasetConfig,
+    DigitsConfig,
+    FileConfig,
+    SyntheticConfig,
+    dataset_config,
+)
 from iexact_runner.config.model import (
     MODEL_CONFIGS,
     DeeperGCNConfig,
@@ -23,7 +30,9 @@ from iexact_runner.config.model import (
     GCNConfig,
     GraphConvConfig,
     ModelConfig,
+    ModuleConfig,
     SAGEConfig,
+    model_config,
 )
 
 __all__ = [
@@ -37,6 +46,7 @@ __all__ = [
     "DatasetConfig",
     "DigitsConfig",
     "FidelityConfig",
+    "FileConfig",
     "DeeperGCNConfig",
     "GATConfig",
     "GCN2Config",
@@ -45,15 +55,17 @@ __all__ = [
     "MODEL_CONFIGS",
     "MeasureConfig",
     "ModelConfig",
+    "ModuleConfig",
     "SAGEConfig",
     "SweepConfig",
     "SyntheticConfig",
     "TrainingConfig",
     "dataset_config",
+    "model_config",
 ]
 
 
-TASKS = ("train", "measure", "fidelity", "distribution", "bins")
+TASKS = ("train", "measure", "fidelity", "distribution", "inspect", "bins")
 # Those that record every epoch, and so can go on after one.
 RESUMABLE = ("train", "distribution")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -253,7 +265,7 @@ class Config:
         check_choice("logger", self.logger, LOGGERS)
         check(bool(self.output_dir), "output_dir", repr(self.output_dir), "must be a folder")
         model, dataset = self.model, self.dataset
-        fitting = MODEL_CONFIGS.get(model.name)
+        fitting = model_config(model.name)
         check(fitting is type(model), "model.name", model.name, "choose one with model=NAME")
         if type(dataset) in DATASET_PREFIXES:
             prefix = DATASET_PREFIXES[type(dataset)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from omegaconf import MISSING
 
 from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 
-SOURCES = ("ogb", "pyg", "digits", "synthetic")
+SOURCES = ("ogb", "pyg", "digits", "synthetic", "file")
+FEATURES = ("given", "degree", "one_hot")
 STANDARDIZE_OVER = ("all", "train")
 # What is in the sources that need files.
 NAMES = {
@@ -125,8 +127,33 @@ class SyntheticConfig(DatasetConfig):
         check(sum(given) <= nodes, "dataset.num_train", self.num_train, valid)
 
 
-# Of the datasets that need no files; the names of the others are in NAMES.
-DATASET_PREFIXES: dict[type[DatasetConfig], str] = {DigitsConfig: "digits", SyntheticConfig: "synthetic"}
+@dataclass
+class FileConfig(DatasetConfig):
+    """A graph of one's own.
+
+    Args:
+        path: file or folder with the graph.
+        features: ``given`` in the file, the ``degree`` of each node (log(1 + in), log(1 + out)), or its in-degree
+            ``one_hot`` in 64 columns.
+    """
+
+    path: str = MISSING
+    features: str = "given"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.path not in ("", MISSING), "dataset.path", repr(self.path), "must be the file or folder of a graph")
+        check_choice("dataset.features", self.features, FEATURES)
+        if self.name == "file":  # so that tables tell two graphs apart
+            self.name = f"file_{PurePath(self.path).name.split('.')[0]}"
+
+
+# Of the datasets that need no files of their own; the names of the others are in NAMES.
+DATASET_PREFIXES: dict[type[DatasetConfig], str] = {
+    DigitsConfig: "digits",
+    SyntheticConfig: "synthetic",
+    FileConfig: "file",
+}
 
 
 def dataset_config(name: str) -> type[DatasetConfig]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -73,6 +74,7 @@ class DeeperGCNConfig(ModelConfig):
     """DeeperGCN: softmax aggregation (GENConv) in pre-activation residual layers.
 
     Args:
+        residual: whether a layer's input is added to what it gives.
         t: inverse temperature of the softmax over the neighbours; 0 is their mean.
         semi_grad: whether the softmax counts as a constant in the backward pass.
     """
@@ -141,11 +143,42 @@ class GATConfig(ModelConfig):
         check(0.0 < rate < 1.0, "model.label_mask_rate", rate, "must be above 0 and below 1")
 
 
-MODEL_CONFIGS = {
+@dataclass
+class ModuleConfig(ModelConfig):
+    """A model of one's own, compressed by ``iexact_runner.compress``.
+
+    Its class is called with the widths of the features and of the scores, with ``hidden_channels``, ``num_layers`` and
+    ``dropout`` where it has parameters of these names, and with ``kwargs``; the other fields are not for it.
+
+    Args:
+        target: ``package.module:Class``, an ``nn.Module`` whose ``forward(x, edge_index)`` returns scores (N, classes);
+            for the command line only, for it is imported.
+        kwargs: further arguments of the class.
+    """
+
+    target: str = MISSING
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        module, _, name = self.target.partition(":")
+        parts = [*module.split("."), *name.split(".")]
+        check(all(part.isidentifier() for part in parts), "model.target", self.target, "must be package.module:Class")
+        if self.name == "module":  # so that tables tell two models apart
+            self.name = f"module_{name.split('.')[-1]}"
+
+
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
     "sage": SAGEConfig,
     "gcn": GCNConfig,
     "gcn2": GCN2Config,
     "gat": GATConfig,
     "graphconv": GraphConvConfig,
     "deepergcn": DeeperGCNConfig,
+    "module": ModuleConfig,
 }
+
+
+def model_config(name: str) -> type[ModelConfig] | None:
+    """The class of the fields that a model has; None if there is no such model."""
+    return ModuleConfig if name.startswith("module_") else MODEL_CONFIGS.get(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iexact_runner.config import DatasetConfig, DigitsConfig, SyntheticConfig
+from iexact_runner.config import DatasetConfig, DigitsConfig, FileConfig, SyntheticConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.errors import ConfigError
 
@@ -32,6 +32,10 @@ def load_dataset(config: DatasetConfig) -> NodeDataset:
         from iexact_runner.data.synthetic import generate
 
         return generate(config)
+    if config.source == "file" and isinstance(config, FileConfig):
+        from iexact_runner.data.file import load_file
+
+        return load_file(config)
     raise ConfigError.of("dataset.source", config.source, "choose one with dataset=NAME")
 
 

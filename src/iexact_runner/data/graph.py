@@ -55,8 +55,28 @@ class Adjacency:
         return Adjacency(matrix, adjoint, row_scale, column_scale)
 
 
+@dataclass(frozen=True)
+class Edges:
+    """Edges (2, E), source and target, as PyG's layers take them."""
+
+    edge_index: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """The one tensor."""
+        return [self.edge_index]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Edges:
+        """With a function applied to it."""
+        return Edges(function(self.edge_index))
+
+
 # A matrix without values is the pattern of a graph, for numbers that belong to its edges, such as attention.
-Graph = Adjacency | CSR
+Graph = Adjacency | CSR | Edges
+
+
+def edge_list(edge_index: Tensor, num_nodes: int) -> Edges:
+    """The edges as they are, for a model that makes of them what it needs."""
+    return Edges(edge_index.long())
 
 
 def mean_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iexact_runner.config import DatasetConfig
+from iexact_runner.config import DatasetConfig, FileConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.splits import Split, random_split
 from iexact_runner.errors import DatasetError
@@ -140,6 +140,8 @@ def _check_range(config: DatasetConfig, index: Tensor, num_nodes: int, what: str
 
 
 def _mismatch(config: DatasetConfig, reason: str) -> DatasetError:
+    if isinstance(config, FileConfig):
+        return DatasetError(f"{config.path}: {reason}")
     return DatasetError(
         f"dataset {config.name} under dataset.root={config.root} is inconsistent: {reason}; "
         "copy or download its files again and delete the processed folder beside them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,34 @@ def memory_by_preset(problem: Problem, config: Config) -> tuple[dict[str, Any], 
         ``memory`` of a summary as far as it is known, the bytes kept under each preset that keeps less, and the bytes
         of the widest FP32 map of the step.
     """
-    kept = kept_tensors(config.model, problem, config.compression)
-    plain = kept_tensors(config.model, problem, CompressionConfig(scheme="none"))
+    kept = kept_tensors(config.model, problem, config.compression) or []
+    plain = kept_tensors(config.model, problem, CompressionConfig(scheme="none")) or []
     bytes_kept = sum(record.bytes for record in kept)
     memory = dict.fromkeys(UNKNOWN) | {
         "saved_mib": bytes_kept / MIB,
         "saved_mib_fp32": sum(record.bytes for record in plain) / MIB,
         "tensors": [record.to_dict() for record in kept],
     }
-    presets = {
-        name: sum(record.bytes for record in kept_tensors(config.model, problem, compression))
-        for name, compression in ((name, preset(name)) for name in PRESETS)
-        if compression != config.compression
-    }
+    presets, widest = kept_by_preset(problem, config, PRESETS)
     smaller = {name: size for name, size in presets.items() if size < bytes_kept}
-    return memory, smaller, max((record.bytes_fp32 for record in plain), default=0)
+    return memory, smaller, widest
+
+
+def kept_by_preset(problem: Problem, config: Config, names: Sequence[str]) -> tuple[dict[str, int], int]:
+    """Bytes that training keeps under presets, and those of the widest FP32 map of a step; nothing is allocated.
+
+    Presets are left out where that is not known.
+    """
+    found = {name: kept_tensors(config.model, problem, preset(name)) for name in names}
+    kept = {name: records for name, records in found.items() if records is not None}
+    plain = kept_tensors(config.model, problem, CompressionConfig(scheme="none")) or []
+    widest = max((record.bytes_fp32 for record in plain), default=0)
+    return {name: sum(record.bytes for record in records) for name, records in kept.items()}, widest
+
+
+def fits(kept: int, widest: int, *, available: int | None) -> bool | None:
+    """Whether a step that keeps so many bytes fits beside the data; None if it is not known what is free."""
+    return None if available is None else kept + PASSING_MAPS * widest + COMPILING_BYTES <= available
 
 
 def evaluation_advice(problem: Problem, config: Config) -> str:
@@ -63,7 +77,7 @@ def step_advice(memory: dict[str, Any], smaller: dict[str, int], widest: int, *,
     """Which preset would fit into the available bytes, in words."""
     kept = f"the backward pass needs {memory['saved_mib']:.2f} MiB of maps"
     for name, size in smaller.items():
-        if available is not None and size + PASSING_MAPS * widest + COMPILING_BYTES <= available:
+        if fits(size, widest, available=available):
             return f"{kept}; compression={name} keeps {size / MIB:.2f} MiB, which would fit"
     least = min(smaller, key=smaller.__getitem__, default=None)
     if least is None or available is not None:

@@ -6,10 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import CompressionConfig, Config, GATConfig, ModelConfig
+from iexact_runner.config import CompressionConfig, Config, GATConfig, ModelConfig, ModuleConfig
 from iexact_runner.data.sparse import CSR
 from iexact_runner.errors import TrainingError
 from iexact_runner.loss import node_loss
@@ -28,6 +34,13 @@ from iexact_runner.training import (
     training_loss,
 )
 
+# What tensors without memory raise where their numbers are asked for, or their kind is not known.
+WITHOUT_NUMBERS = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 # Figures that only a step that is run can give.
 UNKNOWN = ("loss_mib", "step_peak_mib", "evaluation_peak_mib", "data_mib", "model_mib", "reference_activation_mib")
 # Beside what is kept, a step holds about so many maps of the widest kind at once, and kernels are compiled in so much.
@@ -65,7 +78,7 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
     del scores, loss
     return {
         "saved_mib": saved_bytes / MIB,
-        "saved_mib_fp32": sum(record.bytes for record in plain) / MIB,
+        "saved_mib_fp32": None if plain is None else sum(record.bytes for record in plain) / MIB,
         "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / MIB,
         **_peaks(model, problem, config, device=device, seed=seed),
         "data_mib": total_bytes(problem.tensors()) / MIB,
@@ -92,6 +105,8 @@ def fp32_figures(
     """
     plain = CompressionConfig(scheme="none")
     kept = kept_tensors(config.model, problem, plain)
+    if kept is None:
+        return None
     widest = max((record.bytes_fp32 for record in kept), default=0)
     needed = sum(record.bytes for record in kept) + PASSING_MAPS * widest
     if available is None or needed + COMPILING_BYTES > available:
@@ -130,8 +145,11 @@ def _peaks(model: Model, problem: Problem, config: Config, *, device: torch.devi
     return {"step_peak_mib": of_step.bytes / MIB, "evaluation_peak_mib": of_evaluation.bytes / MIB}
 
 
-def kept_tensors(config: ModelConfig, problem: Problem, compression: CompressionConfig) -> list[TensorRecord]:
-    """What training of a model keeps, found by a forward pass over tensors that have no memory."""
+def kept_tensors(config: ModelConfig, problem: Problem, compression: CompressionConfig) -> list[TensorRecord] | None:
+    """What training of a model keeps, found by a forward pass over tensors that have no memory.
+
+    None if a module of the user's looks at numbers, which such tensors do not have.
+    """
     features, graph = training_input(problem, seed=0)[0], problem.training.graph
     if isinstance(config, GATConfig) and isinstance(graph, CSR):
         # How many edges are left is a number, which tensors without memory do not have.
@@ -144,5 +162,10 @@ def kept_tensors(config: ModelConfig, problem: Problem, compression: Compression
             model = build_model(
                 config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=compression
             )
-        with SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
-            return saved.kept(model(features, graph))
+        try:
+            with SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
+                return saved.kept(model(features, graph))
+        except WITHOUT_NUMBERS:
+            if not isinstance(config, ModuleConfig):
+                raise
+            return None

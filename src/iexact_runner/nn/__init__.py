@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from iexact_runner.config import CompressionConfig, ModelConfig
+from iexact_runner.config import CompressionConfig, ModelConfig, ModuleConfig
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn.block import GNN, Block
 from iexact_runner.nn.convert import Report, compress, compressed_pass
@@ -13,6 +13,7 @@ from iexact_runner.nn.gat import GAT
 from iexact_runner.nn.gcn import GCN
 from iexact_runner.nn.gcn2 import GCN2
 from iexact_runner.nn.graphconv import GraphNet
+from iexact_runner.nn.module import ModuleNet
 from iexact_runner.nn.sage import SAGE
 
 __all__ = [
@@ -29,9 +30,10 @@ __all__ = [
     "build_model",
     "compress",
     "compressed_pass",
+    "model_class_of",
 ]
 
-Model = GNN | GCN2 | DeeperGCN
+Model = GNN | GCN2 | DeeperGCN | ModuleNet
 MODELS: dict[str, type[Model]] = {
     "sage": SAGE,
     "gcn": GCN,
@@ -39,7 +41,20 @@ MODELS: dict[str, type[Model]] = {
     "gat": GAT,
     "graphconv": GraphNet,
     "deepergcn": DeeperGCN,
+    "module": ModuleNet,
 }
+
+
+def model_class_of(config: ModelConfig) -> type[Model]:
+    """The class of a model.
+
+    Raises:
+        ConfigError: if the name is not that of a model.
+    """
+    name = "module" if isinstance(config, ModuleConfig) else config.name
+    if name not in MODELS:
+        raise ConfigError.of("model.name", name, f"must be one of {', '.join(MODELS)}")
+    return MODELS[name]
 
 
 def build_model(config: ModelConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig) -> Model:
@@ -48,8 +63,6 @@ def build_model(config: ModelConfig, *, in_channels: int, out_channels: int, com
     Raises:
         ConfigError: if the name is not that of a model.
     """
-    if config.name not in MODELS:
-        raise ConfigError.of("model.name", config.name, f"must be one of {', '.join(MODELS)}")
-    model_class: Any = MODELS[config.name]
+    model_class: Any = model_class_of(config)
     model: Model = model_class(config, in_channels=in_channels, out_channels=out_channels, compression=compression)
     return model

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch_geometric import nn as pyg
 
 from iexact_runner.config import DeeperGCNConfig, GATConfig, GCN2Config, ModelConfig
-from iexact_runner.data.graph import Graph
+from iexact_runner.data.graph import Edges, Graph
 from iexact_runner.data.sparse import CSR
 
 
@@ -105,6 +105,8 @@ def baseline_graph(graph: Graph, config: ModelConfig) -> Tensor:
 
     Of a CSR adjacency PyG 2.8's softmax aggregation has another gradient than of the same edge_index, and a wrong one.
     """
+    if isinstance(graph, Edges):
+        return graph.edge_index
     if isinstance(graph, CSR) or isinstance(config, DeeperGCNConfig):
         matrix = graph if isinstance(graph, CSR) else graph.matrix
         return torch.stack([matrix.columns.long(), matrix.rows()])

@@ -15,10 +15,12 @@ from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.utils._trim_to_layer import TrimToLayer
 
 from iexact_runner.config import CompressionConfig
+from iexact_runner.config.checks import check_choice
 from iexact_runner.config.presets import check_names, preset
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn.interception import Compression
 from iexact_runner.nn.pyg_convs import CONVOLUTIONS
+from iexact_runner.nn.saved_tensors import Savings
 
 _PRODUCT = "its input, compressed once for all its consumers"
 _SIGN = "the sign of its input in 1 bit"
@@ -61,11 +63,13 @@ class Report:
         layers: each layer once, in the order of the model; containers are left out.
         functions: how often each function was compressed so far, called by a module or not; grows while training.
         left: calls that had no twin so far, with the reason; of functions unknown here, only the usual ones.
+        savings: what was compressed where autograd saved it, function by function; grows while training.
     """
 
     layers: tuple[Layer, ...]
     functions: Counter[str]
     left: set[str]
+    savings: Savings
 
     def __str__(self) -> str:
         rows = [(layer.name, layer.kind, "" if layer.converted else "left: ", layer.note) for layer in self.layers]
@@ -74,7 +78,8 @@ class Report:
         if self.functions:
             calls = ", ".join(f"{name} {count}" for name, count in sorted(self.functions.items()))
             lines.append(f"calls compressed so far: {calls}")
-        return "\n".join([*lines, *(f"call left as it was: {reason}" for reason in sorted(self.left))])
+        left = (f"call left to what autograd saves: {reason}" for reason in sorted(self.left))
+        return "\n".join([*lines, *self.savings.lines(), *left])
 
 
 class Compressed(nn.Module):
@@ -108,15 +113,24 @@ class Compressed(nn.Module):
 
 
 def compress(
-    model: nn.Module, compression: str | CompressionConfig = "lowrank", *, seed: int = 0, **fields: Any
+    model: nn.Module,
+    compression: str | CompressionConfig = "lowrank",
+    *,
+    seed: int = 0,
+    fallback: str | None = "saved_tensors",
+    **fields: Any,
 ) -> Report:
     """Turns a model into its compressed twin, in place: same parameters, same checkpoints, same evaluation.
 
     In training mode a forward pass keeps its maps compressed: those of torch's linear products, ReLU, LeakyReLU, ELU,
     dropout and BatchNorm1d, whether called as modules or as functions, and of PyG's GCNConv, GCN2Conv, SAGEConv,
     GraphConv, GENConv and GATConv. Under the low-rank scheme BatchNorm, ReLU, dropout and the layers after them share
-    one sketch wherever they follow each other. Everything else stays as it is, and the report lists it. Classes of
-    layers change to subclasses of theirs, so that ``isinstance``, optimizers and references hold.
+    one sketch wherever they follow each other. Classes of layers change to subclasses of theirs, so that
+    ``isinstance``, optimizers and references hold.
+
+    What has no twin is caught where autograd saves it: maps become codes of the preset's bits (4 under the low-rank
+    scheme), without projection, masks one bit an element, indices the smallest integers. What a backward pass needs
+    exactly stays as it is (:data:`~iexact_runner.nn.saved_tensors.EXACT`). The report says what was saved by what.
 
     Functions are caught while a module of the model runs. Code that calls parts of the model and functions in turn runs
     in :func:`compressed_pass`. Under ``torch.compile`` training passes run as they are.
@@ -125,6 +139,7 @@ def compress(
         model: any module; nothing of it may be compressed already.
         compression: how maps are kept: a preset of the command line's ``compression=NAME``, or a configuration.
         seed: seed of masks, projections and rounding, which torch's global generators then have no part in.
+        fallback: ``saved_tensors``, or None to leave what has no twin as it is.
         fields: of :class:`CompressionConfig`, in place of those of the preset or configuration.
 
     Raises:
@@ -137,6 +152,7 @@ def compress(
     if config.refresh is not None and config.refresh > 1:
         valid = "must be 1 or null to compress a model, whose passes need not be alike"
         raise ConfigError.of("compression.refresh", config.refresh, valid)
+    check_choice("fallback", fallback, ("saved_tensors", None))
     model_name = type(model).__name__
     if compressed := [name for name, module in model.named_modules() if isinstance(module, Compressed)]:
         layer = f" (layer {compressed[0]})" if compressed[0] else ""
@@ -144,7 +160,7 @@ def compress(
     devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
     if len(devices) > 1:
         raise ConfigError.of("model", model_name, f"is on {' and '.join(devices)}; must be on one device")
-    shared = Compression(config, seed=seed)
+    shared = Compression(config, seed=seed, fallback=fallback is not None)
     layers = []
     for name, module in list(model.named_modules()):
         kind = type(module)
@@ -155,7 +171,7 @@ def compress(
         if _runs(module):
             module._compression = shared
             module.__class__ = _twin(kind, kind.__name__ if kept is None else f"Compressed{kind.__name__}")
-    report = Report(tuple(layers), shared.functions, shared.left)
+    report = Report(tuple(layers), shared.functions, shared.left, shared.savings)
     model._report = report  # type: ignore[assignment]  # modules hold anything
     return report
 

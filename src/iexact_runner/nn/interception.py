@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn.graph_cache import GraphCache, written
+from iexact_runner.nn.saved_tensors import Fallback, Savings, tensors_in
 from iexact_runner.schemes import Activation, Projected, start_pass
 from iexact_runner.schemes.activation import Kept, Resident
 
@@ -36,12 +37,17 @@ class Compression:
     Args:
         config: how maps are kept.
         seed: seed of the model's passes, each of which draws its own from it.
+        fallback: whether what has no twin is compressed where autograd saves it.
     """
 
-    def __init__(self, config: CompressionConfig, *, seed: int) -> None:
+    def __init__(self, config: CompressionConfig, *, seed: int, fallback: bool) -> None:
         self.config = config
         self.seed = seed
+        self.fallback = fallback
+        self.savings = Savings()
         self.passes = 0
+        # Of the next pass: that of its masks, and another of its maps or None; else every pass draws its own.
+        self.seeds: tuple[int | Tensor, int | Tensor | None] | None = None
         self.graphs = GraphCache()
         self.functions: Counter[str] = Counter()
         self.left: set[str] = set()
@@ -75,11 +81,18 @@ class Pass(TorchFunctionMode):
     def __init__(self, model: Compression, inputs: Iterable[Any]) -> None:
         super().__init__()
         self.model = model
-        ops = start_pass(model.config, training=True, seed=mix(model.seed, model.passes))
+        seed, map_seed = model.seeds or (mix(model.seed, model.passes), None)
+        ops = start_pass(model.config, training=True, seed=seed, map_seed=map_seed)
         assert isinstance(ops, Projected)
-        self.ops = ops
+        ops.references_inputs = model.fallback
+        self._fallback = Fallback(
+            bits=ops.fallback_bits, next_seed=ops.next_map_seed, savings=model.savings, backend=model.config.backend
+        )
+        self.ops: Projected = cast(Projected, _Quiet(ops, self._fallback))
         self._sources = WeakIdKeyDictionary()
         self._token: Token[Pass | None] | None = None
+        inputs = list(inputs)
+        self._fallback.hold(tensors_in(inputs))
         for value in inputs:
             if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
                 self._sources[value] = (written(value), Resident())
@@ -87,9 +100,13 @@ class Pass(TorchFunctionMode):
     def __enter__(self) -> Pass:
         super().__enter__()  # type: ignore[no-untyped-call]
         self._token = _CURRENT.set(self)
+        if self.model.fallback:
+            self._fallback.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if self.model.fallback:
+            self._fallback.__exit__(*error)
         if self._token is not None:
             _CURRENT.reset(self._token)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
@@ -100,11 +117,12 @@ class Pass(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        if function in WITHOUT_TWIN and args and args[0].requires_grad:
+        if not self.model.fallback and function in WITHOUT_TWIN and args and args[0].requires_grad:
             self.model.leave(function.__name__, "no twin, its map is kept as it is")
         twin = TWINS.get(function)
-        result = NotImplemented if twin is None else twin(self, *args, **kwargs)
-        return function(*args, **kwargs) if result is NotImplemented else result
+        with self._fallback.of(function, (args, kwargs)):
+            result = NotImplemented if twin is None else twin(self, *args, **kwargs)
+            return function(*args, **kwargs) if result is NotImplemented else result
 
     def activation(self, x: Tensor) -> Activation:
         """The tensor with its source: the same one as last time, unless the tensor was written to since."""
@@ -127,6 +145,25 @@ class Pass(TorchFunctionMode):
         else:
             self.model.leave(what, reason)
         return reason is None
+
+
+class _Quiet:
+    """The operations of a pass, whose functions save what they have compressed themselves."""
+
+    def __init__(self, ops: Projected, fallback: Fallback) -> None:
+        self._ops = ops
+        self._fallback = fallback
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._ops, name)
+        if not callable(found):
+            return found
+
+        def quiet(*args: Any, **kwargs: Any) -> Any:
+            with self._fallback.off():
+                return found(*args, **kwargs)
+
+        return quiet
 
 
 _CURRENT: ContextVar[Pass | None] = ContextVar("current compressed pass", default=None)

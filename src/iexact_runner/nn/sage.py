@@ -32,7 +32,7 @@ class SAGEConv(nn.Module):
         use_linear: add x_i W_res, another linear map of the input.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, use_linear: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, use_linear: bool = False) -> None:
         super().__init__()
         self.res = nn.Linear(in_channels, out_channels, bias=False) if use_linear else None
         self.lin_l = nn.Linear(in_channels, out_channels)

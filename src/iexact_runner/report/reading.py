@@ -78,8 +78,10 @@ def read_report(
     runs = [run for run in runs if all(matches(run, name, value) for name, value in conditions)]
     if where and not runs:
         raise UserError(f"no run with {' and '.join(where)} at or below {', '.join(map(str, folders))}")
-    # task=bins has neither a dataset nor a model: its table is its own.
-    completed = [run for run in runs if run.status == "completed" and run.lookup("config.task") != "bins"]
+    # Of these nothing was trained: their tables are their own.
+    completed = [
+        run for run in runs if run.status == "completed" and run.lookup("config.task") not in ("bins", "inspect")
+    ]
     incomplete = [run for run in runs if run.status != "completed"]
     results = group(completed, metrics_named(metrics, completed), by=by)
     return Report(with_differences(results, usual=not metrics), incomplete, damaged)

@@ -236,7 +236,7 @@ class LowRank(Projected):
         if residual:
             halves = [self._residual_directions(directions) for _ in range(2)]
             directions = torch.cat([directions, *halves], dim=1)
-        form, seed = self._coefficients, self._next_map_seed()
+        form, seed = self._coefficients, self.next_map_seed()
         (coefficients, tensors), deviation = keep_coefficients(
             z, mean, scale, directions, form, bits=state.bits, seed=seed
         )
@@ -283,7 +283,7 @@ class LowRank(Projected):
             state.bits = deal_bits((sample @ state.vectors).square().mean(0), config.map_bits)
 
     def _residual_directions(self, directions: Tensor) -> Tensor:
-        return residual_directions(directions, self._config.residual, seed=self._next_map_seed())
+        return residual_directions(directions, self._config.residual, seed=self.next_map_seed())
 
     def _mask_seed(self) -> tuple[int | Tensor, int | None, list[Tensor]]:
         """Seed of the next mask; what a layout holds of it, and the tensors that a map holds of it."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from iexact_runner.compression.maps import KeptMap, MapFormat, levels_for
 from iexact_runner.compression.seeds import tensor_seed
+from iexact_runner.compression.sketch import ResidentLayout
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
@@ -44,6 +45,8 @@ class Projected(Plain):
         self._store_dropout_mask = config.store_dropout_mask
         self._map_seed = seed if map_seed is None else map_seed
         self._maps_kept = 0
+        # Whether what the caller holds anyway is kept as it is, where it would not be projected.
+        self.references_inputs = False
 
     def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Product x W^T + b, from the one kept map that all consumers of ``x`` share."""
@@ -214,13 +217,22 @@ class Projected(Plain):
     def _shared(self, x: Activation) -> KeptMap:
         """The one kept map of an activation, made by its first consumer."""
         if x.source.kept is None:
-            x.source.kept = self._keep(x.value, project=True)
+            if self.references_inputs and isinstance(x.source, Resident) and self._format.kept_frac == 1.0:
+                x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._format.backend), (x.value,))
+            else:
+                x.source.kept = self._keep(x.value, project=True)
         return x.source.kept
 
     def _keep(self, value: Tensor, *, project: bool) -> KeptMap:
-        return self._format.keep(value.detach(), seed=self._next_map_seed(), project=project)
+        return self._format.keep(value.detach(), seed=self.next_map_seed(), project=project)
 
-    def _next_map_seed(self) -> int | Tensor:
+    @property
+    def fallback_bits(self) -> int | None:
+        """Bits of an element of the maps that no operation here keeps."""
+        return self._format.bits
+
+    def next_map_seed(self) -> int | Tensor:
+        """Seed of the next map."""
         self._maps_kept += 1
         return tensor_seed(self._map_seed, self._maps_kept - 1)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from iexact_runner.tasks import distribution, fidelity, measure, train
+from iexact_runner.tasks import distribution, fidelity, inspect, measure, train
 from iexact_runner.tasks.context import Context
 
 TASKS: dict[str, Callable[[Context], None]] = {
@@ -15,4 +15,5 @@ TASKS: dict[str, Callable[[Context], None]] = {
     "measure": measure.run,
     "fidelity": fidelity.run,
     "distribution": distribution.run,
+    "inspect": inspect.run,
 }

@@ -35,6 +35,7 @@ class Findings:
         fidelities: figures of gradients by epoch, of each run.
         distribution: figures of maps, of each run.
         energy: of the timed epochs.
+        inspection: facts about the graph, of ``task=inspect``.
     """
 
     metric: str | None = None
@@ -49,6 +50,7 @@ class Findings:
     fidelities: list[dict[int, dict[str, Any]]] = field(default_factory=list)
     distribution: list[list[dict[str, Any]]] | None = None
     energy: dict[str, Any] | None = None
+    inspection: dict[str, Any] | None = None
 
     def timed(self) -> measure.Throughput | None:
         """Throughput as it stands."""
