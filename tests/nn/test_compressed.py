@@ -32,6 +32,8 @@ CONFIGS = {
     "gat-attention": GATConfig(name="gat", heads=2, attention_dropout=0.3, **FIELDS),
     "gcn-linear": GCNConfig(name="gcn", use_linear=True, **FIELDS),
     "graphconv": GraphConvConfig(name="graphconv", **FIELDS),
+    "gcn-dropout2": GCNConfig(name="gcn", dropout2=True, input_dropout=0.2, **FIELDS),
+    "gcn2-dropout2": GCN2Config(name="gcn2", dropout2=True, residual=True, **FIELDS),
     "sage-linear": SAGEConfig(name="sage", use_linear=True, **FIELDS),
     "deepergcn": DeeperGCNConfig(name="deepergcn", input_dropout=0.1, **FIELDS),
     "deepergcn-plain": DeeperGCNConfig(name="deepergcn", residual=False, batch_norm=False, **FIELDS),

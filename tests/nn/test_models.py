@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,6 +181,31 @@ def test_a_linear_map_is_added_to_a_convolution(config_class, dataset):
     scores, conv = model(dataset.x, graph), model.head
     conv.res.weight, linear = nn.Parameter(torch.zeros_like(conv.res.weight)), conv.res.weight
     assert_close(scores, model(dataset.x, graph) + dataset.x @ linear.T)
+
+
+TWICE = [
+    (SAGEConfig(name="sage", batch_norm=False, **(SMALL | {"num_layers": 2, "dropout": 0.5})), 1),
+    (GCNConfig(name="gcn", batch_norm=False, **(SMALL | {"num_layers": 2, "dropout": 0.5})), 1),
+    (DeeperGCNConfig(name="deepergcn", batch_norm=False, **(SMALL | {"num_layers": 1, "dropout": 0.5})), 1),
+    (GCN2Config(name="gcn2", alpha=0.0, batch_norm=False, **(SMALL | {"num_layers": 1, "dropout": 0.5})), 2),
+]
+
+
+@pytest.mark.parametrize(("config", "times"), TWICE, ids=[config.name for config, _ in TWICE])
+def test_dropout2_scales_what_is_kept_in_training_and_in_evaluation(config, times, dataset):
+    """All that follows is linear, or a ReLU, so that the scores less the last bias scale too."""
+    graph = MODELS[config.name].build_graph(dataset.edge_index, dataset.num_nodes)
+    for training in (True, False):
+        outputs = []
+        for dropout2 in (False, True):
+            torch.manual_seed(0)
+            same = dataclasses.replace(config, dropout2=dropout2)
+            model = build_model(same, in_channels=13, out_channels=3, compression=FP32).train(training)
+            torch.manual_seed(1)
+            last = model.head if hasattr(model, "head") else model.lin_out
+            bias = last.lin_l.bias if hasattr(last, "lin_l") else last.bias
+            outputs.append(model(dataset.x, graph) - bias)
+        assert_close(outputs[1], 0.5**times * outputs[0])
 
 
 def test_attention_dropout_is_of_training_and_keeps_the_mean(dataset):

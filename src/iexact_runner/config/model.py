@@ -25,6 +25,8 @@ class ModelConfig:
         input_dropout: rate on the features; they are then a map that is kept.
         batch_norm: whether BatchNorm follows a hidden layer's convolution.
         residual: whether a layer's input is added where the widths agree.
+        dropout2: scale what dropout keeps by 1 - rate, in training and in evaluation: dropout as first published,
+            without the factor 1 / (1 - rate) in training.
     """
 
     name: str = MISSING
@@ -34,6 +36,7 @@ class ModelConfig:
     input_dropout: float = 0.0
     batch_norm: bool = True
     residual: bool = False
+    dropout2: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("model.num_layers", self.num_layers, 1)

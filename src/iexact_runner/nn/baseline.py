@@ -16,8 +16,8 @@ class PyGBaseline(nn.Module):
     """The same network as :func:`iexact_runner.nn.build_model`, written with the layers of torch_geometric.
 
     Args:
-        config: widths, depth and rates; edge dropout, shared attention vectors and the linear map beside a
-            convolution have no PyG layer and are left out.
+        config: widths, depth and rates; edge dropout, shared attention vectors, the linear map beside a convolution
+            and the factor of ``dropout2`` have no PyG layer and are left out.
         in_channels: D, width of the features.
         out_channels: number of classes.
     """

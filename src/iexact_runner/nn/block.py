@@ -24,15 +24,26 @@ class Block(nn.Module):
         batch_norm: whether to normalise.
         residual: whether to add the block's input where the widths agree.
         dropout: rate after the activation.
+        factor: what is multiplied with at the end.
     """
 
-    def __init__(self, conv: nn.Module, *, channels: int, batch_norm: bool, residual: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        conv: nn.Module,
+        *,
+        channels: int,
+        batch_norm: bool,
+        residual: bool,
+        dropout: float,
+        factor: float = 1.0,
+    ) -> None:
         super().__init__()
         self.conv = conv
         self.channels = channels
         self.norm = nn.BatchNorm1d(channels) if batch_norm else None
         self.residual = residual
         self.dropout = dropout
+        self.factor = factor
 
     def reset_parameters(self) -> None:
         """Draws new weights and forgets the running statistics."""
@@ -44,7 +55,13 @@ class Block(nn.Module):
         """Maps (N, D) to (N, channels)."""
         convolve = partial(self.conv, x, graph, ops, *([] if initial is None else [initial]))
         residual = x.value if self.residual and x.value.size(1) == self.channels else None
-        return ops.finish(convolve, norm=self.norm, residual=residual, dropout=self.dropout)
+        out = ops.finish(convolve, norm=self.norm, residual=residual, dropout=self.dropout)
+        return ops.scaled(out, self.factor)
+
+
+def kept_factor(config: ModelConfig, rate: float) -> float:
+    """What a model multiplies with after a dropout."""
+    return 1.0 - rate if config.dropout2 else 1.0
 
 
 class GNN(nn.Module, ABC):
@@ -75,11 +92,13 @@ class GNN(nn.Module, ABC):
                 batch_norm=config.batch_norm,
                 residual=config.residual and not self.residual_in_conv,
                 dropout=config.dropout,
+                factor=kept_factor(config, config.dropout),
             )
             for index, width in enumerate(widths[:-1])
         )
         self.head = self.make_conv(config, widths[-1], config.num_layers - 1, out_channels)
         self.input_dropout = config.input_dropout
+        self.input_factor = kept_factor(config, config.input_dropout)
         self.compression = compression
         # Of the low-rank scheme: what it finds in one pass and uses in the next ones.
         self.directions: list[Directions] = []
@@ -111,7 +130,7 @@ class GNN(nn.Module, ABC):
             self.compression, training=self.training, seed=seed, map_seed=map_seed, directions=self.directions
         )
         graph = self.prepare_graph(graph, ops)
-        x = ops.input(features, dropout=self.input_dropout)
+        x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
         for block in self.blocks:
             x = block(x, graph, ops)
         scores: Tensor = self.head(x, graph, ops)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig, DeeperGCNConfig
 from iexact_runner.data.graph import Adjacency, sum_adjacency_with_self
+from iexact_runner.nn.block import kept_factor
 from iexact_runner.schemes import Activation, Plain, start_pass
 from iexact_runner.schemes.activation import Kept
 
@@ -69,6 +70,8 @@ class DeeperGCN(nn.Module):
         self.lin_out = nn.Linear(hidden, out_channels)
         self.input_dropout = config.input_dropout
         self.dropout = config.dropout
+        self.factor = kept_factor(config, config.dropout)
+        self.input_factor = kept_factor(config, config.input_dropout)
         self.residual = config.residual
         self.compression = compression
         # Of the low-rank scheme: what it finds in one pass and uses in the next ones.
@@ -91,11 +94,12 @@ class DeeperGCN(nn.Module):
         def activate(h: Tensor, norm: nn.BatchNorm1d | None, dropout: float, *, owned: bool = False) -> Activation:
             return ops.finish(lambda: h, norm=norm, residual=None, dropout=dropout, owned=owned)
 
-        h = ops.linear(ops.input(features, dropout=self.input_dropout), self.lin_in.weight, self.lin_in.bias)
+        x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
+        h = ops.linear(x, self.lin_in.weight, self.lin_in.bias)
         h = self.convs[0](h, activate(h, None, 0.0), graph, ops)
         for norm, conv in zip(norms, self.convs[1:], strict=False):
-            x = activate(h, norm, self.dropout)
+            x = ops.scaled(activate(h, norm, self.dropout), self.factor)
             out = conv(x.value, x, graph, ops)
             h = out.add_(h) if self.residual else out
-        x = activate(h, norms[-1], self.dropout, owned=True)
+        x = ops.scaled(activate(h, norms[-1], self.dropout, owned=True), self.factor)
         return ops.linear(x, self.lin_out.weight, self.lin_out.bias)

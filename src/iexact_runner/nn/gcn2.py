@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig, GCN2Config
 from iexact_runner.data.graph import Adjacency, gcn_adjacency
-from iexact_runner.nn.block import Block
+from iexact_runner.nn.block import Block, kept_factor
 from iexact_runner.schemes import Activation, Plain, start_pass
 from iexact_runner.schemes.activation import Kept
 
@@ -94,12 +94,15 @@ class GCN2(nn.Module):
                 batch_norm=config.batch_norm,
                 residual=config.residual,
                 dropout=config.dropout,
+                factor=kept_factor(config, config.dropout),
             )
             for layer in range(1, config.num_layers + 1)
         )
         self.lin_out = nn.Linear(hidden, out_channels)
         self.input_dropout = config.input_dropout
         self.dropout = config.dropout
+        self.factor = kept_factor(config, config.dropout)
+        self.input_factor = kept_factor(config, config.input_dropout)
         self.compression = compression
         # Of the low-rank scheme: what it finds in one pass and uses in the next ones.
         self.directions: list[Directions] = []
@@ -116,10 +119,10 @@ class GCN2(nn.Module):
         ops = start_pass(
             self.compression, training=self.training, seed=seed, map_seed=map_seed, directions=self.directions
         )
-        x = ops.input(features, dropout=self.input_dropout)
+        x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
         first = partial(ops.linear, x, self.lin_in.weight, self.lin_in.bias)
         initial = ops.finish(first, norm=None, residual=None, dropout=0.0)
-        x = ops.drop(initial, self.dropout)
+        x = ops.scaled(ops.drop(initial, self.dropout), self.factor)
         for block in self.blocks:
             x = block(x, graph, ops, initial)
         return ops.linear(x, self.lin_out.weight, self.lin_out.bias)

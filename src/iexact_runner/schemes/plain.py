@@ -133,6 +133,10 @@ class Plain:
         """Dropout of an activation that has other consumers."""
         return Activation(self.dropout(x.value, p), Kept()) if p > 0 else x
 
+    def scaled(self, x: Activation, factor: float) -> Activation:
+        """An activation times a number."""
+        return x if factor == 1.0 else Activation(x.value * factor, Kept())
+
     def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         """BatchNorm1d over the nodes."""
         normalised: Tensor = norm(h)
