@@ -70,6 +70,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compression/codec.py": ("compression/test_codec.py",),
     "compression/coefficients.py": ("compression/test_coefficients.py", *_SKETCH),
     "compression/curves.py": _LEVELS,
+    "compression/deferred.py": ("test_capture.py", *_SKETCH),
     "compression/directions.py": ("compression/test_directions.py", *_SKETCH),
     "compression/maps.py": ("compression/test_maps.py", *_SCHEMES),
     **{f"kernels/numba/{part}.py": _NUMBA for part in _PARTS},

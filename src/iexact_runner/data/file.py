@@ -115,14 +115,14 @@ def _reader(path: Path, config: FileConfig) -> Callable[[Path, FileConfig], Arra
 
 
 def _read_torch(path: Path, config: FileConfig) -> Arrays:
-    from torch_geometric.data import Data
+    # Importing it lets torch read its class; what is let in below is not let in afterwards.
     from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
     from torch_geometric.data.storage import GlobalStorage
 
     with preflight.reading(path):
         if not config.trust_pickle:
             preflight.check_torch_file(path)
-        with torch.serialization.safe_globals([Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]):
+        with torch.serialization.safe_globals([DataEdgeAttr, DataTensorAttr, GlobalStorage]):
             held = torch.load(path, map_location="cpu", weights_only=not config.trust_pickle)
         held = held[0] if isinstance(held, (tuple, list)) and held else held
         found = held if isinstance(held, dict) else held.to_dict()

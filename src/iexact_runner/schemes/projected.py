@@ -217,7 +217,8 @@ class Projected(Plain):
     def _shared(self, x: Activation) -> KeptMap:
         """The one kept map of an activation, made by its first consumer."""
         if x.source.kept is None:
-            if self.references_inputs and isinstance(x.source, Resident) and self._format.kept_frac == 1.0:
+            held = self.references_inputs and isinstance(x.source, Resident) and self._format.kept_frac == 1.0
+            if held and not x.value.is_inference():  # of which autograd saves nothing
                 x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._format.backend), (x.value,))
             else:
                 x.source.kept = self._keep(x.value, project=True)
