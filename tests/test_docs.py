@@ -209,3 +209,20 @@ def test_figures_of_a_gpu_in_the_readme_are_those_of_the_rows():
     peaks = [f"{row.peak_mib / 1024:.1f}".lstrip("0") for row in (plain, lowrank)]
     time = f"{lowrank.ratio_median:.2f}".lstrip("0")
     assert f"needs {peaks[0]} GiB in plain PyG, and {peaks[1]} GiB and {time} of the time" in text
+
+
+def test_figures_of_models_without_twins_are_those_of_the_rows():
+    text = (REPOSITORY / "docs" / "guides" / "own.md").read_text()
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "modules_cpu.csv")
+    shown = 0
+    for model, ways in rows.groupby("model", sort=False):
+        found = ways.set_index("way")
+        if not {"none", "int4", "int8"} <= set(found.index):
+            continue
+        shares = [f"{found.loc[way, 'saved_share']:.2f}"[1:] for way in ("int4", "int8")]
+        errors = [f"{found.loc[way, 'gradient_error']:.3f}" for way in ("int4", "int8")]
+        line = next(line for line in text.splitlines() if line.startswith(f"| {model} |"))
+        assert line.startswith(f"| {model} | {found.loc['none', 'saved_mib']:.1f} | {' | '.join(shares)} |")
+        assert line.endswith(f"| {' | '.join(errors)} |")
+        shown += 1
+    assert shown >= 5
