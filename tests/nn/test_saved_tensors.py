@@ -211,10 +211,12 @@ def test_masks_and_indices_are_exact_and_small():
         lambda x: torch.zeros(10, 64).scatter_reduce(0, torch.arange(100)[:, None].expand(100, 64) % 10, x, "amax"),
         lambda x: x.exp(),
         lambda x: x.relu(),
+        lambda x: (x + 9.0).pow(-0.5),
+        lambda x: (0.01 * x + 1.0).prod(0),
         lambda x: x.clamp(-0.5, 0.5),
         lambda x: x.std(0),
     ],
-    ids=["softmax", "sqrt", "division", "amax", "scatter_reduce", "exp", "relu", "clamp", "std"],
+    ids=["softmax", "sqrt", "division", "amax", "scatter_reduce", "exp", "relu", "power", "product", "clamp", "std"],
 )  # fmt: skip
 def test_what_a_backward_pass_needs_exactly_stays_exact(function):
     x = torch.randn(100, 64, requires_grad=True)

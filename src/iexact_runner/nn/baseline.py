@@ -96,8 +96,9 @@ class PyGDeeperGCN(nn.Module):
 
 def build_baseline(config: ModelConfig, *, in_channels: int, out_channels: int) -> PyGBaseline | PyGDeeperGCN:
     """The network of :func:`iexact_runner.nn.build_model` in plain PyG layers, its weights freshly drawn."""
-    kind = PyGDeeperGCN if isinstance(config, DeeperGCNConfig) else PyGBaseline
-    return kind(config, in_channels=in_channels, out_channels=out_channels)  # type: ignore[arg-type]
+    if isinstance(config, DeeperGCNConfig):
+        return PyGDeeperGCN(config, in_channels=in_channels, out_channels=out_channels)
+    return PyGBaseline(config, in_channels=in_channels, out_channels=out_channels)
 
 
 def baseline_graph(graph: Graph, config: ModelConfig) -> Tensor:

@@ -32,29 +32,33 @@ STATISTIC = 8
 _POSITIONS = "its backward pass looks for the positions of extremes"
 _COMPARED = "its gradient depends on a comparison with what is kept"
 _SENSITIVE = "its gradient divides by what is kept, or takes differences of it"
-# Functions whose saved floats are kept as they are, and why; by name, for methods, operators and functions alike.
+# Functions whose saved floats are kept as they are, and why; by name without underscores at its ends, for methods,
+# operators, functions and their forms in place alike.
 EXACT: dict[str, str] = {
     **dict.fromkeys(
-        ("max", "min", "amax", "amin", "maximum", "minimum", "scatter_reduce", "scatter_reduce_", "index_reduce"),
+        ("max", "min", "amax", "amin", "maximum", "minimum", "median", "cummax", "cummin"),
         _POSITIONS,
     ),
-    **dict.fromkeys(("index_reduce_", "segment_reduce", "_segment_reduce", "median", "cummax", "cummin"), _POSITIONS),
+    **dict.fromkeys(("scatter_reduce", "index_reduce", "segment_reduce"), _POSITIONS),
     **dict.fromkeys(
-        ("abs", "clamp", "clamp_", "clamp_min", "clamp_max", "relu6", "hardtanh", "threshold", "prelu", "leaky_relu"),
+        ("abs", "clamp", "clamp_min", "clamp_max", "relu6", "hardtanh", "threshold", "prelu", "leaky_relu"),
         _COMPARED,
     ),
     **dict.fromkeys(
-        ("softmax", "log_softmax", "logsumexp", "exp", "exp_", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "norm"),
+        ("softmax", "log_softmax", "logsumexp", "exp", "log", "log1p", "log2", "log10", "sqrt", "rsqrt", "norm"),
         _SENSITIVE,
     ),
     **dict.fromkeys(
-        ("div", "div_", "true_divide", "truediv", "rtruediv", "itruediv", "rdiv", "idiv", "std", "var"), _SENSITIVE
+        ("reciprocal", "div", "true_divide", "truediv", "rtruediv", "itruediv", "rdiv", "idiv", "std", "var"),
+        _SENSITIVE,
     ),
-    **dict.fromkeys(("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "normalize"), _SENSITIVE),
+    **dict.fromkeys(("pow", "rpow", "ipow", "prod", "cumprod", "cdist", "cosine_similarity", "normalize"), _SENSITIVE),
+    **dict.fromkeys(("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits"), _SENSITIVE),
 }
-
 # Functions of whose output the backward pass needs the sign alone, which is one bit.
-SIGNS = ("relu", "relu_")
+SIGNS = ("relu",)
+# A power that is linear in what is kept.
+_SQUARE = "square"
 
 
 @dataclass
@@ -145,7 +149,8 @@ class Fallback:
     def of(self, function: Any, arguments: Iterable[Any]) -> Iterator[None]:
         """While a function runs that may save something."""
         before = self._function, self._largest
-        self._function = getattr(function, "__name__", "an operation").strip("_")
+        arguments = tuple(arguments)
+        self._function = _named(function, arguments)
         self._largest = max((each.numel() for each in tensors_in(arguments)), default=0)
         try:
             yield
@@ -179,7 +184,7 @@ class Fallback:
             return tensor.dtype == torch.bool or (tensor.dtype in _INTEGERS and not tensor.is_cuda)
         if self._bits is None or STATISTIC * tensor.numel() <= self._largest:
             return False
-        if reason := EXACT.get(self._function):
+        if reason := EXACT.get(self._function) or (_SENSITIVE if self._function.startswith("linalg_") else None):
             self._savings.exact[self._function] = reason
             return False
         return True
@@ -270,6 +275,13 @@ def compressed_saved_tensors(bits: int = 4, *, seed: int = 0, inputs: Iterable[A
     fallback.hold(tensors_in(inputs))
     with _Naming(fallback), fallback:
         yield savings
+
+
+def _named(function: Any, arguments: tuple[Any, ...]) -> str:
+    """The name that a function goes by here; a power of two has one of its own."""
+    name: str = getattr(function, "__name__", "an operation").strip("_")
+    given = arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
+    return _SQUARE if name in ("pow", "ipow") and len(given) == 2 and given[1] in (1, 2) else name
 
 
 _EMPTY = torch.empty(0)
