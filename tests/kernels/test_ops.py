@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
+from iexact_runner.kernels import backends, block_ops, ops, reference, sketch_ops, sparse_ops
 
 X = torch.randn(37, 63)
 SEED = torch.tensor(7)
@@ -17,6 +17,8 @@ BITS = torch.tensor([5, 4, 4, 3, 3, 2, 1, 0], dtype=torch.int32)
 MAP_CODES = sketch_ops.quantize_coefficients(COEFFICIENTS, BITS, width=24, seed=None, backend="torch")
 SKETCH = (COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR.abs())
 STREAMS = reference.pack_signs(MASK, *SKETCH, exact=True, p=0.3, seed=7)
+OFFSETS, COLUMNS = torch.arange(0, 2 * 38, 2, dtype=torch.int32), torch.randint(37, (74,), dtype=torch.int32)
+SCALE, ENTRIES = torch.rand(37, 1), torch.randn(74)
 
 CALLS = {
     "quantize": (ops._quantize, (X, SEED, 4, 63, None, 0, "torch")),
@@ -55,6 +57,17 @@ CALLS = {
         (reference.join_streams(*STREAMS, capacity=400), STREAMS[1], *SKETCH, SEED, True, 0.3, "torch"),
     ),
     "rademacher": (ops._rademacher, (X, SEED, 63, 8, "torch")),
+    "normalize_relu_dropout_": (
+        block_ops._normalize_relu_dropout_,
+        (X.clone(), *[VECTOR] * 4, SEED, 0.3, "torch"),
+    ),
+    "gated_gradient_": (
+        block_ops._gated_gradient_,
+        (X.clone(), MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR, SEED, 0.3, "torch"),
+    ),
+    "spmm": (sparse_ops._spmm, (OFFSETS, COLUMNS, None, SCALE, None, VECTOR, X)),
+    "spmm_into": (sparse_ops._spmm_into, (OFFSETS, COLUMNS, ENTRIES, None, SCALE, None, X, X.clone(), True)),
+    "sampled_matmul": (sparse_ops._sampled, (OFFSETS, COLUMNS, X, X)),
 }
 
 
@@ -68,7 +81,7 @@ def test_operator_is_registered_soundly(name):
 
 
 def test_every_operator_is_checked():
-    values = [value for module in (ops, block_ops, sketch_ops) for value in vars(module).values()]
+    values = [value for module in (ops, block_ops, sketch_ops, sparse_ops) for value in vars(module).values()]
     defined = {value for value in values if isinstance(value, torch.library.CustomOpDef)}
     assert defined == {operator for operator, _ in CALLS.values()}
 
@@ -98,3 +111,31 @@ def test_a_seed_is_written_where_it_is_needed():
 def test_mask_of_edges_is_that_of_the_reference(count):
     mask = ops.keep_mask(count, p=0.3, seed=-11, device=X.device)
     assert torch.equal(mask, reference.keep_mask(count, p=0.3, seed=-11, device=X.device))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_written_over_a_map_is_what_would_be_a_new_one(backend, dtype):
+    x = X.to(dtype)
+    options = dict(p=0.3, seed=7, backend=backend)
+    expected, mask = block_ops.normalize_relu_dropout(x, *[VECTOR] * 4, **options)
+    place = x.clone()
+    found, found_mask = block_ops.normalize_relu_dropout(place, *[VECTOR] * 4, **options, overwrite=True)
+    assert found is place and torch.equal(found, expected) and torch.equal(found_mask, mask)
+    factors = (MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR)
+    expected, place = block_ops.gated_gradient(x, *factors, **options), x.clone()
+    found = block_ops.gated_gradient(place, *factors, **options, overwrite=True)
+    assert found is place and torch.equal(found, expected)
+    # A map whose rows are apart is left as it is.
+    apart = torch.cat([x, x], dim=1)[:, :63]
+    assert block_ops.gated_gradient(apart, *factors, **options, overwrite=True) is not apart
+    assert torch.equal(apart, x)
+
+
+@pytest.mark.parametrize("name", ["torch", "auto"])
+def test_a_product_is_written_to_columns_of_a_wider_map(name):
+    kernels = backends.select(name, X.device)
+    wide, expected = torch.zeros(37, 100), kernels.spmm(OFFSETS, COLUMNS, X)
+    kernels.spmm(OFFSETS, COLUMNS, X, out=wide[:, 5:68])
+    assert torch.equal(wide[:, 5:68], expected)
+    assert not wide[:, :5].any() and not wide[:, 68:].any()

@@ -33,6 +33,8 @@ FUNCTIONS = {
     "pack_signs": 2,
     "join_streams": 1,
     "unpack_signs": 2,
+    "spmm": 1,
+    "sampled_matmul": 1,
 }
 RESULTS = [(function, position) for function, count in FUNCTIONS.items() for position in range(count)]
 

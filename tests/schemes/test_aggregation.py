@@ -205,6 +205,11 @@ def test_softmax_of_weights_that_float32_does_not_hold_beside_each_other(spread)
     assert_close(grad, torch.tensor([[0.0], [share[0]], [share[1]], [2.0]]))
 
 
+def attention(ops, h, source, target, edges, **options):
+    """Of h (N, H, C)."""
+    return ops.attention(h.flatten(1), source, target, edges, negative_slope=0.2, **options).view(h.shape)
+
+
 @SYMMETRIC
 @pytest.mark.parametrize("shared", [False, True], ids=["two-vectors", "one-vector"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -215,9 +220,7 @@ def test_attention(symmetric, shared, dropout):
     vectors = [torch.randn(1, 3, 7, requires_grad=True) for _ in range(1 if shared else 2)]
     for config, gradient in ((EXACT, 2e-5), (projected(bits=8), 0.03)):
         ops = Projected(config, seed=5)
-        actual = ops.attention(
-            h, vectors[0], None if shared else vectors[1], edges, negative_slope=0.2, dropout=dropout
-        )
+        actual = attention(ops, h, vectors[0], None if shared else vectors[1], edges, dropout=dropout)
         # Dropout draws from the pass's own seed: the same mask on ones.
         ones = torch.ones(edges.columns.numel(), 3)
         dropped = Projected(config, seed=5).dropout(ones, dropout)
@@ -234,7 +237,7 @@ def test_eight_bits_move_the_gradient_of_attention_within_its_bound():
     grad = torch.randn(41, 1, 7)
 
     def gradient(config):
-        out = Projected(config, seed=5).attention(h, source, target, edges, negative_slope=0.2)
+        out = attention(Projected(config, seed=5), h, source, target, edges)
         return torch.autograd.grad(out, h, grad)[0]
 
     with torch.no_grad():
@@ -253,8 +256,8 @@ def test_attention_equals_plain_and_pyg(dataset):
     edges = attention_edges(dataset.edge_index, dataset.num_nodes)
     conv = pyg.GATConv(13, 5, heads=2, add_self_loops=False, bias=False)
     h = conv.lin(dataset.x).view(-1, 2, 5).detach().requires_grad_()
-    plain = Plain(training=True, seed=0).attention(h, conv.att_src, conv.att_dst, edges, negative_slope=0.2)
-    ours = Projected(EXACT, seed=0).attention(h, conv.att_src, conv.att_dst, edges, negative_slope=0.2)
+    plain = attention(Plain(training=True, seed=0), h, conv.att_src, conv.att_dst, edges)
+    ours = attention(Projected(EXACT, seed=0), h, conv.att_src, conv.att_dst, edges)
     edge_index = torch.stack([edges.columns.long(), edges.rows()])
     assert_close(plain.flatten(1), conv(dataset.x, edge_index))
     check(ours, plain, (h, conv.att_src, conv.att_dst))
@@ -266,7 +269,7 @@ def test_attention_keeps_h_and_the_scores_and_nothing_as_long_as_the_edges(datas
     h = torch.randn(nodes, 2, 8, requires_grad=True)
     vector = torch.nn.Parameter(torch.randn(1, 2, 8))
     with SavedTensors(torch.nn.Identity(), excluded=[*edges.tensors(), vector]) as saved:
-        out = Projected(projected(bits=2), seed=0).attention(h, vector, None, edges, negative_slope=0.2, dropout=0.3)
+        out = attention(Projected(projected(bits=2), seed=0), h, vector, None, edges, dropout=0.3)
         kept = saved.kept(out)
     assert [record.bytes for record in kept] == [nodes * (16 * 2 // 8 + 4), 4 * nodes * 2]
     assert (kept[0].dtype, kept[0].shape) == ("int2", (nodes, 2, 8))
@@ -318,7 +321,7 @@ def test_attention_gradient_of_h_is_unbiased_and_that_of_the_vectors_is_not(bits
     grad = torch.randn(24, 2, 6) + 2 * h.detach()
 
     def gradients(config, seed):
-        out = Projected(config, seed=seed).attention(h, source, target, edges, negative_slope=0.2)
+        out = attention(Projected(config, seed=seed), h, source, target, edges)
         return torch.autograd.grad(out, (h, source, target), grad)
 
     exact = gradients(EXACT, 0)

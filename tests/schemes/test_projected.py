@@ -169,7 +169,7 @@ def test_kept_bytes_are_those_of_the_formula(col_size, bits):
 def test_only_untouched_features_are_free_in_fp32(dataset, input_dropout, fp32_bytes):
     config = projected(bits=2, share_maps=True)
     first = kept_bytes(config, dataset, input_dropout=input_dropout)[0]
-    assert (first.op, first.shape, first.bytes_fp32) == ("LinearBackward", (101, 13), fp32_bytes)
+    assert (first.op, first.shape, first.bytes_fp32) == ("GraphLinearBackward", (101, 13), fp32_bytes)
 
 
 def test_switches_of_the_layout_save_what_they_promise():
@@ -187,7 +187,7 @@ def test_switches_of_the_layout_save_what_they_promise():
     small, large = nodes * 2 * 2 / 8 + 4 * nodes, nodes * 4 * 2 / 8 + 4 * nodes
     assert total["published"] - total["shared"] == small + 2 * large
     shared = kept_bytes(projected(**(LAYOUT | {"share_maps": True})), dataset)
-    assert sum(record.op == "LinearBackward" for record in shared) == 3
+    assert sum(record.op == "GraphLinearBackward" for record in shared) == 3
 
 
 @pytest.mark.parametrize("levels", ["uniform", "optimal"])

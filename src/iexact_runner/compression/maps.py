@@ -6,6 +6,7 @@ Shapes: N nodes, D features, R projected features, G block size in elements.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -148,9 +149,13 @@ class MapLayout:
 
     def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """grad^T x for grad (N, D_out): (D_out, D). Multiplies by P^T last, so no (N, D) map is ever rebuilt."""
-        stored = self.stored(tensors).to(grad.dtype)
-        product = grad.T @ stored
-        return product @ self._projection(tensors, stored).T if self.projected else product
+        return self.weight_gradients([grad], tensors)[0]
+
+    def weight_gradients(self, grads: Sequence[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """:meth:`weight_gradient` of several gradients, from one decoding."""
+        stored = self.stored(tensors).to(grads[0].dtype)
+        products = [grad.T @ stored for grad in grads]
+        return [product @ self._projection(tensors, stored).T for product in products] if self.projected else products
 
     def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Two maps (N, R) whose rows' inner products are those of ``grad`` (N, D) with the map, unbiased."""
@@ -190,6 +195,9 @@ class Layout(Protocol):
 
     def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """Product grad^T x for grad (N, C): (C, D)."""
+
+    def weight_gradients(self, grads: Sequence[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """:meth:`weight_gradient` of several gradients, from one decoding."""
 
     def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Two maps whose rows' inner products are those of ``grad`` (N, D) with the map."""

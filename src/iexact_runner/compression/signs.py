@@ -77,9 +77,11 @@ class Room:
 
 @dataclass
 class Decoded:
-    """What of a sketch was decoded in the backward pass and is needed again there, until its own block has had it."""
+    """The mask of a sketch that was decoded in the backward pass, until its own block has had it.
 
-    coefficients: Tensor | None = None
+    The coefficients, which take more memory and less time, are decoded again.
+    """
+
     mask: Tensor | None = None
 
     @classmethod
@@ -89,7 +91,7 @@ class Decoded:
 
     def clear(self) -> None:
         """Forgets it."""
-        self.coefficients = self.mask = None
+        self.mask = None
 
 
 @dataclass(frozen=True)

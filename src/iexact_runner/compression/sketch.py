@@ -10,7 +10,7 @@ Shapes: N nodes, D features, R directions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -76,10 +76,15 @@ class _Chunked(ABC):
 
     def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """Product grad^T x for grad (N, C): (C, D)."""
-        gradient = grad.new_zeros(grad.size(1), self.shape[1])
+        return self.weight_gradients([grad], tensors)[0]
+
+    def weight_gradients(self, grads: Sequence[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """:meth:`weight_gradient` of several gradients, from one decoding."""
+        gradients = [grad.new_zeros(grad.size(1), self.shape[1]) for grad in grads]
         for part, piece in self.chunks(tensors):
-            gradient.addmm_(grad[part].T, piece.to(grad.dtype))
-        return gradient
+            for gradient, grad in zip(gradients, grads, strict=True):
+                gradient.addmm_(grad[part].T, piece.to(grad.dtype))
+        return gradients
 
     def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Two maps whose rows' inner products are those of ``grad`` (N, D) with the map."""
@@ -149,11 +154,7 @@ class SketchLayout(_Chunked):
             weights[-2 * self.residual : -self.residual] = 2.0 * (1 - self.half)
             weights[-self.residual :] = 2.0 * self.half
             directions = directions * weights
-        if self.decoded is None:
-            return self.coefficients.stored(tensors[:parts]).float(), directions
-        if self.decoded.coefficients is None:
-            self.decoded.coefficients = self.coefficients.stored(tensors[:parts]).float()
-        return self.decoded.coefficients, directions
+        return self.coefficients.stored(tensors[:parts]).float(), directions
 
     def with_signs(
         self, tensors: tuple[Tensor, ...], mask: Tensor, *, exact: bool, p: float, seed: int | Tensor
@@ -175,18 +176,17 @@ class SketchLayout(_Chunked):
             return stored[0]
         if self.decoded is not None and self.decoded.mask is not None:
             return self.decoded.mask
-        coefficients, directions = self.factors(tensors)
-        mask = self.signs.mask(stored, coefficients, directions, *tensors[self.parts - 2 : self.parts], seed=seed)
+        mask = self.signs.mask(stored, *self.factors(tensors), *tensors[self.parts - 2 : self.parts], seed=seed)
         if self.decoded is not None:
             self.decoded.mask = mask
         return mask
 
     def chunks(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[slice, Tensor]]:
         """Runs of rows, and the activation there."""
-        coefficients, directions = self.factors(tensors)
         shift, p = tensors[self.coefficients.parts + 1], self.dropout
         seed = tensors[-1] if self.seed is None else self.seed
         signs = None if self.signs is None else self.mask(tensors, seed)
+        coefficients, directions = self.factors(tensors)
         if self.signs is not None and self.signs.dropped:
             factor, p = dropout_factor(p), 0.0
             directions, shift = directions * factor, shift * factor
@@ -235,11 +235,11 @@ class ResidentLayout(_Chunked):
                 piece = ops.dropout(piece, p=self.dropout, seed=seed, offset=first, backend=self.backend)
             yield part, piece
 
-    def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Product grad^T x for grad (N, C): (C, D); one product where the features are used as they are."""
-        if self.dropout or grad.dtype != tensors[0].dtype:
-            return super().weight_gradient(grad, tensors)
-        return grad.T @ tensors[0]
+    def weight_gradients(self, grads: Sequence[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """Products grad^T x for grad (N, C): (C, D); each at once where the features are used as they are."""
+        if self.dropout or grads[0].dtype != tensors[0].dtype:
+            return super().weight_gradients(grads, tensors)
+        return [grad.T @ tensors[0] for grad in grads]
 
 
 @dataclass(frozen=True)

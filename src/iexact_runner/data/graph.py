@@ -30,13 +30,22 @@ class Adjacency:
     row_scale: Tensor | None = None
     column_scale: Tensor | None = None
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """The operator applied to (N, D) features."""
-        return _scaled(self.matrix.matmul(x, column_scale=self.column_scale), self.row_scale)
+    def matmul(self, x: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False) -> Tensor:
+        """The operator applied to (N, D) features, plus a bias (D,); written into ``out`` or added to it."""
+        scales = dict(column_scale=self.column_scale, row_scale=self.row_scale)
+        return self.matrix.matmul(x, **scales, bias=bias, out=out, add=add)
+
+    def matmul_(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """:meth:`matmul` written over ``x``."""
+        return self.matrix.matmul_(x, column_scale=self.column_scale, row_scale=self.row_scale, bias=bias)
 
     def adjoint_matmul(self, grad: Tensor) -> Tensor:
         """The transposed operator applied to (N, D) gradients; no transpose is formed."""
-        return _scaled(self.adjoint.matmul(grad, column_scale=self.row_scale), self.column_scale)
+        return self.adjoint.matmul(grad, column_scale=self.row_scale, row_scale=self.column_scale)
+
+    def adjoint_matmul_(self, grad: Tensor) -> Tensor:
+        """:meth:`adjoint_matmul` written over ``grad``."""
+        return self.adjoint.matmul_(grad, column_scale=self.row_scale, row_scale=self.column_scale)
 
     def tensors(self) -> list[Tensor]:
         """Dense tensors that make up the operator, each once."""
@@ -157,7 +166,3 @@ def _csr(keys: Tensor, num_nodes: int) -> CSR:
     counts = torch.bincount(rows, minlength=num_nodes)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index)
     return CSR(offsets, (keys - rows * num_nodes).to(index))
-
-
-def _scaled(product: Tensor, scale: Tensor | None) -> Tensor:
-    return product if scale is None else product.mul_(scale)

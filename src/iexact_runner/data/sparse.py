@@ -6,12 +6,16 @@ made when a product needs them: E floats for the time of one product instead of 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from iexact_runner.kernels import reference, sparse_ops
+
+# Columns of a map that are multiplied at once where the product takes its place: two cache lines of float32.
+COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -33,35 +37,45 @@ class CSR:
 
     def tensor(self, *, row_scale: Tensor | None = None, column_scale: Tensor | None = None) -> Tensor:
         """The matrix, its rows and columns scaled by (N, 1) each, as a torch CSR tensor."""
-        values = self.values
-        if column_scale is not None:
-            gathered = column_scale.flatten()[self.columns]
-            values = gathered if values is None else gathered * values
-        if row_scale is not None:
-            gathered = row_scale.flatten()[self.rows()]
-            values = gathered if values is None else gathered * values
-        if values is None:
-            values = torch.ones(self.columns.numel(), device=self.columns.device)
-        nodes = self.offsets.numel() - 1
-        with warnings.catch_warnings():  # torch tells of CSR at its first use what is no news to a user
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
-            return torch.sparse_csr_tensor(
-                self.offsets, self.columns, values, size=(nodes, nodes), check_invariants=False
-            )
+        return reference.csr_tensor(
+            self.offsets, self.columns, self.values, row_scale=row_scale, column_scale=column_scale
+        )
 
-    def matmul(self, x: Tensor, *, column_scale: Tensor | None = None) -> Tensor:
-        """The product with (N, D) features, the matrix's columns scaled by (N, 1).
+    def matmul(
+        self,
+        x: Tensor,
+        *,
+        column_scale: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        add: bool = False,
+    ) -> Tensor:
+        """The product with (N, D) features, the matrix's rows and columns scaled by (N, 1) each, plus a bias (D,).
 
-        On a CPU it is computed in float32, for torch's CSR product knows no half types there.
+        Written into ``out`` if it is given, or added to it. On a CPU half types are computed in float32.
         """
-        product: Tensor = _spmm(self.offsets, self.columns, self.values, column_scale, x)
-        return product
+        scales = dict(column_scale=column_scale, row_scale=row_scale)
+        return sparse_ops.spmm(self.offsets, self.columns, x, values=self.values, **scales, bias=bias, out=out, add=add)
+
+    def matmul_(
+        self,
+        x: Tensor,
+        *,
+        column_scale: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`matmul` written over ``x``, a few columns at a time."""
+        for start in range(0, x.size(1), COLUMNS):
+            part = slice(start, start + COLUMNS)
+            own_bias = None if bias is None else bias[part]
+            x[:, part] = self.matmul(x[:, part], column_scale=column_scale, row_scale=row_scale, bias=own_bias)
+        return x
 
     def sampled_matmul(self, left: Tensor, right: Tensor) -> Tensor:
         """Dot products (E,) of row i of ``left`` with row j of ``right``, (N, D) each, for each entry (i, j)."""
-        products: Tensor = _sampled(self.offsets, self.columns, left, right)
-        return products
+        return sparse_ops.sampled_matmul(self.offsets, self.columns, left, right)
 
     def reduce_rows(self, entries: Tensor, reduction: str) -> Tensor:
         """Sum, max or min (N, K) over each row of numbers (E, K) that belong to the entries; 0 for an empty row."""
@@ -118,42 +132,3 @@ class CSR:
         """The matrix with a function applied to its parts, for example to move them to a device."""
         values = None if self.values is None else function(self.values)
         return CSR(function(self.offsets), function(self.columns), values)
-
-
-# Operators of their own, because torch.compile does not trace through sparse layouts.
-@torch.library.custom_op(
-    "iexact::spmm",
-    mutates_args=(),
-    schema="(Tensor offsets, Tensor columns, Tensor? values, Tensor? scale, Tensor x) -> Tensor",
-)
-def _spmm(offsets: Tensor, columns: Tensor, values: Tensor | None, scale: Tensor | None, x: Tensor) -> Tensor:
-    matrix = CSR(offsets, columns, values).tensor(column_scale=scale)
-    if x.is_cuda:
-        matrix = matrix.to(x.dtype)
-    dense = x.to(matrix.dtype)
-    product = dense.new_empty(matrix.size(0), dense.size(1))
-    # Written into place, for ``matrix @ dense`` makes a second map of zeros to add the product to.
-    return torch.addmm(product, matrix, dense, beta=0.0, out=product).to(x.dtype)
-
-
-@_spmm.register_fake
-def _(offsets: Tensor, columns: Tensor, values: Tensor | None, scale: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(offsets.numel() - 1, x.size(1))
-
-
-@torch.library.custom_op(
-    "iexact::sampled_matmul",
-    mutates_args=(),
-    schema="(Tensor offsets, Tensor columns, Tensor left, Tensor right) -> Tensor",
-)
-def _sampled(offsets: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    zeros = left.new_zeros(columns.numel(), dtype=torch.float32)
-    pattern = CSR(offsets, columns, zeros).tensor()
-    # The half types have no such product everywhere; the entries are few beside the maps.
-    products: Tensor = torch.sparse.sampled_addmm(pattern, left.float(), right.float().T, beta=0.0).values()
-    return products.to(left.dtype)
-
-
-@_sampled.register_fake
-def _(offsets: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(columns.numel())

@@ -34,6 +34,27 @@ def _(
     return h.new_empty(h.shape), packed_bytes(h, h.numel())
 
 
+@torch.library.custom_op(
+    "iexact::normalize_relu_dropout_",
+    mutates_args=("h",),
+    schema="(Tensor(a!) h, Tensor mean, Tensor inverse_std, Tensor weight, Tensor bias, Tensor seed, float p,"
+    " str backend) -> Tensor",
+)
+def _normalize_relu_dropout_(
+    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, p: float, backend: str
+) -> Tensor:
+    kernels = select(backend, h.device)
+    mask: Tensor = kernels.normalize_relu_dropout(h, mean, inverse_std, weight, bias, p=p, seed=seed, out=h)[1]
+    return mask
+
+
+@_normalize_relu_dropout_.register_fake
+def _(
+    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, p: float, backend: str
+) -> Tensor:
+    return packed_bytes(h, h.numel())
+
+
 def normalize_relu_dropout(
     h: Tensor,
     mean: Tensor,
@@ -44,11 +65,14 @@ def normalize_relu_dropout(
     p: float,
     seed: int | Tensor,
     backend: str,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm from its statistics, ReLU and dropout in one pass, and the packed mask of ReLU."""
-    finished: tuple[Tensor, Tensor] = _normalize_relu_dropout(
-        h.contiguous(), mean, inverse_std, weight, bias, seed_tensor(seed, h.device), p, backend
-    )
+    options = (mean, inverse_std, weight, bias, seed_tensor(seed, h.device), p, backend)
+    if overwrite and h.is_contiguous():
+        mask: Tensor = _normalize_relu_dropout_(h, *options)
+        return h, mask
+    finished: tuple[Tensor, Tensor] = _normalize_relu_dropout(h.contiguous(), *options)
     return finished
 
 
@@ -177,6 +201,43 @@ def _(
     return grad.new_empty(grad.shape)
 
 
+@torch.library.custom_op(
+    "iexact::gated_gradient_",
+    mutates_args=("grad",),
+    schema="(Tensor(a!) grad, Tensor mask, Tensor coefficients, Tensor directions, Tensor factor, Tensor shift,"
+    " Tensor seed, float p, str backend) -> ()",
+)
+def _gated_gradient_(
+    grad: Tensor,
+    mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    seed: Tensor,
+    p: float,
+    backend: str,
+) -> None:
+    select(backend, grad.device).gated_gradient(
+        grad, mask, coefficients, directions, factor, shift, p=p, seed=seed, out=grad
+    )
+
+
+@_gated_gradient_.register_fake
+def _(
+    grad: Tensor,
+    mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    seed: Tensor,
+    p: float,
+    backend: str,
+) -> None:
+    return None
+
+
 def gated_gradient(
     grad: Tensor,
     mask: Tensor,
@@ -188,19 +249,15 @@ def gated_gradient(
     p: float,
     seed: int | Tensor,
     backend: str,
+    overwrite: bool = False,
 ) -> Tensor:
     """Gradient factor g + (c V^T + shift) in one pass, with g that of :func:`gated_sums`."""
-    result: Tensor = _gated_gradient(
-        grad.contiguous(),
-        mask,
-        coefficients.contiguous(),
-        directions,
-        factor,
-        shift,
-        seed_tensor(seed, grad.device),
-        p,
-        backend,
-    )
+    seed = seed_tensor(seed, grad.device)
+    options = (mask, coefficients.contiguous(), directions, factor, shift, seed, p, backend)
+    if overwrite and grad.is_contiguous():
+        _gated_gradient_(grad, *options)
+        return grad
+    result: Tensor = _gated_gradient(grad.contiguous(), *options)
     return result
 
 

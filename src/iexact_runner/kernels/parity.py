@@ -77,6 +77,8 @@ class Case:
     def run(self, kernels: ModuleType, device: torch.device) -> tuple[Tensor, ...]:
         """What the function of a backend returns for tensors on ``device``, always as a tuple."""
         options = {name: _move(value, device) for name, value in self.options.items()}
+        if "out" in options:  # which the next backend must find as it was
+            options["out"] = options["out"].clone()
         if self.function in ("dropout_mask", "rademacher"):
             options["device"] = device
         result = getattr(kernels, self.function)(*(_move(tensor, device) for tensor in self.tensors), **options)
@@ -123,6 +125,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     yield from _product_cases(quick)
     yield from _coefficient_cases(quick)
     yield from _sign_cases(quick)
+    yield from _sparse_cases(quick)
 
 
 def filled(fill: str, shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0) -> Tensor:
@@ -307,6 +310,34 @@ def _sign_cases(quick: bool) -> Iterator[Case]:
             yield Case("unpack_signs", (stream, counts, *sketch), options, label)
 
 
+def _sparse_cases(quick: bool) -> Iterator[Case]:
+    """Products with sparse matrices, of integers where the order of a sum must not show: rows of none, few and many."""
+    hub = (1 << 13) + 3
+    degrees = ((0, 3, 5),) if quick else ((), (0,), (1, 0, 4, 8, 2), (7,) * 40, (0, 3, hub, 1))
+    widths, indices = ((9,), (torch.int32,)) if quick else ((1, 8, 33, 130), (torch.int32, torch.int64))
+    for degree, width, index in product(degrees, widths, indices):
+        nodes, generator = len(degree), torch.Generator().manual_seed(width)
+        offsets = torch.tensor([0, *degree]).cumsum(0).to(index)
+        entries = int(offsets[-1])
+        columns = torch.randint(max(nodes, 1), (entries,), generator=generator).to(index)
+        x, other = (_integers(filled("normal", (nodes, width), torch.float32, seed=seed)) for seed in (0, 1))
+        values = _integers(filled("normal", (entries,), torch.float32))
+        scales = {f"{side}_scale": 2.0 ** (torch.arange(nodes) % 4).unsqueeze(1) for side in ("row", "column")}
+        bias, label = _integers(filled("normal", (width,), torch.float32)), f"{nodes} nodes, {entries} entries"
+        once = (
+            torch.rand(nodes, nodes, generator=generator) < 0.5
+        ).nonzero()  # torch refuses an entry that is twice there
+        firsts = torch.searchsorted(once[:, 0].contiguous(), torch.arange(nodes + 1)).to(index)
+        yield Case("sampled_matmul", (firsts, once[:, 1].to(index), x, other), {}, label)
+        options = {"values": values, **scales, "bias": bias}
+        yield Case("spmm", (offsets, columns, x), {**options, "out": other, "add": True}, label)
+        if not quick:
+            yield Case("spmm", (offsets, columns, x), {}, label)
+            yield Case("spmm", (offsets, columns, x), {**options, "out": other}, label)
+            normal = filled("normal", (nodes, 2 * width), torch.float32)[:, width:]
+            yield Case("spmm", (offsets, columns, normal), scales, f"strided {label}", tolerance=SUM_TOLERANCE)
+
+
 def _integers(x: Tensor) -> Tensor:
     """Its numbers, rounded to integers."""
     return (4 * x).round()
@@ -331,7 +362,7 @@ def _label(x: Tensor, fill: str) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"tensor({value.item()})"
+        return f"tensor({value.item()})" if value.numel() == 1 else f"tensor {tuple(value.shape)}"
     return "uneven" if isinstance(value, tuple) and len(value) > 2 else str(value).removeprefix("torch.")
 
 

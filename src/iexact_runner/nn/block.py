@@ -53,8 +53,9 @@ class Block(nn.Module):
 
     def forward(self, x: Activation, graph: Graph, ops: Plain, initial: Activation | None = None) -> Activation:
         """Maps (N, D) to (N, channels)."""
-        convolve = partial(self.conv, x, graph, ops, *([] if initial is None else [initial]))
         residual = x.value if self.residual and x.value.size(1) == self.channels else None
+        x = x if residual is None else x.shared()
+        convolve = partial(self.conv, x, graph, ops, *([] if initial is None else [initial]))
         out = ops.finish(convolve, norm=self.norm, residual=residual, dropout=self.dropout)
         return ops.scaled(out, self.factor)
 

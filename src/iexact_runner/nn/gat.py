@@ -63,7 +63,7 @@ class GATConv(nn.Module):
 
     def forward(self, x: Activation, graph: CSR, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, H * C)."""
-        h = ops.linear(x, self.lin.weight).unflatten(1, (self.heads, -1))  # [N, H, C]
+        h = ops.linear(x if self.res is None else x.shared(), self.lin.weight)  # [N, H C]
         out = ops.attention(
             h,
             self.att_src,
@@ -72,7 +72,8 @@ class GATConv(nn.Module):
             negative_slope=NEGATIVE_SLOPE,
             dropout=self.attention_dropout if self.training else 0.0,
             product=(x, self.lin.weight),
-        ).flatten(1)
+            overwrite=True,
+        )
         if self.res is not None:
             return ops.linear(x, self.res.weight, self.bias).add_(out)
         # Under autocast the sum has the bias' precision.

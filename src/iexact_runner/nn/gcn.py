@@ -36,8 +36,8 @@ class GCNConv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        out = ops.aggregate(ops.linear(x, self.lin.weight), graph).add_(self.bias)
-        return out if self.res is None else out.add_(ops.linear(x, self.res.weight))
+        own_weight = None if self.res is None else self.res.weight
+        return ops.graph_linear(x, graph, self.lin.weight, bias=self.bias, own_weight=own_weight)
 
 
 class GCN(GNN):

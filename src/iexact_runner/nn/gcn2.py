@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from iexact_runner.data.graph import Adjacency, gcn_adjacency
 from iexact_runner.nn.block import Block, kept_factor
 from iexact_runner.schemes import Activation, Plain, start_pass
 from iexact_runner.schemes.activation import Kept
+from iexact_runner.schemes.graph_linear import Mix
 
 
 class GCN2Conv(nn.Module):
@@ -46,10 +46,10 @@ class GCN2Conv(nn.Module):
     def forward(self, x: Activation, graph: Adjacency, ops: Plain, initial: Activation) -> Tensor:
         """Maps (N, D) to (N, D)."""
         if ops.transform_first:
-            # A x W = A (x W): one product with A for both parts of the mix, and x is all that is kept.
-            out = ops.aggregate(self._mix(x, self.weight1, ops), graph).mul_(1 - self.alpha)
-            weight = self.weight1 if self.weight2 is None else self.weight2
-            return out.add_(self._mix(initial, weight, ops), alpha=self.alpha)
+            # A x M = A (x M): one product for both parts of the mix, and x is all that is kept.
+            own = self.weight1 if self.weight2 is None else self.weight2
+            mixes = (self._mix_of(1 - self.alpha), self._mix_of(self.alpha))
+            return ops.graph_linear(x, graph, self.weight1.t(), own=initial, own_weight=own.t(), mixes=mixes)
         propagated = ops.aggregate(x.value, graph).mul_(1 - self.alpha)
         if self.weight2 is None:
             return self._mix(Activation(propagated.add(initial.value, alpha=self.alpha), Kept()), self.weight1, ops)
@@ -57,6 +57,10 @@ class GCN2Conv(nn.Module):
         del propagated  # one map less beside the next product
         # alpha (x_0 W), not (alpha x_0) W: all layers then share the one kept map of x_0.
         return out.add_(self._mix(initial, self.weight2, ops), alpha=self.alpha)
+
+    def _mix_of(self, share: float) -> Mix:
+        """A share of beta W + (1 - beta) I."""
+        return Mix(share * self.beta, share * (1 - self.beta))
 
     def _mix(self, h: Activation, weight: Tensor, ops: Plain) -> Tensor:
         product = ops.linear(h, weight.t())
@@ -120,8 +124,9 @@ class GCN2(nn.Module):
             self.compression, training=self.training, seed=seed, map_seed=map_seed, directions=self.directions
         )
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
-        first = partial(ops.linear, x, self.lin_in.weight, self.lin_in.bias)
-        initial = ops.finish(first, norm=None, residual=None, dropout=0.0)
+        h = [ops.linear(x, self.lin_in.weight, self.lin_in.bias)]
+        del x  # the features, if dropout made a map of them
+        initial = ops.finish(h.pop, norm=None, residual=None, dropout=0.0).shared()
         x = ops.scaled(ops.drop(initial, self.dropout), self.factor)
         for block in self.blocks:
             x = block(x, graph, ops, initial)

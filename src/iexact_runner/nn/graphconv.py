@@ -31,7 +31,7 @@ class GraphConv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        return neighbors_and_self(x, graph, ops, neighbors=self.lin_rel, own=self.lin_root)
+        return neighbors_and_self(x, graph, ops, neighbors=self.lin_rel, own=self.lin_root.weight)
 
 
 class GraphNet(GNN):

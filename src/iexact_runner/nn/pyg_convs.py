@@ -271,7 +271,7 @@ class GATConv(Convolution):
         if run is None or return_attention_weights is not None:
             return super().forward(x, edge_index, edge_attr, size, return_attention_weights)
         edges = self._compression.graphs.edges(edge_index, x.size(0), self_loops=self.add_self_loops)
-        h = self.lin(x).unflatten(1, (self.heads, self.out_channels))  # [N, H, C]
+        h = self.lin(x)  # [N, H C]
         dropout = self.dropout if self.training else 0.0
         out = run.ops.attention(
             h,
@@ -282,7 +282,7 @@ class GATConv(Convolution):
             dropout=dropout,
             product=(run.activation(x), self.lin.weight),
         )
-        out = out.flatten(1) if self.concat else out.mean(dim=1)
+        out = out if self.concat else out.unflatten(1, (self.heads, self.out_channels)).mean(dim=1)
         out = out if self.res is None else out + self.res(x)
         return out if self.bias is None else out + self.bias
 

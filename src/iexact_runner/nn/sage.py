@@ -11,16 +11,15 @@ from iexact_runner.schemes import Activation, Plain
 from iexact_runner.schemes.activation import Kept
 
 
-def neighbors_and_self(x: Activation, graph: Adjacency, ops: Plain, *, neighbors: nn.Linear, own: nn.Linear) -> Tensor:
+def neighbors_and_self(x: Activation, graph: Adjacency, ops: Plain, *, neighbors: nn.Linear, own: Tensor) -> Tensor:
     """A x W_neighbors + b + x W_own: maps (N, D) to (N, C)."""
     if ops.transform_first:
         # (A x) W = A (x W): both products then share the one kept map of x.
-        out = ops.aggregate(ops.linear(x, neighbors.weight), graph).add_(neighbors.bias)
-    else:
-        aggregated = Activation(ops.aggregate(x.value, graph), Kept())
-        out = ops.linear(aggregated, neighbors.weight, neighbors.bias)
-        del aggregated  # one map less beside the next product
-    return out.add_(ops.linear(x, own.weight))
+        return ops.graph_linear(x, graph, neighbors.weight, bias=neighbors.bias, own_weight=own)
+    aggregated = Activation(ops.aggregate(x.value, graph), Kept(), owned=True)
+    out = ops.linear(aggregated, neighbors.weight, neighbors.bias)
+    del aggregated  # one map less beside the next product
+    return ops.add_linear(out, x, own)
 
 
 class SAGEConv(nn.Module):
@@ -46,8 +45,8 @@ class SAGEConv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        out = neighbors_and_self(x, graph, ops, neighbors=self.lin_l, own=self.lin_r)
-        return out if self.res is None else out.add_(ops.linear(x, self.res.weight))
+        own = self.lin_r.weight if self.res is None else self.lin_r.weight + self.res.weight
+        return neighbors_and_self(x, graph, ops, neighbors=self.lin_l, own=own)
 
 
 class SAGE(GNN):

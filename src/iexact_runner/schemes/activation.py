@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,7 +25,15 @@ class Kept:
 
 @dataclass
 class Activation:
-    """A map (N, D), exact in the forward pass, and its source for the backward pass."""
+    """A map (N, D), exact in the forward pass, and its source for the backward pass.
+
+    ``owned`` says that nobody reads the value after the next operation, which may then overwrite it.
+    """
 
     value: Tensor
     source: Resident | Kept
+    owned: bool = False
+
+    def shared(self) -> Activation:
+        """The same map for an operation that is not the last to read it."""
+        return replace(self, owned=False)

@@ -17,11 +17,12 @@ from torch.autograd.function import once_differentiable
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.data.sparse import CSR
 from iexact_runner.kernels import ops
+from iexact_runner.schemes.ownership import sole_owner
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
 
 class Attended(NamedTuple):
-    """Output (N, H, C) of attention, and the scores (N, H) of both ends of an edge."""
+    """Output (N, H C) of attention, and the scores (N, H) of both ends of an edge."""
 
     output: Tensor
     source: Tensor
@@ -36,14 +37,20 @@ def attend(
     *,
     negative_slope: float,
     drop: Callable[[Tensor], Tensor] = lambda alpha: alpha,
+    overwrite: bool = False,
 ) -> Attended:
-    """sum_j alpha_ij h_j of h (N, H, C), one head after the other; ``drop`` is what is done to alpha (E, H)."""
-    source = _scores(h, att_source)
-    target = source if att_target is None else _scores(h, att_target)
+    """sum_j alpha_ij h_j of h (N, H C), one head after the other, in the place of h if that may be overwritten.
+
+    ``drop`` is what is done to alpha (E, H).
+    """
+    by_head = h.unflatten(1, att_source.shape[1:])
+    source = _scores(by_head, att_source)
+    target = source if att_target is None else _scores(by_head, att_target)
     alpha = drop(_attention(source, target, edges, negative_slope))
-    output = torch.empty_like(h)
-    for head in range(h.size(1)):
-        output[:, head] = edges.with_values(alpha[:, head].contiguous()).matmul(h[:, head])
+    output = h if overwrite else torch.empty_like(h)
+    out_by_head = output.unflatten(1, att_source.shape[1:])
+    for head in range(by_head.size(1)):
+        out_by_head[:, head] = edges.with_values(alpha[:, head].contiguous()).matmul(by_head[:, head])
     return Attended(output, source, target)
 
 
@@ -68,15 +75,20 @@ class Attention(Function):
         backend: str,
         kept: KeptMap,
         fp32_bytes: int,
+        overwrite: bool = False,
     ) -> Tensor:
         def drop(alpha: Tensor) -> Tensor:
             return ops.dropout(alpha, p=dropout, seed=seed, backend=backend) if dropout else alpha
 
-        output, source, target = attend(h, att_source, att_target, edges, negative_slope=negative_slope, drop=drop)
+        output, source, target = attend(
+            h, att_source, att_target, edges, negative_slope=negative_slope, drop=drop, overwrite=overwrite
+        )
+        if output is h:
+            ctx.mark_dirty(h)
         layout, tensors = kept
         ctx.layout, ctx.negative_slope, ctx.dropout, ctx.backend = layout, negative_slope, dropout, backend
         ctx.parts = len(tensors)
-        ctx.saved_map = SavedMap(tuple(h.shape), layout.stored_type, fp32_bytes, len(tensors))
+        ctx.saved_map = SavedMap((h.size(0), *att_source.shape[1:]), layout.stored_type, fp32_bytes, len(tensors))
         vectors = [att_source] if att_target is None else [att_source, att_target]
         save_with_seed(ctx, seed, *tensors, edges.offsets, edges.columns, source, target, *vectors)
         return output
@@ -88,17 +100,19 @@ class Attention(Function):
         tensors, (offsets, columns, source, target, att_source, *others) = saved[: ctx.parts], saved[ctx.parts :]
         edges = CSR(offsets, columns)
         adjoint, order = edges.transposed()
-        h = ctx.layout.decode(tensors).view(grad.shape)
+        spare = sole_owner(grad)
+        by_head = grad.unflatten(1, att_source.shape[1:])
+        h = ctx.layout.decode(tensors).view(by_head.shape)
         alpha = _attention(source, target, edges, ctx.negative_slope)
 
         def drop(x: Tensor) -> Tensor:
             return ops.dropout(x, p=ctx.dropout, seed=seed, backend=ctx.backend) if ctx.dropout else x
 
         dropped, grad_alpha = drop(alpha), torch.empty_like(alpha)
-        grad_h = torch.empty_like(h)
-        for head in range(grad.size(1)):
-            grad_h[:, head] = adjoint.with_values(dropped[order, head]).matmul(grad[:, head])
-            grad_alpha[:, head] = edges.sampled_matmul(grad[:, head], h[:, head])
+        grad_h = by_head if spare and grad.dtype == h.dtype else torch.empty_like(h)
+        for head in range(by_head.size(1)):
+            grad_alpha[:, head] = edges.sampled_matmul(by_head[:, head], h[:, head])
+            grad_h[:, head] = adjoint.with_values(dropped[order, head]).matmul(by_head[:, head])
         grad_alpha = drop(grad_alpha)
         rows = edges.rows()
         mean = edges.reduce_rows(alpha * grad_alpha, "sum")
@@ -114,7 +128,7 @@ class Attention(Function):
             grad_h.addcmul_(grad_target.unsqueeze(-1).to(h.dtype), att_target.to(h.dtype))
             grads.append(_vector_gradient(grad_target, h))
         grad_vectors = [gradient.to(att_source.dtype) for gradient in grads]
-        return grad_h, grad_vectors[0], grad_vectors[1] if others else None, *[None] * 7
+        return grad_h.flatten(1), grad_vectors[0], grad_vectors[1] if others else None, *[None] * 8
 
 
 def _scores(h: Tensor, vector: Tensor) -> Tensor:
@@ -128,7 +142,7 @@ def _vector_gradient(grad_score: Tensor, h: Tensor) -> Tensor:
 
 
 def _raw_scores(source: Tensor, target: Tensor, edges: CSR) -> Tensor:
-    return source.index_select(0, edges.columns) + target.index_select(0, edges.rows())
+    return source.index_select(0, edges.columns).add_(target.index_select(0, edges.rows()))
 
 
 def _attention(source: Tensor, target: Tensor, edges: CSR, negative_slope: float) -> Tensor:

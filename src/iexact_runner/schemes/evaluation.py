@@ -14,6 +14,7 @@ from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.activation import Activation, Kept
 from iexact_runner.schemes.attention import attend
+from iexact_runner.schemes.graph_linear import PLAIN, Mixes, add_linear, graph_linear, linear
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.softmax import gather_softmax
 
@@ -30,6 +31,38 @@ class Evaluation(Plain):
 
     def __init__(self, *, transform_first: bool = False) -> None:
         super().__init__(training=False, seed=0, transform_first=transform_first)
+
+    def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Product x W^T + b, in the place of x where it is the last to read it."""
+        return linear(x.value, weight, bias, overwrite=x.owned)
+
+    def add_linear(self, out: Tensor, x: Activation, weight: Tensor) -> Tensor:
+        """Adds x W^T, a few rows at a time."""
+        return add_linear(out, x.value, weight)
+
+    def graph_linear(
+        self,
+        x: Activation,
+        adjacency: Adjacency,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        own: Activation | None = None,
+        own_weight: Tensor | None = None,
+        mixes: Mixes = PLAIN,
+    ) -> Tensor:
+        """A (x W^T) + b + y V^T, in the place of x where it is the last to read it."""
+        other = None if own is None else own.value
+        return graph_linear(
+            x.value,
+            adjacency,
+            weight,
+            bias=bias,
+            own=other,
+            own_weight=own_weight,
+            mixes=mixes,
+            overwrite=x.owned,
+        )
 
     def aggregate(self, x: Tensor, adjacency: Adjacency) -> Tensor:
         """Product A x."""
@@ -49,9 +82,10 @@ class Evaluation(Plain):
         negative_slope: float,
         dropout: float = 0.0,
         product: tuple[Activation, Tensor] | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
         """Head by head: what plain modules gather, (E, H, C), is never formed."""
-        return attend(h, att_source, att_target, edges, negative_slope=negative_slope).output
+        return attend(h, att_source, att_target, edges, negative_slope=negative_slope, overwrite=overwrite).output
 
     def finish(
         self,
@@ -70,4 +104,4 @@ class Evaluation(Plain):
         if residual is not None:
             # Autocast may have left a map of less precision than the residual, which a sum in place would keep.
             h = h.add_(residual) if torch.result_type(h, residual) == h.dtype else h + residual
-        return Activation(h.relu_(), Kept())
+        return Activation(h.relu_(), Kept(), owned=True)

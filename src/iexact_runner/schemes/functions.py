@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.kernels import block_ops, ops
 from iexact_runner.kernels.reference import dropout_factor
+from iexact_runner.schemes.graph_linear import linear
+from iexact_runner.schemes.ownership import sole_owner
 from iexact_runner.schemes.saved import SavedMap, restore_seed, save_with_seed
 
 # Elements of a map that one step of a chunked pass works on: 1 MiB of float32, which stays in a cache.
@@ -30,12 +32,23 @@ class Linear(Function):
     """x W^T + b; the weight gradient g^T x comes from the kept map, unbiased for an unbiased map."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: KeptMap, fp32_bytes: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: KeptMap,
+        fp32_bytes: int,
+        overwrite: bool = False,
+    ) -> Tensor:
         layout, tensors = kept
         ctx.layout = layout
         ctx.saved_map = SavedMap(layout.shape, layout.stored_type, fp32_bytes, len(tensors))
         ctx.save_for_backward(*tensors, weight)
-        return F.linear(x, weight, bias)
+        out = linear(x, weight, bias, overwrite=overwrite)
+        if out is x:
+            ctx.mark_dirty(x)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -44,9 +57,10 @@ class Linear(Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # The decoded map is gone again before the next one as large is made.
         grad_weight = ctx.layout.weight_gradient(grad, tuple(tensors)) if needs_weight else None
-        grad_x = grad @ weight if needs_x else None
         grad_bias = grad.sum(0) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, None, None
+        spare = sole_owner(grad)
+        grad_x = linear(grad, weight.t(), overwrite=spare) if needs_x else None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class BatchNorm(Function):
@@ -297,6 +311,7 @@ class BatchNormReLUDropout(Function):
         backend: str,
         keep: Callable[[Tensor, Tensor], KeptMap],
         keep_signs: Callable[[Tensor], KeptMap],
+        overwrite: bool = False,
     ) -> Tensor:
         # On a processor the statistics of a 16-bit map would be rounded to 16 bits.
         exact = x if x.is_cuda else x.float()
@@ -304,8 +319,10 @@ class BatchNormReLUDropout(Function):
         inverse_std = (variance + eps).rsqrt()
         layout, tensors = keep(mean, inverse_std)
         output, mask = block_ops.normalize_relu_dropout(
-            x, mean, inverse_std, weight, bias, p=p, seed=seed, backend=backend
+            x, mean, inverse_std, weight, bias, p=p, seed=seed, backend=backend, overwrite=overwrite
         )
+        if output is x:
+            ctx.mark_dirty(x)
         ctx.signed, signed = keep_signs(mask)
         ctx.layout, ctx.p, ctx.backend, ctx.parts = layout, p, backend, len(tensors)
         # Plain modules keep the input of BatchNorm, the output of ReLU, the dropout mask, and what comes out.
@@ -336,12 +353,13 @@ class BatchNormReLUDropout(Function):
             factor = weight * inverse_std
             slope, shift = factor * grad_weight / -grad.size(0), factor * grad_bias / -grad.size(0)
             factor = factor * kept
+            directions, spare = directions * slope.unsqueeze(1), sole_owner(grad)
             grad_x = block_ops.gated_gradient(
-                grad, mask, coefficients, directions * slope.unsqueeze(1), factor, shift, **gate
+                grad, mask, coefficients, directions, factor, shift, **gate, overwrite=spare
             )
         if ctx.signed.decoded is not None:
             ctx.signed.decoded.clear()
-        return grad_x, grad_weight, grad_bias, *[None] * 9
+        return grad_x, grad_weight, grad_bias, *[None] * 10
 
 
 class MaskedDropout(Function):

@@ -91,7 +91,7 @@ class LowRank(Projected):
         h = convolve()
         self._normalized = None
         if norm is not None and norm.affine and residual is None and not self._config.residual:
-            return self._normalize_relu_dropout(h, norm, dropout)
+            return self._normalize_relu_dropout(h, norm, dropout, overwrite=owned and not torch.compiler.is_compiling())
         if norm is not None:
             h = self.batch_norm(h, norm)
         if residual is not None:
@@ -108,9 +108,9 @@ class LowRank(Projected):
             return kept[0]
 
         value: Tensor = functions.SketchedReLUDropout.apply(h, p, seed, self._format.backend, keep, inplace)
-        return Activation(value, Kept(kept[0]))
+        return Activation(value, Kept(kept[0]), owned=True)
 
-    def _normalize_relu_dropout(self, h: Tensor, norm: nn.BatchNorm1d, p: float) -> Activation:
+    def _normalize_relu_dropout(self, h: Tensor, norm: nn.BatchNorm1d, p: float, *, overwrite: bool) -> Activation:
         """BatchNorm, ReLU and dropout in one pass over h (N, D), and in two backwards."""
         seed, fixed, seeds = self._mask_seed() if p else (0, 0, [])
         kept: list[KeptMap] = []
@@ -125,9 +125,9 @@ class LowRank(Projected):
 
         parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum_of(norm), norm.eps)
         value: Tensor = functions.BatchNormReLUDropout.apply(
-            h, *parameters, p, seed, self._format.backend, keep, keep_signs
+            h, *parameters, p, seed, self._format.backend, keep, keep_signs, overwrite
         )
-        return Activation(value, Kept(kept[0]))
+        return Activation(value, Kept(kept[0]), owned=True)
 
     def _signed(
         self, sketch: KeptMap, mask: Tensor, p: float, seed: int | Tensor, fixed: int | None, seeds: list[Tensor]
@@ -147,9 +147,9 @@ class LowRank(Projected):
         value: Tensor = functions.Dropout.apply(x.value, p, seed, self._format.backend)
         kept = self._shared(x) if isinstance(x.source, Resident) else x.source.kept
         if kept is None or not isinstance(kept.layout, (SketchLayout, ResidentLayout)) or kept.layout.dropout:
-            return Activation(value, Kept())
+            return Activation(value, Kept(), owned=True)
         layout = replace(kept.layout, dropout=p, seed=fixed)
-        return Activation(value, Kept(KeptMap(layout, (*kept.tensors, *seeds))))
+        return Activation(value, Kept(KeptMap(layout, (*kept.tensors, *seeds))), owned=True)
 
     def normalized(
         self,

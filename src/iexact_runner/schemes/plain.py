@@ -18,6 +18,7 @@ from iexact_runner.data.sparse import CSR
 from iexact_runner.kernels import ops, reference
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import SpMM
+from iexact_runner.schemes.graph_linear import PLAIN, Mix, Mixes
 
 
 class Plain:
@@ -42,12 +43,43 @@ class Plain:
 
     def input(self, features: Tensor, *, dropout: float) -> Activation:
         """The activation a model starts from; features with dropout on them are a map of their own."""
-        value = self.dropout(features, dropout)
-        return Activation(value, Resident() if value is features else Kept())
+        if not (self.training and dropout):
+            return Activation(features, Resident())
+        return Activation(self.dropout(features, dropout), Kept(), owned=True)
 
     def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Product x W^T + b."""
         return F.linear(x.value, weight, bias)
+
+    def add_linear(self, out: Tensor, x: Activation, weight: Tensor) -> Tensor:
+        """Adds x W^T to a map, in place."""
+        return out.add_(self.linear(x, weight))
+
+    def graph_linear(
+        self,
+        x: Activation,
+        adjacency: Adjacency,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        own: Activation | None = None,
+        own_weight: Tensor | None = None,
+        mixes: Mixes = PLAIN,
+    ) -> Tensor:
+        """A (x W^T) + b + y V^T, with y another activation or x; without V there is no such term.
+
+        ``mixes`` are of the identity into W and V.
+        """
+        x, other = x.shared(), x if own is None else own
+        out = self.aggregate(self._mixed_linear(x, weight, mixes[0]), adjacency)
+        if bias is not None:
+            out = out.add_(bias)
+        return out if own_weight is None else out.add_(self._mixed_linear(other, own_weight, mixes[1]))
+
+    def _mixed_linear(self, x: Activation, weight: Tensor, mix: Mix | None) -> Tensor:
+        if mix is None:
+            return self.linear(x, weight)
+        return self.linear(x.shared(), weight).mul_(mix.factor).add_(x.value, alpha=mix.identity)
 
     def aggregate(self, x: Tensor, adjacency: Adjacency) -> Tensor:
         """Product A x."""
@@ -64,12 +96,15 @@ class Plain:
         negative_slope: float,
         dropout: float = 0.0,
         product: tuple[Activation, Tensor] | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
-        """Sum of neighbours' h (N, H, C) weighted by softmax(LeakyReLU(a_source . h_j + a_target . h_i)).
+        """Sum of neighbours' h (N, H C) weighted by softmax(LeakyReLU(a_source . h_j + a_target . h_i)), head by head.
 
         The vectors are (1, H, C); without ``att_target`` the other scores both ends. Dropout is on the weights.
-        ``product`` says which activation and weight h is the product of, for schemes that keep these instead.
+        ``product`` says which activation and weight h is the product of, for schemes that keep these instead;
+        ``overwrite`` that nobody else reads h.
         """
+        h = h.unflatten(1, att_source.shape[1:])
         source, target = edges.columns, edges.rows()
         score_source = (h * att_source).sum(-1)
         score_target = score_source if att_target is None else (h * att_target).sum(-1)
@@ -79,7 +114,7 @@ class Plain:
         alpha = F.dropout(softmax(score, target, num_nodes=h.size(0)), dropout, training=self.training)
         weighted = alpha.unsqueeze(-1) * h.index_select(0, source)  # [E, H, C]
         gathered: Tensor = scatter(weighted, target, dim_size=h.size(0))
-        return gathered
+        return gathered.flatten(1)
 
     def aggregate_softmax(self, x: Activation, t: Tensor, adjacency: Adjacency, *, semi_grad: bool) -> Tensor:
         """Sum of neighbours' x (N, D) weighted by their softmax of t x, feature by feature.
@@ -127,15 +162,15 @@ class Plain:
             h = self.batch_norm(h, norm)
         if residual is not None:
             h = h + residual
-        return Activation(self.relu_dropout(h, dropout), Kept())
+        return Activation(self.relu_dropout(h, dropout), Kept(), owned=True)
 
     def drop(self, x: Activation, p: float) -> Activation:
         """Dropout of an activation that has other consumers."""
-        return Activation(self.dropout(x.value, p), Kept()) if p > 0 else x
+        return Activation(self.dropout(x.value, p), Kept(), owned=True) if self.training and p else x
 
     def scaled(self, x: Activation, factor: float) -> Activation:
         """An activation times a number."""
-        return x if factor == 1.0 else Activation(x.value * factor, Kept())
+        return x if factor == 1.0 else Activation(x.value * factor, Kept(), owned=True)
 
     def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         """BatchNorm1d over the nodes."""

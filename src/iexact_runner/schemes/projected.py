@@ -15,6 +15,7 @@ from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import Extremum, WeightedSpMM
 from iexact_runner.schemes.attention import Attention
+from iexact_runner.schemes.graph_linear import PLAIN, GraphLinear, Mixes
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.softmax import SoftmaxAggregation
 
@@ -57,7 +58,43 @@ class Projected(Plain):
         value, dtype = x.value, _autocast_dtype(x.value)
         if dtype is not None:
             value, weight, bias = value.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        product: Tensor = functions.Linear.apply(value, weight, bias, self._shared(x), fp32_bytes)
+        kept = self._shared(x)
+        overwrite = x.owned and _is_free(kept)
+        product: Tensor = functions.Linear.apply(value, weight, bias, kept, fp32_bytes, overwrite)
+        return product
+
+    def graph_linear(
+        self,
+        x: Activation,
+        adjacency: Adjacency,
+        weight: Tensor,
+        *,
+        bias: Tensor | None = None,
+        own: Activation | None = None,
+        own_weight: Tensor | None = None,
+        mixes: Mixes = PLAIN,
+    ) -> Tensor:
+        """A (x W^T) + b + y V^T in one function, which may take the place of x."""
+        weights = [part for part in (weight, own_weight) if part is not None]
+        dtype = _autocast_dtype(x.value)
+        if dtype is not None or not torch.is_grad_enabled() or not all(part.requires_grad for part in weights):
+            return super().graph_linear(x, adjacency, weight, bias=bias, own=own, own_weight=own_weight, mixes=mixes)
+        kept, other = self._shared(x), None if own is None else self._shared(own)
+        # Plain modules keep nothing of the resident features but a reference.
+        fp32_bytes = [0 if isinstance(part.source, Resident) else 4 * part.value.numel() for part in (x, own or x)]
+        product: Tensor = GraphLinear.apply(
+            x.value,
+            None if own is None else own.value,
+            weight,
+            own_weight,
+            bias,
+            adjacency,
+            kept,
+            other,
+            mixes,
+            fp32_bytes,
+            x.owned and _is_free(kept),
+        )
         return product
 
     def aggregate_weighted(self, x: Activation, weight: Tensor, matrix: CSR) -> Tensor:
@@ -102,13 +139,15 @@ class Projected(Plain):
         negative_slope: float,
         dropout: float = 0.0,
         product: tuple[Activation, Tensor] | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
         """Graph attention that keeps h quantized, without projection, and the scores; nothing as long as the edges."""
         if not torch.is_grad_enabled():
             return super().attention(h, att_source, att_target, edges, negative_slope=negative_slope, dropout=dropout)
-        nodes, heads, features = h.shape
+        _, heads, features = att_source.shape
         # Plain modules keep h, what each edge gathers of it, and the steps of the softmax.
-        fp32_bytes = 4 * heads * (nodes * features + edges.columns.numel() * (features + 3))
+        fp32_bytes = 4 * heads * (h.size(0) * features + edges.columns.numel() * (features + 3))
+        kept = self._keep_product(h, product)
         gathered: Tensor = Attention.apply(
             h,
             att_source,
@@ -118,8 +157,9 @@ class Projected(Plain):
             dropout,
             self.next_mask_seed() if dropout else 0,
             self._format.backend,
-            self._keep_product(h.flatten(1), product),
+            kept,
             fp32_bytes,
+            overwrite and _is_free(kept),
         )
         return gathered
 
@@ -236,6 +276,11 @@ class Projected(Plain):
         """Seed of the next map."""
         self._maps_kept += 1
         return tensor_seed(self._map_seed, self._maps_kept - 1)
+
+
+def _is_free(kept: KeptMap) -> bool:
+    """Whether a map may be overwritten once it is kept: what is kept of it is not the map itself."""
+    return kept.layout.decodes_afresh and not torch.compiler.is_compiling()
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

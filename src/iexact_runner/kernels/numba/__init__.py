@@ -15,6 +15,7 @@ from iexact_runner.kernels.numba.elementwise import (
 from iexact_runner.kernels.numba.product import quantize_product
 from iexact_runner.kernels.numba.quantizer import dequantize, quantize
 from iexact_runner.kernels.numba.signs import join_streams, pack_signs, unpack_signs
+from iexact_runner.kernels.numba.spmm import sampled_matmul, spmm
 
 __all__ = [
     "apply_dropout_mask",
@@ -36,5 +37,7 @@ __all__ = [
     "quantize_coefficients",
     "quantize_product",
     "rademacher",
+    "sampled_matmul",
+    "spmm",
     "unpack_signs",
 ]

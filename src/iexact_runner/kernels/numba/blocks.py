@@ -227,13 +227,22 @@ def _decode_relu_dropout_kernel(
 
 
 def normalize_relu_dropout(
-    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, *, p: float, seed: int | Tensor
+    h: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    p: float,
+    seed: int | Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`iexact_runner.kernels.reference.normalize_relu_dropout`."""
     if h.dtype != torch.float32:  # then the normalised map is rounded before its sign is looked at
         normalised = (h.float() - mean) * inverse_std * weight + bias
-        return leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed)
-    y, mask = torch.empty(h.shape, dtype=torch.float32), empty_mask(h.numel())
+        y, mask = leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed)
+        return (y if out is None else out.copy_(y)), mask
+    y, mask = torch.empty(h.shape, dtype=torch.float32) if out is None else out, empty_mask(h.numel())
     vectors = [flat32(vector) for vector in (mean, inverse_std, weight, bias)]
     numbers = ((*dropout_numbers(p), *keys(seed)), _rows(h.size(1)))
     if h.numel():
@@ -284,14 +293,18 @@ def gated_gradient(
     *,
     p: float,
     seed: int | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See :func:`iexact_runner.kernels.reference.gated_gradient`."""
-    out = torch.empty(grad.shape, dtype=torch.float32)
+    direct = out is not None and out.dtype == torch.float32
+    result = out if out is not None and direct else torch.empty(grad.shape, dtype=torch.float32)
     arrays = (*factors(coefficients, directions), flat32(factor), flat32(shift))
     numbers = ((*dropout_numbers(p), *keys(seed)), _rows(directions.size(0)))
     with torch_threads():
-        _gated_gradient_kernel(flat32(grad), packed_mask.numpy(), *arrays, *numbers, out.numpy())
-    return out.to(grad.dtype)
+        _gated_gradient_kernel(flat32(grad), packed_mask.numpy(), *arrays, *numbers, result.numpy())
+    if out is None:
+        return result.to(grad.dtype)
+    return out if direct else out.copy_(result)
 
 
 def factors(coefficients: Tensor, directions: Tensor) -> tuple[Array, Array]:

@@ -4,7 +4,8 @@ Shapes: n elements of a map in flat row-major order, b bits a code, C = CHUNK el
 loop works on, small enough to stay in the first-level cache.
 
 Chunks start at multiples of C, so no two iterations write the same packed byte, and nothing depends on the number of
-threads. No kernel allows fast math: LLVM then neither fuses a product with a sum nor assumes that there are no NaNs.
+threads. No kernel allows all of fast math: LLVM then neither fuses a product with a sum nor assumes that there are no
+NaNs.
 Words are read as their bytes, low byte first: the machine must be little-endian.
 """
 
@@ -49,6 +50,10 @@ _CACHE = _can_cache()
 # The numpy error model drops the check for a zero divisor, which would keep loops from being vectorised.
 jit: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy")
 parallel: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy", parallel=True)
+# Sums may be taken in any order, which lets LLVM vectorise them: for kernels that have a tolerance.
+reordering: Decorator = partial(
+    numba.njit, cache=_CACHE, error_model="numpy", parallel=True, fastmath={"reassoc"}
+)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ from iexact_runner.kernels.reference.signs import (
     stream_lengths,
     unpack_signs,
 )
+from iexact_runner.kernels.reference.spmm import csr_tensor, sampled_matmul, spmm
 
 __all__ = [
     "DRAWS",
@@ -73,6 +74,7 @@ __all__ = [
     "chunk_bytes",
     "chunk_rows",
     "combine",
+    "csr_tensor",
     "decode_relu_dropout",
     "dequantize",
     "dequantize_coefficients",
@@ -101,6 +103,8 @@ __all__ = [
     "rademacher",
     "round_down",
     "round_up",
+    "sampled_matmul",
+    "spmm",
     "stored_dtype",
     "stream_lengths",
     "unpack",

@@ -17,14 +17,24 @@ from iexact_runner.kernels.reference.elementwise import (
 
 
 def normalize_relu_dropout(
-    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, *, p: float, seed: int | Tensor
+    h: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    p: float,
+    seed: int | Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dropout(ReLU(gamma x^ + beta)) with x^ = (h - mean) inverse_std, and the packed mask of ReLU.
 
     h (N, D); the vectors (D,) are float32. The affine map is taken in float32, step by step, then rounded to h's type.
+    ``out`` takes the result; it may be h.
     """
     normalised = (h.float() - mean) * inverse_std * weight + bias
-    return leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed)
+    y, mask = leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed)
+    return (y if out is None else out.copy_(y)), mask
 
 
 def combine(coefficients: Tensor, directions: Tensor, shift: Tensor | None) -> Tensor:
@@ -75,10 +85,15 @@ def gated_gradient(
     *,
     p: float,
     seed: int | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Gradient factor g + (c V^T + shift), rounded once to the type of ``grad``; g is that of :func:`gated_sums`."""
+    """Gradient factor g + (c V^T + shift), rounded once to the type of ``grad``; g is that of :func:`gated_sums`.
+
+    ``out`` takes the result; it may be ``grad``.
+    """
     gated = _gate(grad, packed_mask, p, seed)
-    return (gated * factor + combine(coefficients, directions, shift)).to(grad.dtype)
+    result = (gated * factor + combine(coefficients, directions, shift)).to(grad.dtype)
+    return result if out is None else out.copy_(result)
 
 
 def _gate(grad: Tensor, packed_mask: Tensor, p: float, seed: int | Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The kernels for a GPU, compiled by Triton: same functions, signatures and bits as ``reference``."""
 
+from iexact_runner.kernels.reference.spmm import sampled_matmul, spmm  # cuSPARSE
 from iexact_runner.kernels.triton.blocks import decode_relu_dropout, gated_gradient, gated_sums, normalize_relu_dropout
 from iexact_runner.kernels.triton.coefficients import dequantize_coefficients, quantize_coefficients
 from iexact_runner.kernels.triton.elementwise import (
@@ -36,5 +37,7 @@ __all__ = [
     "quantize_coefficients",
     "quantize_product",
     "rademacher",
+    "sampled_matmul",
+    "spmm",
     "unpack_signs",
 ]

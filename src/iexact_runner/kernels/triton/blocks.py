@@ -85,11 +85,19 @@ def _normalize_relu_dropout_kernel(
 
 
 def normalize_relu_dropout(
-    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, *, p: float, seed: int | Tensor
+    h: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    p: float,
+    seed: int | Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.normalize_relu_dropout`."""
     h = h.contiguous()
-    out, mask = torch.empty_like(h), packed_bytes(h.numel(), 1, h.device)
+    out, mask = torch.empty_like(h) if out is None else out, packed_bytes(h.numel(), 1, h.device)
     if h.numel():
         vectors = [vector.float().contiguous() for vector in (mean, inverse_std, weight, bias)]
         sizes = (*_drawing(h.device, p, seed), *split(h.numel()), h.size(1), TILE)
@@ -317,10 +325,11 @@ def gated_gradient(
     *,
     p: float,
     seed: int | Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See :func:`reference.gated_gradient`."""
     grad = grad.contiguous()
-    out = torch.empty_like(grad)
+    out = torch.empty_like(grad) if out is None else out
     if grad.numel():
         nodes, width = grad.shape
         c, v, rank = _factors(coefficients, directions)
