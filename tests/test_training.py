@@ -6,20 +6,25 @@ import pytest
 import torch
 
 from conftest import FP32, assert_close, projected, tiny_dataset
+from iexact_runner.cli import compose_config
 from iexact_runner.config import (
     CompressionConfig,
     DeeperGCNConfig,
     GATConfig,
     GCN2Config,
     GCNConfig,
+    GraphConvConfig,
     SAGEConfig,
     TrainingConfig,
 )
 from iexact_runner.config.presets import preset
-from iexact_runner.errors import TrainingError
+from iexact_runner.data.graph import Adjacency
+from iexact_runner.errors import ConfigError, TrainingError
+from iexact_runner.measure import total_bytes
 from iexact_runner.nn import build_model
 from iexact_runner.training import (
     Optimization,
+    caches_first_aggregate,
     evaluate,
     prepare,
     score,
@@ -221,3 +226,87 @@ def test_an_overflowing_scale_skips_the_step_and_is_lowered(dataset):
     step(model, optimization, problem, seed=0, epoch=1)
     assert optimization.scaler.get_scale() < 1e30
     assert all(map(torch.equal, before, model.parameters()))
+
+
+CACHING_MODELS = {
+    "sage": SAGE,
+    "sage-linear": SAGEConfig(name="sage", num_layers=2, hidden_channels=16, use_linear=True),
+    "gcn": GCNConfig(name="gcn", num_layers=2, hidden_channels=16, dropout=0.2),
+    "gcn-linear": GCNConfig(name="gcn", num_layers=1, use_linear=True),
+    "graphconv": GraphConvConfig(name="graphconv", num_layers=2, hidden_channels=16),
+}
+
+
+@pytest.mark.parametrize("inductive", [False, True], ids=["transductive", "inductive"])
+@pytest.mark.parametrize("scheme", ["none", "plain", "lowrank", "iexact"])
+@pytest.mark.parametrize("name", CACHING_MODELS)
+def test_a_product_that_is_kept_as_data_changes_time_alone(dataset, name, scheme, inductive):
+    config, seen = CACHING_MODELS[name], []
+    for cached in (False, True):
+        problem = prepare(dataset, config, inductive=inductive, device=CPU, cache_first_aggregate=cached)
+        assert problem.first_aggregate_cached == cached
+        model = make_model(problem, config, preset(scheme))
+        torch.manual_seed(7)  # the plain schemes' dropout
+        training_loss(model, problem, kind="cross_entropy", precision="float32", seed=3).backward()
+        model.eval()
+        with torch.no_grad():
+            scores = model(problem.whole.x, problem.whole.graph)
+        seen.append([scores, *(parameter.grad for parameter in model.parameters())])
+    for found, expected in zip(*seen, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_that_is_kept_saves_two_products_a_step_and_counts_as_data(dataset, monkeypatch):
+    products = []
+    for name in ("matmul", "adjoint_matmul", "adjoint_matmul_", "matmul_"):
+        found = getattr(Adjacency, name)
+        monkeypatch.setattr(
+            Adjacency,
+            name,
+            lambda self, *args, found=found, name=name, **options: (
+                products.append(name) or found(self, *args, **options)
+            ),
+        )
+    counts, sizes = [], []
+    for cached in (False, True):
+        problem = prepare(dataset, SAGE, inductive=False, device=CPU, cache_first_aggregate=cached)
+        model = make_model(problem, SAGE, preset("lowrank"))
+        products.clear()
+        training_loss(model, problem, kind="cross_entropy", precision="float32", seed=3).backward()
+        counts.append(len(products))
+        sizes.append(total_bytes(problem.tensors()))
+    assert counts == [4, 2]
+    assert sizes[1] - sizes[0] == dataset.x.nbytes
+    assert total_bytes(problem.without_cache().tensors()) == sizes[0]
+    plain = problem.without_cache()
+    assert plain.training is plain.whole and not plain.first_aggregate_cached
+
+
+@pytest.mark.parametrize(
+    ("overrides", "free", "expected"),
+    [
+        ((), 1 << 40, True),
+        (("model=gcn",), 1 << 40, True),
+        (("model=gcn2",), 1 << 40, False),
+        (("model.input_dropout=0.1",), 1 << 40, False),
+        (("compression=iexact",), 1 << 40, False),
+        (("compression=none",), 1 << 40, False),
+        (("compression=none", "training.cache_first_aggregate=true"), None, True),
+        (("training.cache_first_aggregate=false",), 1 << 40, False),
+        ((), None, False),
+        ((), 10 * 4 * 101 * 13, True),
+        ((), 10 * 4 * 101 * 13 - 1, False),
+        (("dataset.inductive=true",), 10 * 4 * 101 * 13, False),
+    ],
+    ids=str,
+)
+def test_the_product_is_kept_where_it_is_of_use_and_a_tenth_of_the_memory_holds_it(overrides, free, expected, dataset):
+    config = compose_config("compression=lowrank", *overrides)
+    assert caches_first_aggregate(config, dataset, available=free) == expected
+
+
+@pytest.mark.parametrize("overrides", [("model=gat",), ("compression=iexact",), ("model.input_dropout=0.5",)], ids=str)
+def test_a_product_that_no_pass_could_use_is_refused(overrides, dataset):
+    config = compose_config("compression=lowrank", "training.cache_first_aggregate=true", *overrides)
+    with pytest.raises(ConfigError, match="training.cache_first_aggregate=true: needs sage, gcn or graphconv"):
+        caches_first_aggregate(config, dataset, available=None)

@@ -27,7 +27,7 @@ from iexact_runner.runs.devices import device_lock
 from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, mean_std
 from iexact_runner.tasks import TASKS
 from iexact_runner.tasks.context import Context, Findings
-from iexact_runner.training import Problem, Scores, prepare
+from iexact_runner.training import Problem, Scores, caches_first_aggregate, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,14 @@ class Experiment:
             dataset = load_dataset(config.dataset)
             if config.task == "inspect":
                 self._findings.inspection = inspect_dataset(dataset)
-            problem = prepare(dataset, config.model, inductive=config.dataset.inductive, device=self._device)
+            available = out_of_memory.available_bytes(self._device)
+            problem = prepare(
+                dataset,
+                config.model,
+                inductive=config.dataset.inductive,
+                device=self._device,
+                cache_first_aggregate=caches_first_aggregate(config, dataset, available=available),
+            )
         if problem.multilabel and config.training.loss != "cross_entropy":
             valid = f"{config.dataset.name} has several labels a node, whose loss is BCE: leave it at cross_entropy"
             raise ConfigError.of("training.loss", config.training.loss, valid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,10 +15,18 @@ from torch import Tensor, nn
 
 from iexact_runner.capture import CapturedStep
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import GATConfig, ModelConfig, TrainingConfig
+from iexact_runner.config import (
+    Config,
+    GATConfig,
+    GCNConfig,
+    GraphConvConfig,
+    ModelConfig,
+    SAGEConfig,
+    TrainingConfig,
+)
 from iexact_runner.data.dataset import NodeDataset
-from iexact_runner.data.graph import Graph, training_subgraph
-from iexact_runner.errors import TrainingError
+from iexact_runner.data.graph import Adjacency, Graph, training_subgraph
+from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.kernels import ops
 from iexact_runner.loss import node_loss
 from iexact_runner.nn import Model, model_class_of
@@ -67,6 +75,19 @@ class Problem:
         return "micro_f1" if self.multilabel else "accuracy"
 
     @property
+    def first_aggregate_cached(self) -> bool:
+        """Whether the product of the adjacency with the features is kept as data."""
+        return isinstance(self.training.graph, Adjacency) and self.training.graph.known is not None
+
+    def without_cache(self) -> Problem:
+        """The problem as plain modules have it: without a product of the adjacency with the features."""
+        training, whole = (
+            replace(view, graph=replace(view.graph, known=None)) if isinstance(view.graph, Adjacency) else view
+            for view in (self.training, self.whole)
+        )
+        return replace(self, training=whole if self.training is self.whole else training, whole=whole)
+
+    @property
     def in_channels(self) -> int:
         """Width of the model's input: features, and classes where labels are fed."""
         return self.whole.x.size(1) + (self.num_classes if self.label_mask_rate is not None else 0)
@@ -94,13 +115,25 @@ class Epoch(NamedTuple):
     scores: Scores
 
 
-def prepare(dataset: NodeDataset, model: ModelConfig, *, inductive: bool, device: torch.device) -> Problem:
-    """Builds the graph operators a model needs and moves all to the device."""
+def prepare(
+    dataset: NodeDataset,
+    model: ModelConfig,
+    *,
+    inductive: bool,
+    device: torch.device,
+    cache_first_aggregate: bool = False,
+) -> Problem:
+    """Builds the graph operators a model needs and moves all to the device.
+
+    ``cache_first_aggregate`` lets the operator keep its product with the features.
+    """
     build_graph: Callable[..., Graph] = model_class_of(model).build_graph
 
     def view(x: Tensor, y: Tensor, edge_index: Tensor, train: Tensor) -> View:
-        graph = build_graph(edge_index, x.size(0)).map(lambda part: part.to(device))
-        return View(x.to(device), y.to(device), graph, train.to(device))
+        graph, x = build_graph(edge_index, x.size(0)).map(lambda part: part.to(device)), x.to(device)
+        if cache_first_aggregate and isinstance(graph, Adjacency):
+            graph = graph.knowing(x)
+        return View(x, y.to(device), graph, train.to(device))
 
     whole = view(dataset.x, dataset.y, dataset.edge_index, dataset.train)
     training = whole
@@ -111,6 +144,23 @@ def prepare(dataset: NodeDataset, model: ModelConfig, *, inductive: bool, device
     label_mask_rate = model.label_mask_rate if isinstance(model, GATConfig) and model.label_input else None
     val, test = dataset.val.to(device), dataset.test.to(device)
     return Problem(training, whole, val, test, dataset.num_classes, label_mask_rate)
+
+
+def caches_first_aggregate(config: Config, dataset: NodeDataset, *, available: int | None) -> bool:
+    """What ``training.cache_first_aggregate`` comes to, with so many bytes of memory free; None if that is not known.
+
+    Raises:
+        ConfigError: if it is asked for where features change or the published layout has no use for it.
+    """
+    model, choice = config.model, config.training.cache_first_aggregate
+    constant = isinstance(model, (SAGEConfig, GCNConfig, GraphConvConfig)) and model.input_dropout == 0
+    if choice == "true" and not (constant and config.compression.scheme in ("none", "lowrank")):
+        valid = "needs sage, gcn or graphconv, model.input_dropout=0, and compression=none or lowrank; use auto"
+        raise ConfigError.of("training.cache_first_aggregate", choice, valid)
+    if choice != "auto":
+        return choice == "true"
+    size = dataset.x.nbytes * (2 if config.dataset.inductive else 1)
+    return constant and config.compression.scheme == "lowrank" and available is not None and 10 * size <= available
 
 
 def training_input(problem: Problem, *, seed: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from iexact_runner.kernels import block_ops, ops
 from iexact_runner.kernels.reference import dropout_factor
 
 # Elements of a map that are decoded at once, in runs of whole rows whose masks begin with a byte.
-CHUNK_ELEMENTS = 1 << 17
+CHUNK_ELEMENTS = 1 << 18
 # The same on a GPU: 16 MiB of float32 stay in its cache, and each run is worth a launch.
 GPU_CHUNK_ELEMENTS = 1 << 22
 LEAST_CHUNK_ROWS = 64

@@ -6,7 +6,7 @@ Shapes: N nodes, E directed edges. Row i of a matrix gathers from the sources of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,22 @@ class Adjacency:
         adjoint: its transpose; the same object for a symmetric graph, so held once.
         row_scale: (N, 1) or None for all ones.
         column_scale: like ``row_scale``.
+        known: features and their product with the operator, kept as data because they are the same in every pass.
     """
 
     matrix: CSR
     adjoint: CSR
     row_scale: Tensor | None = None
     column_scale: Tensor | None = None
+    known: tuple[Tensor, Tensor] | None = None
+
+    def knowing(self, x: Tensor) -> Adjacency:
+        """The operator that keeps its product with features (N, D)."""
+        return replace(self, known=(x, self.matmul(x)))
+
+    def product_of(self, x: Tensor) -> Tensor | None:
+        """The product with these very features, if it is known."""
+        return self.known[1] if self.known is not None and self.known[0] is x else None
 
     def matmul(self, x: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False) -> Tensor:
         """The operator applied to (N, D) features, plus a bias (D,); written into ``out`` or added to it."""
@@ -51,10 +61,14 @@ class Adjacency:
         """Dense tensors that make up the operator, each once."""
         matrices = [self.matrix] if self.adjoint is self.matrix else [self.matrix, self.adjoint]
         scales = {id(scale): scale for scale in (self.row_scale, self.column_scale) if scale is not None}
-        return [*(part for matrix in matrices for part in matrix.tensors()), *scales.values()]
+        known = [] if self.known is None else [self.known[1]]
+        return [*(part for matrix in matrices for part in matrix.tensors()), *scales.values(), *known]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Adjacency:
-        """The operator with a function applied to its parts; what is held once stays held once."""
+        """The operator with a function applied to its parts; what is held once stays held once.
+
+        A product that was known belongs to features elsewhere, and is not any more.
+        """
         matrix = self.matrix.map(function)
         adjoint = matrix if self.adjoint is self.matrix else self.adjoint.map(function)
         row_scale = None if self.row_scale is None else function(self.row_scale)

@@ -103,7 +103,7 @@ def fp32_figures(
     Returns:
         None if FP32 does not fit, or its loss is not finite.
     """
-    plain = CompressionConfig(scheme="none")
+    plain, problem = CompressionConfig(scheme="none"), problem.without_cache()
     kept = kept_tensors(config.model, problem, plain)
     if kept is None:
         return None

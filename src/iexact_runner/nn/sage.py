@@ -16,7 +16,11 @@ def neighbors_and_self(x: Activation, graph: Adjacency, ops: Plain, *, neighbors
     if ops.transform_first:
         # (A x) W = A (x W): both products then share the one kept map of x.
         return ops.graph_linear(x, graph, neighbors.weight, bias=neighbors.bias, own_weight=own)
-    aggregated = Activation(ops.aggregate(x.value, graph), Kept(), owned=True)
+    known = graph.product_of(x.value)
+    if known is None:
+        aggregated = Activation(ops.aggregate(x.value, graph), Kept(), owned=True)
+    else:
+        aggregated = Activation(known, Kept())
     out = ops.linear(aggregated, neighbors.weight, neighbors.bias)
     del aggregated  # one map less beside the next product
     return ops.add_linear(out, x, own)

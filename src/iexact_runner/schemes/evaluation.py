@@ -52,6 +52,9 @@ class Evaluation(Plain):
         mixes: Mixes = PLAIN,
     ) -> Tensor:
         """A (x W^T) + b + y V^T, in the place of x where it is the last to read it."""
+        first = self._known_product(x, adjacency, weight, bias, own_weight)
+        if first is not None:
+            return first
         other = None if own is None else own.value
         return graph_linear(
             x.value,

@@ -70,11 +70,24 @@ class Plain:
 
         ``mixes`` are of the identity into W and V.
         """
+        first = self._known_product(x, adjacency, weight, bias, own_weight)
+        if first is not None:
+            return first
         x, other = x.shared(), x if own is None else own
         out = self.aggregate(self._mixed_linear(x, weight, mixes[0]), adjacency)
         if bias is not None:
             out = out.add_(bias)
         return out if own_weight is None else out.add_(self._mixed_linear(other, own_weight, mixes[1]))
+
+    def _known_product(
+        self, x: Activation, adjacency: Adjacency, weight: Tensor, bias: Tensor | None, own_weight: Tensor | None
+    ) -> Tensor | None:
+        """(A x) W^T + b + x V^T where A x is known, which saves the product with A and that with its adjoint."""
+        known = adjacency.product_of(x.value)
+        if known is None:
+            return None
+        out = self.linear(Activation(known, Resident()), weight, bias)
+        return out if own_weight is None else self.add_linear(out, x, own_weight)
 
     def _mixed_linear(self, x: Activation, weight: Tensor, mix: Mix | None) -> Tensor:
         if mix is None:

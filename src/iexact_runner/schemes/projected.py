@@ -75,6 +75,9 @@ class Projected(Plain):
         mixes: Mixes = PLAIN,
     ) -> Tensor:
         """A (x W^T) + b + y V^T in one function, which may take the place of x."""
+        first = self._known_product(x, adjacency, weight, bias, own_weight)
+        if first is not None:
+            return first
         weights = [part for part in (weight, own_weight) if part is not None]
         dtype = _autocast_dtype(x.value)
         if dtype is not None or not torch.is_grad_enabled() or not all(part.requires_grad for part in weights):
@@ -96,6 +99,12 @@ class Projected(Plain):
             x.owned and _is_free(kept),
         )
         return product
+
+    def _known_product(
+        self, x: Activation, adjacency: Adjacency, weight: Tensor, bias: Tensor | None, own_weight: Tensor | None
+    ) -> Tensor | None:
+        """None: the published layouts keep x, compressed."""
+        return None
 
     def aggregate_weighted(self, x: Activation, weight: Tensor, matrix: CSR) -> Tensor:
         """Sum of neighbours' x (N, D) with weights (E,) that may need a gradient."""

@@ -52,9 +52,9 @@ class Progress:
             raise ConfigError.of(
                 "device", context.config.device, f"the run began on {made['device']}, and goes on there"
             )
-        for name in here:
-            if made[name] != here[name]:
-                logger.warning(f"resume: {name} was {made[name]}, is {here[name]}: the last bits of numbers may differ")
+        for name, value in here.items():
+            if made.get(name, value) != value:
+                logger.warning(f"resume: {name} was {made[name]}, is {value}: the last bits of numbers may differ")
         try:
             progress = cls(context, state["run"])
             progress._restore(state)
@@ -131,4 +131,9 @@ class Progress:
 
 def _machine(context: Context) -> dict[str, Any]:
     """What the last bits of sums and products depend on."""
-    return {"device": context.device.type, "torch": str(torch.__version__), "torch threads": torch.get_num_threads()}
+    return {
+        "device": context.device.type,
+        "torch": str(torch.__version__),
+        "torch threads": torch.get_num_threads(),
+        "first aggregate cached": context.problem.first_aggregate_cached,
+    }

@@ -51,9 +51,7 @@ _CACHE = _can_cache()
 jit: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy")
 parallel: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy", parallel=True)
 # Sums may be taken in any order, which lets LLVM vectorise them: for kernels that have a tolerance.
-reordering: Decorator = partial(
-    numba.njit, cache=_CACHE, error_model="numpy", parallel=True, fastmath={"reassoc"}
-)
+reordering: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy", parallel=True, fastmath={"reassoc"})
 
 
 @contextmanager
