@@ -366,6 +366,8 @@ TRAINING = st.fixed_dictionaries(
         "grad_norm": st.none() | st.floats(0, 1e300, exclude_min=True),
         "optimizer": st.sampled_from(("adam", "rmsprop")),
         "warmup_epochs": st.integers(0, 2**31),
+        "eval_every": COUNTS,
+        "cache_first_aggregate": st.sampled_from(("auto", "true", "false")),
     }
 )
 
@@ -410,6 +412,12 @@ def test_valid_values_compose_on_the_command_line(compression, training, seed):
         (TrainingConfig, "training.weight_decay", st.floats(max_value=0, exclude_max=True) | st.just(math.inf)),
         (TrainingConfig, "training.grad_norm", NOT_POSITIVE | st.just(math.inf)),
         (TrainingConfig, "training.warmup_epochs", st.integers(max_value=-1)),
+        (TrainingConfig, "training.eval_every", st.integers(max_value=0)),
+        (
+            TrainingConfig,
+            "training.cache_first_aggregate",
+            st.text(max_size=9).filter(lambda word: word.lower() not in ("auto", "true", "false")),
+        ),
         (MeasureConfig, "measure.timed_epochs", st.integers(max_value=0)),
         (MeasureConfig, "measure.max_seconds", NOT_POSITIVE),
         (MeasureConfig, "measure.country", st.from_regex(r"[a-z]{3}|[A-Z]{0,2}|[A-Z]{4,}", fullmatch=True)),

@@ -6,7 +6,8 @@ import sys
 from rich.console import Console
 
 from iexact_runner.data import preflight
-from iexact_runner.display import show_messages, show_summary
+from iexact_runner.display import Display, show_messages, show_summary
+from iexact_runner.training import Epoch, Scores
 
 
 def test_messages_reach_the_screen_while_libraries_are_silenced(capsys, monkeypatch):
@@ -64,3 +65,13 @@ def test_fp32_that_keeps_nothing_is_no_divisor(capsys):
     summary["memory"]["saved_mib_fp32"] = 0.0
     show_summary(Console(file=sys.stdout, width=120), summary, folder="outputs")
     assert "saved           │ 2.00 MiB " in capsys.readouterr().out
+
+
+def test_an_epoch_without_an_evaluation_shows_the_scores_of_the_last(capsys):
+    with Display(Console(file=sys.stdout, width=200), runs=1, epochs=3, metric="accuracy") as display:
+        display.start_run(0)
+        for number, scores in ((1, None), (2, Scores(0.5, 0.25, 0.125)), (3, None)):
+            display.show(0, Epoch(number, 1.5, 0.1, scores), saved_mib=2.0)
+    first, *others = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert "loss 1.5000  saved 2.00 MiB" in first
+    assert all("loss 1.5000  accuracy train 0.5000 val 0.2500 test 0.1250  saved 2.00" in line for line in others)

@@ -19,7 +19,7 @@ from iexact_runner.runs.records import compression_label
 from iexact_runner.untrusted.text import unmarked
 
 if TYPE_CHECKING:  # torch is slow to import
-    from iexact_runner.training import Epoch
+    from iexact_runner.training import Epoch, Scores
 
 PLAIN_LINES_PER_RUN = 10
 
@@ -58,6 +58,7 @@ class Display:
         )
         self._bar: TaskID | None = None
         self._recent: deque[float] = deque(maxlen=10)
+        self._scores: Scores | None = None
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -72,16 +73,18 @@ class Display:
         """Announces run ``run``, counted from 0."""
         name = f"run {run + 1}/{self._runs}"
         self._recent.clear()
+        self._scores = None
         self._bar = self._progress.add_task(name, total=self._epochs, figures="")
 
     def show(self, run: int, epoch: Epoch, *, saved_mib: float) -> None:
-        """Shows the figures of an epoch."""
-        scores = epoch.scores
+        """Shows the figures of an epoch, and the scores of the last evaluation."""
+        self._scores = scores = epoch.scores or self._scores
         self._recent.append(epoch.seconds)
         rate = len(self._recent) / max(sum(self._recent), 1e-9)
+        shown = "" if scores is None else "train {:.4f} val {:.4f} test {:.4f}  ".format(*scores)
         figures = (
-            f"loss {epoch.loss:.4f}  {self._metric} train {scores.train:.4f} val {scores.val:.4f} "
-            f"test {scores.test:.4f}  saved {saved_mib:.2f} MiB  {rate:.2f} epochs/s"
+            f"loss {epoch.loss:.4f}  {shown and f'{self._metric} {shown}'}"
+            f"saved {saved_mib:.2f} MiB  {rate:.2f} epochs/s"
         )
         if self._live and self._bar is not None:
             self._progress.update(self._bar, completed=epoch.number, figures=figures)

@@ -151,7 +151,8 @@ def open_logger(config: Config, folder: Path, record: Mapping[str, Any]) -> Logg
 
 
 def _scalars(epoch: Epoch) -> dict[str, float]:
-    return {"loss": epoch.loss, "seconds": epoch.seconds, **epoch.scores._asdict()}
+    scores = {} if epoch.scores is None else epoch.scores._asdict()
+    return {"loss": epoch.loss, "seconds": epoch.seconds, **scores}
 
 
 def _final(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -107,12 +107,12 @@ class Scores(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What one epoch yields: number from 1, training loss, seconds of the training step, scores."""
+    """What one epoch yields: number from 1, training loss, seconds of the training step, scores if it is evaluated."""
 
     number: int
     loss: float
     seconds: float
-    scores: Scores
+    scores: Scores | None
 
 
 def prepare(
@@ -248,14 +248,16 @@ def train_epochs(
     Raises:
         TrainingError: if the loss or the model's output stops being finite.
     """
-    device, take_step = problem.whole.x.device, stepper(model, optimization, problem)
-    for epoch in range(done + 1, optimization.config.epochs + 1):
+    device, take_step, config = problem.whole.x.device, stepper(model, optimization, problem), optimization.config
+    for epoch in range(done + 1, config.epochs + 1):
         start = clock(device)
         loss = take_step(seed=mix(seed, epoch), epoch=epoch)
         seconds = clock(device) - start
-        scores = evaluate(model, problem, precision=optimization.precision)
-        if not all(map(math.isfinite, scores)):
-            raise TrainingError(f"the model's output is not finite after epoch {epoch}: lower training.lr")
+        scores = None
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            scores = evaluate(model, problem, precision=optimization.precision)
+            if not all(map(math.isfinite, scores)):
+                raise TrainingError(f"the model's output is not finite after epoch {epoch}: lower training.lr")
         yield Epoch(epoch, loss, seconds, scores)
 
 

@@ -320,3 +320,24 @@ def test_disk_that_is_really_full(small_disk, monkeypatch, whole):
 
 def whole_lines(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_epochs_without_an_evaluation_have_no_scores_and_change_nothing_else(tmp_path, monkeypatch):
+    """Also after a kill in between: the last epoch has one, and the best is the best of those there were."""
+    run(tmp_path / "every")
+    run(tmp_path / "some", "training.eval_every=4")
+    every, some = (whole_lines(tmp_path / name) for name in ("every", "some"))
+    evaluated = [line["epoch"] in (4, 6) for line in some]
+    assert [line["val"] is not None for line in some] == evaluated
+    for line, other, there in zip(some, every, evaluated, strict=True):
+        kept = {name for name in line if name not in ("seconds", "time")}
+        assert {name: other[name] for name in kept if there or name not in ("train", "val", "test")} == {
+            name: line[name] for name in kept if there or name not in ("train", "val", "test")
+        }
+    values = json.loads((tmp_path / "some" / "summary.json").read_text())["accuracy"]["val"]["values"]
+    assert values == [
+        max(line["val"] for line in some if line["run"] == index and line["val"] is not None) for index in range(RUNS)
+    ]
+    killed_after(monkeypatch, tmp_path / "killed", 3, "training.eval_every=4")
+    run(tmp_path / "killed", "training.eval_every=4", resumed=True)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "some")

@@ -93,6 +93,8 @@ class TrainingConfig:
         cache_first_aggregate: compute the product of the adjacency with the features once and keep it as data, for
             SAGE, GCN and GraphConv without dropout on the features: ``true``, ``false``, or ``auto``, which does so
             under lowrank where a tenth of the free memory holds it.
+        eval_every: epochs from one evaluation to the next; the last epoch has one. The best validation score is that of
+            the epochs with an evaluation.
     """
 
     epochs: int = 200
@@ -104,6 +106,7 @@ class TrainingConfig:
     loss: str = "cross_entropy"
     cuda_graph: bool = False
     cache_first_aggregate: str = "auto"
+    eval_every: int = 1
 
     def __post_init__(self) -> None:
         check_at_least("training.epochs", self.epochs, 1)
@@ -116,8 +119,10 @@ class TrainingConfig:
             norm is None or 0 < norm < math.inf, "training.grad_norm", norm, "must be above 0, or null for no clipping"
         )
         check_at_least("training.warmup_epochs", self.warmup_epochs, 0)
+        check_at_least("training.eval_every", self.eval_every, 1)
         check_choice("training.loss", self.loss, LOSSES)
-        self.cache_first_aggregate = str(self.cache_first_aggregate).lower()  # a bool on the command line is "True"
+        lowered = str(self.cache_first_aggregate).lower()  # a bool on the command line is "True"
+        self.cache_first_aggregate = lowered if lowered in CACHING else self.cache_first_aggregate
         check_choice("training.cache_first_aggregate", self.cache_first_aggregate, CACHING)
 
 

@@ -73,6 +73,8 @@ class Progress:
     def passed(self, epoch: Epoch) -> None:
         """Counts an epoch that is over; of equal validation scores the first is the best."""
         self.epoch = epoch.number
+        if epoch.scores is None:
+            return
         if self.best is None or epoch.scores.val > self.best.val:
             self.best = epoch.scores
         self.highest = Scores(*map(max, self.highest, epoch.scores))

@@ -13,7 +13,7 @@ from iexact_runner.runs.interrupts import Interrupts
 from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks.context import Context
 from iexact_runner.tasks.progress import Progress
-from iexact_runner.training import Epoch, train_epochs
+from iexact_runner.training import Epoch, Scores, train_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def start(context: Context, checkpoints: Checkpoints) -> Progress:
 
 
 def record(folder: RunFolder, run: int, epoch: Epoch) -> None:
-    """Writes the line of an epoch."""
-    scores = epoch.scores._asdict()
+    """Writes the line of an epoch; its scores are null where there was no evaluation."""
+    scores = dict.fromkeys(Scores._fields) if epoch.scores is None else epoch.scores._asdict()
     line = {"run": run, "epoch": epoch.number, "loss": epoch.loss, **scores, "seconds": epoch.seconds}
     folder.append_metrics({**line, "time": time.time()})
