@@ -117,7 +117,7 @@ def time_presets(
 ) -> list[dict[str, Any]]:
     """One row a preset: epoch seconds and their ratio to the baseline's."""
     measured = subjects(dataset, model, device, backend=backend, presets=presets, cached=cached)
-    memory = {name: _memory(subject, device) for name, subject in measured.items()}
+    memory = {name: memory_of(subject, device) for name, subject in measured.items()}
     seconds = _take_turns({name: subject.step for name, subject in measured.items()}, rounds, device)
     facts = environment.describe(device, backend=backends.resolve(backend, device))
     return [
@@ -164,7 +164,7 @@ def subjects(
             raise SystemExit(f"{model} on {dataset} has no product of the features that is the same in every step")
         view = replace(view, graph=view.graph.knowing(view.x))
         problem = replace(problem, training=view, whole=view)
-    return {"baseline": baseline} | {name: _preset(each, problem) for name, each in configs.items()}
+    return {"baseline": baseline} | {name: subject_of(each, problem) for name, each in configs.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -199,7 +199,8 @@ def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
-def _preset(config: Config, problem: Problem) -> Subject:
+def subject_of(config: Config, problem: Problem) -> Subject:
+    """The step of a configuration."""
     torch.manual_seed(0)
     model = build_model(
         config.model,
@@ -243,7 +244,7 @@ def _baseline(config: Config, problem: Problem) -> Subject:
     return Subject(run, model, lambda: model(training_input(problem, seed=1)[0], operator), evaluate_baseline, data)
 
 
-def _memory(subject: Subject, device: torch.device) -> dict[str, float]:
+def memory_of(subject: Subject, device: torch.device) -> dict[str, float]:
     """MiB of data and model, of what the backward pass needs, and of the most that a step and an evaluation hold."""
     with SavedTensors(subject.model, excluded=subject.data) as saved:
         kept = sum(record.bytes for record in saved.kept(subject.scores()))
@@ -269,11 +270,12 @@ def _take_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> di
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
         for name, run in steps.items():
-            seconds[name].append(_timed(functools.partial(run, 2 + index), device))
+            seconds[name].append(timed(functools.partial(run, 2 + index), device))
     return seconds
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call."""
     start = clock(device)
     run()
     return clock(device) - start

@@ -172,6 +172,15 @@ def test_soak_watches_memory_and_files(tmp_path):
     assert "open files" in result.stdout and (pd.read_csv(tmp_path / "s.csv")["resident_mib"] > 50).all()
 
 
+def test_growth_benchmark_fits_exponents(tmp_path):
+    result = script("bench_growth.py", "--powers", 10, 12, "--steps", 1, "--csv", "g.csv", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "g.csv")
+    assert list(rows["nodes"]) == [1024, 2048, 4096] and rows["peak_mib"].is_monotonic_increasing
+    (slope,) = rows["peak_mib_exponent"].unique()
+    assert 0.5 < slope < 1.2 and "exponent" in result.stdout
+
+
 def test_checkpoint_benchmark_measures_the_share(tmp_path):
     result = script("bench_checkpoint.py", "--jobs", "digits", "--epochs", 30, "--csv", "c.csv", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

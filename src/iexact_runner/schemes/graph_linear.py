@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -97,7 +98,7 @@ def _row_parts(x: Tensor, *, wide: Tensor | None = None) -> Iterator[Tensor]:
     """
     elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     nodes, rows = x.size(0), max(2, elements // max(1, (x if wide is None else wide).size(1)))
-    start = 0
+    start, rows = 0, nodes if isinstance(x, FakeTensor) else rows  # which has no memory to save
     while start < nodes:
         stop = nodes if nodes - start <= rows + 1 else start + rows
         yield x[start:stop]
