@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -109,20 +111,29 @@ def captured_maps(model: Model, problem: Problem, *, seed: int) -> list[Captured
     features, _ = training_input(problem, seed=seed)
     found: dict[int, tuple[int, CapturedMap]] = {}
     for node in graph_nodes(twin(features, problem.training.graph, seed=seed)):
-        layout = getattr(node, "layout", None)
-        if not isinstance(layout, MapLayout):
-            continue
-        values = next(tensor for tensor in node.saved_tensors if tensor.shape == (layout.shape[0], layout.rank))
-        # Its first parameter names the layer; a map that several operations share counts for the first of them.
-        parents = (getattr(parent, "variable", None) for parent, _ in node.next_functions)
-        owned = (places[parent] for parent in parents if parent is not None and parent in places)
-        place = min(owned, default=len(places))
-        earlier = found.get(values.data_ptr())
-        if earlier is None or place < earlier[0]:
-            op = node.name().removesuffix("Backward")
-            captured = CapturedMap(names[place], op, layout.projected, values, layout.block_size)
-            found[values.data_ptr()] = (place, captured)
+        # Its first weight names the layer; a map that several operations share counts for the first of them.
+        parents = [getattr(parent, "variable", None) for parent, _ in node.next_functions]
+        known = [parent for parent in parents if parent is not None and parent in places]
+        matrices = [parent for parent in known if parent.dim() > 1]
+        place = min((places[parent] for parent in matrices or known), default=len(places))
+        op = node.name().removesuffix("Backward").removeprefix("Graph")
+        for layout, values in _stored_maps(node):
+            earlier = found.get(values.data_ptr())
+            if earlier is None or place < earlier[0]:
+                captured = CapturedMap(names[place], op, layout.projected, values, layout.block_size)
+                found[values.data_ptr()] = (place, captured)
     return [captured for _, captured in sorted(found.values(), key=lambda item: item[0])]
+
+
+def _stored_maps(node: Any) -> Iterator[tuple[MapLayout, Tensor]]:
+    """The maps that a node keeps, with their layouts: that of its input, and of another one if it has two."""
+    layouts = [getattr(node, name, None) for name in ("layout", "own_layout")]
+    kept = list(node.saved_tensors) if any(isinstance(layout, MapLayout) for layout in layouts) else []
+    for layout in layouts:
+        if isinstance(layout, MapLayout):
+            shape = (layout.shape[0], layout.rank)
+            place = next(index for index, tensor in enumerate(kept) if tensor is not None and tensor.shape == shape)
+            yield layout, kept.pop(place)
 
 
 def map_figures(values: Tensor, *, block_size: int, bits: int, seed: int = 0) -> MapFigures:
