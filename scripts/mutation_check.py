@@ -58,7 +58,7 @@ _SCHEMES = ("schemes/test_functions.py", "schemes/test_projected.py", "schemes/t
 _SKETCH = ("schemes/test_lowrank.py", "schemes/test_lowrank_signs.py")
 _LEVELS = ("compression/test_curves.py", "compression/test_bins.py", "compression/test_maps.py", "tasks/test_bins.py")
 _NUMBA = ("kernels/test_numba.py",)
-_PARTS = ("blocks", "coefficients", "common", "elementwise", "product", "quantizer", "signs")
+_PARTS = ("blocks", "coefficients", "common", "elementwise", "product", "quantizer", "signs", "spmm")
 _REFERENCE = (*_QUANTIZER, *_SCHEMES, *_NUMBA)
 _TRITON = ("kernels/test_triton_interpreter.py",)
 _SAVED = ("measure/test_saved.py", "measure/test_memory_formulas.py")
@@ -66,6 +66,7 @@ _SAVED = ("measure/test_saved.py", "measure/test_memory_formulas.py")
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/backends.py": ("kernels/test_backends.py", "compression/test_codec.py"),
     "compression/bins.py": _LEVELS,
+    "kernels/sparse_ops.py": ("kernels/test_ops.py", "data/test_graph.py", "schemes/test_graph_linear.py"),
     "kernels/block_ops.py": ("kernels/test_ops.py", *_SCHEMES, "schemes/test_compile.py"),
     "compression/codec.py": ("compression/test_codec.py",),
     "compression/coefficients.py": ("compression/test_coefficients.py", *_SKETCH),
@@ -82,7 +83,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compression/seeds.py": ("kernels/test_reference.py", *_SCHEMES),
     "compression/signs.py": _SKETCH,
     "compression/sketch.py": ("compression/test_sketch.py", *_SKETCH),
-    **{f"kernels/triton/{part}.py": _TRITON for part in _PARTS},
+    **{f"kernels/triton/{part}.py": _TRITON for part in _PARTS if part != "spmm"},  # which torch runs on a GPU
     "loss.py": ("test_loss.py", "test_training.py"),
     "measure/energy.py": ("measure/test_energy.py",),
     "measure/environment.py": ("measure/test_environment.py",),
@@ -94,6 +95,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),
     "schemes/aggregation.py": ("schemes/test_aggregation.py",),
     "schemes/attention.py": ("schemes/test_aggregation.py",),
+    "schemes/graph_linear.py": ("schemes/test_graph_linear.py", *_SCHEMES),
+    "schemes/ownership.py": ("schemes/test_ownership.py",),
     "schemes/functions.py": (*_SCHEMES, "measure/test_out_of_memory.py"),
 }
 QUARTERED = ("kernels/numba/", "kernels/triton/", "kernels/parity")

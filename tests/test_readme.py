@@ -47,6 +47,10 @@ def test_figures_stand_in_the_committed_rows():
         assert shown in TEXT, shown
         peak = max(row.peak_mib, row.evaluation_peak_mib)
         assert f" {peak:.2f} ({_short(row.peak_ratio)}) |" in TEXT
+    cached = pd.read_csv(REPOSITORY / "benchmarks" / "epoch_cached_cpu.csv")
+    for _, row in cached[cached["preset"] != "baseline"].iterrows():
+        shown = "{} ({} - {})".format(*map(_short, (row.ratio_median, row.ratio_p20, row.ratio_p80)))
+        assert f"{shown}, {max(row.peak_mib, row.evaluation_peak_mib):.2f} ({_short(row.peak_ratio)})" in TEXT
     kernels = pd.read_csv(REPOSITORY / "benchmarks" / "kernels_cpu.csv").set_index("kernel")["milliseconds_median"]
     there_and_back = kernels["quantize int2/1024"] + kernels["dequantize int2/1024"]
     for target in ("existing", "fresh"):
