@@ -22,7 +22,7 @@ from iexact_runner.data.graph import gcn_adjacency, mean_adjacency
 from iexact_runner.measure.step import step_memory
 from iexact_runner.nn import MODELS, build_model
 from iexact_runner.schemes import graph_linear as module
-from iexact_runner.schemes.graph_linear import Mix, graph_linear
+from iexact_runner.schemes.graph_linear import GraphWeights, Mix, graph_linear
 from iexact_runner.training import prepare
 
 CPU = torch.device("cpu")
@@ -67,10 +67,10 @@ def test_a_map_that_is_given_up_gives_the_same_product(width, nodes, elements, m
         (None, own_weight, (None, None)),
         (other, own_weight, mixes),
     ):
-        options = dict(bias=bias, own=own, own_weight=second, mixes=mixed)
-        kept = graph_linear(x.clone(), adjacency, weight, **options)
+        weights = GraphWeights(weight, bias, second, mixed)
+        kept = graph_linear(x.clone(), adjacency, weights, own=own)
         given = x.clone()
-        out = graph_linear(given, adjacency, weight, **options, overwrite=True)
+        out = graph_linear(given, adjacency, weights, own=own, overwrite=True)
         assert (out.data_ptr() == given.data_ptr()) == (width == 19)
         if elements > 1:  # a product of two rows takes another path through the BLAS
             assert torch.equal(out, kept)

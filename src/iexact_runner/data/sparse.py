@@ -66,9 +66,10 @@ class CSR:
         row_scale: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """:meth:`matmul` written over ``x``, a few columns at a time."""
-        for start in range(0, x.size(1), COLUMNS):
-            part = slice(start, start + COLUMNS)
+        """:meth:`matmul` written over ``x``, a few columns at a time; on a GPU, where each is a launch, all at once."""
+        columns = max(1, x.size(1)) if x.is_cuda else COLUMNS
+        for start in range(0, x.size(1), columns):
+            part = slice(start, start + columns)
             own_bias = None if bias is None else bias[part]
             x[:, part] = self.matmul(x[:, part], column_scale=column_scale, row_scale=row_scale, bias=own_bias)
         return x

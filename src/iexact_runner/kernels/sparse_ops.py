@@ -31,16 +31,8 @@ def _spmm(
 
 
 @_spmm.register_fake
-def _(
-    offsets: Tensor,
-    columns: Tensor,
-    values: Tensor | None,
-    column_scale: Tensor | None,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor,
-) -> Tensor:
-    return x.new_empty(offsets.numel() - 1, x.size(1))
+def _(offsets: Tensor, *parts_and_x: Tensor) -> Tensor:
+    return parts_and_x[-1].new_empty(offsets.numel() - 1, parts_and_x[-1].size(1))
 
 
 @torch.library.custom_op(
@@ -62,17 +54,7 @@ def _spmm_into(
 
 
 @_spmm_into.register_fake
-def _(
-    offsets: Tensor,
-    columns: Tensor,
-    values: Tensor | None,
-    column_scale: Tensor | None,
-    row_scale: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor,
-    out: Tensor,
-    add: bool,
-) -> None:
+def _(*arguments: object) -> None:
     return None
 
 

@@ -9,6 +9,7 @@ from iexact_runner.config import GCNConfig
 from iexact_runner.data.graph import Adjacency, gcn_adjacency
 from iexact_runner.nn.block import GNN
 from iexact_runner.schemes import Activation, Plain
+from iexact_runner.schemes.graph_linear import GraphWeights
 
 
 class GCNConv(nn.Module):
@@ -36,8 +37,8 @@ class GCNConv(nn.Module):
 
     def forward(self, x: Activation, graph: Adjacency, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, C)."""
-        own_weight = None if self.res is None else self.res.weight
-        return ops.graph_linear(x, graph, self.lin.weight, bias=self.bias, own_weight=own_weight)
+        own = None if self.res is None else self.res.weight
+        return ops.graph_linear(x, graph, GraphWeights(self.lin.weight, self.bias, own))
 
 
 class GCN(GNN):

@@ -13,7 +13,7 @@ from iexact_runner.data.graph import Adjacency, gcn_adjacency
 from iexact_runner.nn.block import Block, kept_factor
 from iexact_runner.schemes import Activation, Plain, start_pass
 from iexact_runner.schemes.activation import Kept
-from iexact_runner.schemes.graph_linear import Mix
+from iexact_runner.schemes.graph_linear import GraphWeights, Mix
 
 
 class GCN2Conv(nn.Module):
@@ -49,7 +49,7 @@ class GCN2Conv(nn.Module):
             # A x M = A (x M): one product for both parts of the mix, and x is all that is kept.
             own = self.weight1 if self.weight2 is None else self.weight2
             mixes = (self._mix_of(1 - self.alpha), self._mix_of(self.alpha))
-            return ops.graph_linear(x, graph, self.weight1.t(), own=initial, own_weight=own.t(), mixes=mixes)
+            return ops.graph_linear(x, graph, GraphWeights(self.weight1.t(), None, own.t(), mixes), own=initial)
         propagated = ops.aggregate(x.value, graph).mul_(1 - self.alpha)
         if self.weight2 is None:
             return self._mix(Activation(propagated.add(initial.value, alpha=self.alpha), Kept()), self.weight1, ops)

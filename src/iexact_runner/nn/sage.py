@@ -9,13 +9,14 @@ from iexact_runner.data.graph import Adjacency, mean_adjacency
 from iexact_runner.nn.block import GNN
 from iexact_runner.schemes import Activation, Plain
 from iexact_runner.schemes.activation import Kept
+from iexact_runner.schemes.graph_linear import GraphWeights
 
 
 def neighbors_and_self(x: Activation, graph: Adjacency, ops: Plain, *, neighbors: nn.Linear, own: Tensor) -> Tensor:
     """A x W_neighbors + b + x W_own: maps (N, D) to (N, C)."""
     if ops.transform_first:
         # (A x) W = A (x W): both products then share the one kept map of x.
-        return ops.graph_linear(x, graph, neighbors.weight, bias=neighbors.bias, own_weight=own)
+        return ops.graph_linear(x, graph, GraphWeights(neighbors.weight, neighbors.bias, own))
     known = graph.product_of(x.value)
     if known is None:
         aggregated = Activation(ops.aggregate(x.value, graph), Kept(), owned=True)

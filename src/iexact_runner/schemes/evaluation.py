@@ -14,7 +14,7 @@ from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.activation import Activation, Kept
 from iexact_runner.schemes.attention import attend
-from iexact_runner.schemes.graph_linear import PLAIN, Mixes, add_linear, graph_linear, linear
+from iexact_runner.schemes.graph_linear import GraphWeights, add_linear, graph_linear, linear
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.softmax import gather_softmax
 
@@ -40,32 +40,11 @@ class Evaluation(Plain):
         """Adds x W^T, a few rows at a time."""
         return add_linear(out, x.value, weight)
 
-    def graph_linear(
-        self,
-        x: Activation,
-        adjacency: Adjacency,
-        weight: Tensor,
-        *,
-        bias: Tensor | None = None,
-        own: Activation | None = None,
-        own_weight: Tensor | None = None,
-        mixes: Mixes = PLAIN,
+    def _graph_linear(
+        self, x: Activation, adjacency: Adjacency, weights: GraphWeights, own: Activation | None
     ) -> Tensor:
-        """A (x W^T) + b + y V^T, in the place of x where it is the last to read it."""
-        first = self._known_product(x, adjacency, weight, bias, own_weight)
-        if first is not None:
-            return first
         other = None if own is None else own.value
-        return graph_linear(
-            x.value,
-            adjacency,
-            weight,
-            bias=bias,
-            own=other,
-            own_weight=own_weight,
-            mixes=mixes,
-            overwrite=x.owned,
-        )
+        return graph_linear(x.value, adjacency, weights, own=other, overwrite=x.owned)
 
     def aggregate(self, x: Tensor, adjacency: Adjacency) -> Tensor:
         """Product A x."""

@@ -31,36 +31,33 @@ class Mix(NamedTuple):
     identity: float
 
 
-# W and V as they are.
-PLAIN = (None, None)
-Mixes = tuple[Mix | None, Mix | None]
+class GraphWeights(NamedTuple):
+    """Parameters of A (x W^T) + b + y V^T: W (C, D), b (C,), V (C, D), and what stands for W and V."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    own: Tensor | None = None
+    mixes: tuple[Mix | None, Mix | None] = (None, None)
 
 
 def graph_linear(
-    x: Tensor,
-    adjacency: Adjacency,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    own: Tensor | None = None,
-    own_weight: Tensor | None = None,
-    mixes: Mixes = PLAIN,
-    overwrite: bool = False,
+    x: Tensor, adjacency: Adjacency, weights: GraphWeights, *, own: Tensor | None = None, overwrite: bool = False
 ) -> Tensor:
-    """A (x W^T) + b + y V^T for x (N, D) and y = ``own`` (N, D), or x without it; V = ``own_weight`` may be absent.
+    """A (x W^T) + b + y V^T for x (N, D) and y = ``own`` (N, D), or x without it; without V there is no such term.
 
     ``overwrite`` gives x up: the result takes its place where D = C, and what comes between where C < D.
     """
+    weight, bias, own_weight, (mix, own_mix) = weights
     if own_weight is not None and own is None:
-        product = linear(x, weight, mix=mixes[0])
-        out = linear(x, own_weight, mix=mixes[1], overwrite=overwrite)
+        product = linear(x, weight, mix=mix)
+        out = linear(x, own_weight, mix=own_mix, overwrite=overwrite)
         return adjacency.matmul(product, bias=bias, out=out, add=True)
     width = weight.size(0)
     if overwrite and width < x.size(1) and weight.dtype == x.dtype:
         out = adjacency.matmul(_linear_into(x[:, :width], x, weight), bias=bias)
     else:
-        out = adjacency.matmul_(linear(x, weight, mix=mixes[0], overwrite=overwrite), bias=bias)
-    return out if own is None or own_weight is None else add_linear(out, own, own_weight, mix=mixes[1])
+        out = adjacency.matmul_(linear(x, weight, mix=mix, overwrite=overwrite), bias=bias)
+    return out if own is None or own_weight is None else add_linear(out, own, own_weight, mix=own_mix)
 
 
 def linear(
@@ -123,7 +120,7 @@ class GraphLinear(Function):
         adjacency: Adjacency,
         kept: KeptMap,
         own_kept: KeptMap | None,
-        mixes: Mixes,
+        mixes: tuple[Mix | None, Mix | None],
         fp32_bytes: list[int],
         overwrite: bool,
     ) -> Tensor:
@@ -137,9 +134,8 @@ class GraphLinear(Function):
             described.append(SavedMap(layout.shape, layout.stored_type, fp32_bytes[1], parts))
         ctx.saved_map = tuple(described)
         ctx.save_for_backward(*(tensor for each in maps for tensor in each.tensors), weight, own_weight)
-        out = graph_linear(
-            x, adjacency, weight, bias=bias, own=own, own_weight=own_weight, mixes=mixes, overwrite=overwrite
-        )
+        weights = GraphWeights(weight, bias, own_weight, mixes)
+        out = graph_linear(x, adjacency, weights, own=own, overwrite=overwrite)
         if out is x:
             ctx.mark_dirty(x)
         return out
@@ -162,7 +158,8 @@ class GraphLinear(Function):
             grad_own_weight = ctx.own_layout.weight_gradient(grad, own_kept) if needs_own_weight else None
         mix, own_mix = ctx.mixes
         if needs_own:
-            grad_x, grad_own = _both_gradients(received, weight, grad, own_weight, ctx.mixes, overwrite=spare)
+            weights = GraphWeights(weight, None, own_weight, ctx.mixes)
+            grad_x, grad_own = _both_gradients(received, grad, weights, overwrite=spare)
         elif needs_x:
             grad_x = linear(received, weight.t(), mix=mix, overwrite=True)
             if own_weight is not None and ctx.own_layout is None:
@@ -174,19 +171,19 @@ class GraphLinear(Function):
         return grad_x, grad_own, grad_weight, grad_own_weight, grad_bias, *[None] * 6
 
 
-def _both_gradients(
-    received: Tensor, weight: Tensor, grad: Tensor, own_weight: Tensor, mixes: Mixes, *, overwrite: bool
-) -> tuple[Tensor, Tensor]:
+def _both_gradients(received: Tensor, grad: Tensor, weights: GraphWeights, *, overwrite: bool) -> tuple[Tensor, Tensor]:
     """Products received W and grad V (N, D), in the place of their factors where these may be overwritten.
 
     The first takes the place of ``grad``: autograd adds other gradients to the second, in place if its memory was never
     asked after.
     """
+    weight, _, own_weight, (mix, own_mix) = weights
+    assert own_weight is not None
     if not overwrite or weight.size(0) != weight.size(1):
-        grad_own = linear(grad, own_weight.t(), mix=mixes[1])
-        return linear(received, weight.t(), mix=mixes[0], overwrite=True), grad_own
+        grad_own = linear(grad, own_weight.t(), mix=own_mix)
+        return linear(received, weight.t(), mix=mix, overwrite=True), grad_own
     for part, own in zip(_row_parts(received), _row_parts(grad), strict=True):
-        product = _product(part, weight.t(), None, mixes[0])
-        part.copy_(_product(own, own_weight.t(), None, mixes[1]))
+        product = _product(part, weight.t(), None, mix)
+        part.copy_(_product(own, own_weight.t(), None, own_mix))
         own.copy_(product)
     return grad, received

@@ -29,10 +29,8 @@ from iexact_runner.compression.sketch import (
     keep_coefficients,
 )
 from iexact_runner.config import CompressionConfig
-from iexact_runner.data.graph import Adjacency
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
-from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.projected import Projected, momentum_of
 
 # Bits of an element of the maps that have no sketch, where the coefficients of sketches have bits of their own.
@@ -52,6 +50,9 @@ class LowRank(Projected):
         map_seed: seed of the rounding, if it is to differ from that of the masks.
         directions: those of the model's maps, in the order of the pass; found or brought up to date here.
     """
+
+    # Features are referenced, and so may be their product.
+    uses_known_products = True
 
     def __init__(
         self,
@@ -177,12 +178,6 @@ class LowRank(Projected):
         if sketch is None or not isinstance(layout, SketchLayout) or layout.signs is not None or layout.dropout:
             sketch = self._kept_sketch(x.value)
         return self._relu_dropout(x.value, sketch, 0.0, inplace=inplace)
-
-    def _known_product(
-        self, x: Activation, adjacency: Adjacency, weight: Tensor, bias: Tensor | None, own_weight: Tensor | None
-    ) -> Tensor | None:
-        """Features are referenced, and so is their product."""
-        return Plain._known_product(self, x, adjacency, weight, bias, own_weight)
 
     def _shared(self, x: Activation) -> KeptMap:
         """The one kept map of an activation: of the features a reference, of a map with no sketch yet its own."""

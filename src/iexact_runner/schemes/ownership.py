@@ -57,6 +57,6 @@ def _fewest_holders() -> Holders:
 
     with torch.enable_grad():
         x = torch.zeros(2, requires_grad=True)
-        twice = Probe.apply(Probe.apply(x))  # type: ignore[no-untyped-call]
+        twice = Probe.apply(Probe.apply(x))
         torch.autograd.grad(twice, x, torch.ones(2))
     return found[-1]

@@ -18,7 +18,7 @@ from iexact_runner.data.sparse import CSR
 from iexact_runner.kernels import ops, reference
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import SpMM
-from iexact_runner.schemes.graph_linear import PLAIN, Mix, Mixes
+from iexact_runner.schemes.graph_linear import GraphWeights, Mix
 
 
 class Plain:
@@ -29,6 +29,9 @@ class Plain:
         seed: seed of this pass, an int or a 0-d int64 tensor.
         transform_first: whether a SAGE layer multiplies by its weights before it aggregates.
     """
+
+    # Whether a product of the features that is kept as data serves in place of the features.
+    uses_known_products = True
 
     def __init__(self, *, training: bool, seed: int | Tensor, transform_first: bool = False) -> None:
         self.training = training
@@ -56,38 +59,27 @@ class Plain:
         return out.add_(self.linear(x, weight))
 
     def graph_linear(
-        self,
-        x: Activation,
-        adjacency: Adjacency,
-        weight: Tensor,
-        *,
-        bias: Tensor | None = None,
-        own: Activation | None = None,
-        own_weight: Tensor | None = None,
-        mixes: Mixes = PLAIN,
+        self, x: Activation, adjacency: Adjacency, weights: GraphWeights, *, own: Activation | None = None
     ) -> Tensor:
         """A (x W^T) + b + y V^T, with y another activation or x; without V there is no such term.
 
-        ``mixes`` are of the identity into W and V.
+        Where A x is known, the product with A and that with its adjoint are saved.
         """
-        first = self._known_product(x, adjacency, weight, bias, own_weight)
-        if first is not None:
-            return first
-        x, other = x.shared(), x if own is None else own
-        out = self.aggregate(self._mixed_linear(x, weight, mixes[0]), adjacency)
-        if bias is not None:
-            out = out.add_(bias)
-        return out if own_weight is None else out.add_(self._mixed_linear(other, own_weight, mixes[1]))
-
-    def _known_product(
-        self, x: Activation, adjacency: Adjacency, weight: Tensor, bias: Tensor | None, own_weight: Tensor | None
-    ) -> Tensor | None:
-        """(A x) W^T + b + x V^T where A x is known, which saves the product with A and that with its adjoint."""
-        known = adjacency.product_of(x.value)
+        known = adjacency.product_of(x.value) if self.uses_known_products else None
         if known is None:
-            return None
-        out = self.linear(Activation(known, Resident()), weight, bias)
-        return out if own_weight is None else self.add_linear(out, x, own_weight)
+            return self._graph_linear(x, adjacency, weights, own)
+        out = self.linear(Activation(known, Resident()), weights.weight, weights.bias)
+        return out if weights.own is None else self.add_linear(out, x, weights.own)
+
+    def _graph_linear(
+        self, x: Activation, adjacency: Adjacency, weights: GraphWeights, own: Activation | None
+    ) -> Tensor:
+        """:meth:`graph_linear` of what is not known."""
+        x, other, (mix, own_mix) = x.shared(), own or x, weights.mixes
+        out = self.aggregate(self._mixed_linear(x, weights.weight, mix), adjacency)
+        if weights.bias is not None:
+            out = out.add_(weights.bias)
+        return out if weights.own is None else out.add_(self._mixed_linear(other, weights.own, own_mix))
 
     def _mixed_linear(self, x: Activation, weight: Tensor, mix: Mix | None) -> Tensor:
         if mix is None:

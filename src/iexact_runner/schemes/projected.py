@@ -15,7 +15,7 @@ from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import Extremum, WeightedSpMM
 from iexact_runner.schemes.attention import Attention
-from iexact_runner.schemes.graph_linear import PLAIN, GraphLinear, Mixes
+from iexact_runner.schemes.graph_linear import GraphLinear, GraphWeights
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.softmax import SoftmaxAggregation
 
@@ -31,6 +31,9 @@ class Projected(Plain):
         seed: seed of this pass, an int or a 0-d int64 tensor.
         map_seed: seed of projections and rounding, if it is to differ from that of the masks.
     """
+
+    # The published layouts keep the features, compressed.
+    uses_known_products = False
 
     def __init__(self, config: CompressionConfig, *, seed: int | Tensor, map_seed: int | Tensor | None = None) -> None:
         super().__init__(training=True, seed=seed, transform_first=bool(config.share_maps))
@@ -63,48 +66,30 @@ class Projected(Plain):
         product: Tensor = functions.Linear.apply(value, weight, bias, kept, fp32_bytes, overwrite)
         return product
 
-    def graph_linear(
-        self,
-        x: Activation,
-        adjacency: Adjacency,
-        weight: Tensor,
-        *,
-        bias: Tensor | None = None,
-        own: Activation | None = None,
-        own_weight: Tensor | None = None,
-        mixes: Mixes = PLAIN,
+    def _graph_linear(
+        self, x: Activation, adjacency: Adjacency, weights: GraphWeights, own: Activation | None
     ) -> Tensor:
-        """A (x W^T) + b + y V^T in one function, which may take the place of x."""
-        first = self._known_product(x, adjacency, weight, bias, own_weight)
-        if first is not None:
-            return first
-        weights = [part for part in (weight, own_weight) if part is not None]
-        dtype = _autocast_dtype(x.value)
-        if dtype is not None or not torch.is_grad_enabled() or not all(part.requires_grad for part in weights):
-            return super().graph_linear(x, adjacency, weight, bias=bias, own=own, own_weight=own_weight, mixes=mixes)
+        """In one function, which may take the place of x."""
+        needed = all(part is None or part.requires_grad for part in (weights.weight, weights.own))
+        if _autocast_dtype(x.value) is not None or not (torch.is_grad_enabled() and needed):
+            return super()._graph_linear(x, adjacency, weights, own)
         kept, other = self._shared(x), None if own is None else self._shared(own)
         # Plain modules keep nothing of the resident features but a reference.
         fp32_bytes = [0 if isinstance(part.source, Resident) else 4 * part.value.numel() for part in (x, own or x)]
         product: Tensor = GraphLinear.apply(
             x.value,
             None if own is None else own.value,
-            weight,
-            own_weight,
-            bias,
+            weights.weight,
+            weights.own,
+            weights.bias,
             adjacency,
             kept,
             other,
-            mixes,
+            weights.mixes,
             fp32_bytes,
             x.owned and _is_free(kept),
         )
         return product
-
-    def _known_product(
-        self, x: Activation, adjacency: Adjacency, weight: Tensor, bias: Tensor | None, own_weight: Tensor | None
-    ) -> Tensor | None:
-        """None: the published layouts keep x, compressed."""
-        return None
 
     def aggregate_weighted(self, x: Activation, weight: Tensor, matrix: CSR) -> Tensor:
         """Sum of neighbours' x (N, D) with weights (E,) that may need a gradient."""
