@@ -43,7 +43,8 @@ def summary_of(**figures):
 
 
 def test_each_figure_stands_against_fp32(capsys):
-    fp32 = {"step_peak_mib": 1000.0, "evaluation_peak_mib": 200.0, "epochs_per_second": {"median": 2.0}}
+    fp32 = {"step_peak_mib": 1000.0, "evaluation_peak_mib": 200.0, "data_mib": 95.0}
+    fp32 |= {"epochs_per_second": {"median": 2.0}}
     show_summary(Console(file=sys.stdout, width=120), summary_of(fp32=fp32), folder="outputs")
     shown = capsys.readouterr().out
     for line in (
@@ -54,6 +55,8 @@ def test_each_figure_stands_against_fp32(capsys):
         "epochs/s        │ 3.00  (p20 2.50, p80 3.50; 1.50x FP32's 2.00)",
     ):
         assert line in shown
+    show_summary(Console(file=sys.stdout, width=120), summary_of(fp32=fp32 | {"data_mib": 50.0}), folder="outputs")
+    assert "data            │ 95.00 MiB  (1.90x 50.00 in FP32)" in capsys.readouterr().out
     show_summary(Console(file=sys.stdout, width=120), summary_of(fp32=None), folder="outputs")
     shown = capsys.readouterr().out
     assert "step peak       │ 250.00 MiB " in shown and "3.00  (p20 2.50, p80 3.50)" in shown

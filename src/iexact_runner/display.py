@@ -113,8 +113,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
             table.add_row(unmarked(f"{split} {accuracy['metric']}"), f"{100 * figures['mean']:.2f}{spread} %")
     fp32 = summary.get("fp32") or {}
     if memory is not None:
-        plain = {name: fp32.get(f"{name.replace(' ', '_')}_mib") for name in ("step peak", "evaluation peak")}
-        plain |= {"saved": memory["saved_mib_fp32"], "data": memory["data_mib"] if fp32 else None}
+        plain = {name: fp32.get(f"{name.replace(' ', '_')}_mib") for name in ("step peak", "evaluation peak", "data")}
+        plain["saved"] = memory["saved_mib_fp32"]
         for name in (
             "saved",
             "step peak",

@@ -14,6 +14,7 @@ import pytest
 
 from conftest import REPOSITORY
 from iexact_runner.report import command as report
+from iexact_runner.report import figures
 from iexact_runner.report.reading import read_report
 from recorded import FP32, edit_summary, observed_map, record
 
@@ -280,3 +281,20 @@ def test_report_of_python_is_that_of_the_command(runs):
     assert row.cells["saved_mib"].value == pytest.approx((909.56 + 2 * 29.72) / 3)
     assert [run.status for run in found.incomplete] == ["failed", "unfinished"] and len(found.completed) == 3
     assert json.loads((runs / "0" / "summary.json").read_text())["config"]["compression"]["scheme"] == "none"
+
+
+def test_curves_have_points_where_there_was_an_evaluation_and_losses_at_every_epoch(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = record(tmp_path / "a", runs=2)
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if line["epoch"] == 2:
+            line["test"] = line["val"] = None
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = read_report([folder], epochs=True).results.rows
+    losses, scores = figures.draw_curves({"a": rows}).axes[:2]
+    assert list(losses.lines[0].get_xdata()) == [1, 2, 3]
+    assert list(losses.lines[0].get_ydata()) == pytest.approx([1.05, 0.55, 1 / 3 + 0.05])
+    assert list(scores.lines[0].get_xdata()) == [1, 3]
+    assert list(scores.lines[0].get_ydata()) == pytest.approx([60.5, 80.5])

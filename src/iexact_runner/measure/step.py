@@ -131,7 +131,8 @@ def fp32_figures(
         if not (is_out_of_memory(error) or isinstance(error, TrainingError)):
             raise
         return None
-    return peaks | Throughput.of(seconds, warmup_epochs=1).to_dict()
+    data = {"data_mib": total_bytes(problem.tensors()) / MIB}
+    return peaks | data | Throughput.of(seconds, warmup_epochs=1).to_dict()
 
 
 def _peaks(model: Model, problem: Problem, config: Config, *, device: torch.device, seed: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ import io
 import re
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,8 +176,8 @@ def draw_curves(settings: dict[str, list[Row]]) -> Figure | None:
         losses, scores = places[2 * index : 2 * index + 2]
         for row, curves in rows[:MOST_CURVES]:
             colour, _ = looks.of(_short(row))
-            _draw_band(losses, [[point["loss"] for point in curve] for curve in curves], colour)
-            _draw_band(scores, [[100 * point["test"] for point in curve] for curve in curves], colour)
+            _draw_band(losses, [_by_epoch(curve, "loss") for curve in curves], colour)
+            _draw_band(scores, [_by_epoch(curve, "test", factor=100) for curve in curves], colour)
         left_out = f" (first {MOST_CURVES} of {len(rows)})" if len(rows) > MOST_CURVES else ""
         losses.set(title=title + left_out, xlabel="epoch", ylabel="training loss", yscale="log")
         scores.set(title=title + left_out, xlabel="epoch", ylabel=_named(METRICS["test"], [row for row, _ in rows]))
@@ -343,19 +343,23 @@ def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], looks: _Loo
 
 
 def _curves(row: Row) -> list[list[dict[str, Any]]]:
-    """The epochs of each repeat of a row."""
+    """The epochs of each repeat of a row; of repeats that have a loss and a score."""
     repeats: dict[tuple[Path, int], list[dict[str, Any]]] = {}
     for run in row.runs:
         for line in run.metrics():
-            if line["loss"] is not None and line["test"] is not None:
-                repeats.setdefault((run.folder, line["run"]), []).append(line)
-    return list(repeats.values())
+            repeats.setdefault((run.folder, line["run"]), []).append(line)
+    return [curve for curve in repeats.values() if _by_epoch(curve, "loss") and _by_epoch(curve, "test")]
 
 
-def _draw_band(axes: Axes, curves: Sequence[Sequence[float]], colour: str) -> None:
-    """Mean over the curves with a band of one sample standard deviation, as far as the shortest goes."""
-    columns = list(zip(*curves, strict=False))
-    epochs = range(1, len(columns) + 1)
+def _by_epoch(curve: Sequence[Mapping[str, Any]], name: str, *, factor: float = 1.0) -> dict[int, float]:
+    """A figure of the epochs that have it: a score is there after an evaluation."""
+    return {line["epoch"]: factor * line[name] for line in curve if line[name] is not None}
+
+
+def _draw_band(axes: Axes, curves: Sequence[Mapping[int, float]], colour: str) -> None:
+    """Mean over the curves with a band of one sample standard deviation, at the epochs that all have."""
+    epochs = sorted(set(curves[0]).intersection(*curves[1:]))
+    columns = [[curve[epoch] for curve in curves] for epoch in epochs]
     middle = [statistics.fmean(column) for column in columns]
     spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
     low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))

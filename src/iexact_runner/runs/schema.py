@@ -117,8 +117,9 @@ class Throughput(Struct):
 
 
 class FP32(Struct):
-    """Peaks and speed of the same model in FP32."""
+    """Data, peaks and speed of the same model in FP32."""
 
+    data_mib: Amount | None = None
     step_peak_mib: Amount | None = None
     evaluation_peak_mib: Amount | None = None
     epochs_per_second: Rates | None = None
