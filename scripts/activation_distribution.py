@@ -27,7 +27,8 @@ from iexact_runner.data import load_dataset
 from iexact_runner.kernels import backends
 from iexact_runner.measure import environment
 from iexact_runner.nn import Model, build_model
-from iexact_runner.training import Optimization, Problem, prepare, train_epochs
+from iexact_runner.problem import Problem, prepare
+from iexact_runner.training import Optimization, train_epochs
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact": {"col_size": 0},

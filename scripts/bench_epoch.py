@@ -35,16 +35,8 @@ from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
 from iexact_runner.measure.peak import PeakMemory
 from iexact_runner.nn import build_model
 from iexact_runner.nn.baseline import baseline_graph, build_baseline
-from iexact_runner.training import (
-    Optimization,
-    Problem,
-    clock,
-    evaluate,
-    evaluation_input,
-    prepare,
-    stepper,
-    training_input,
-)
+from iexact_runner.problem import Problem, evaluation_input, prepare, training_input
+from iexact_runner.training import Optimization, clock, evaluate, stepper
 
 PRESETS = {
     "none": ("compression=none",),

@@ -26,7 +26,7 @@ from iexact_runner.data import load_dataset
 from iexact_runner.experiment import resolve_device
 from iexact_runner.kernels import backends
 from iexact_runner.measure import environment
-from iexact_runner.training import prepare
+from iexact_runner.problem import prepare
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from iexact_runner.cli import compose_config
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
 from iexact_runner.nn import build_model
-from iexact_runner.training import Optimization, Problem, clock, prepare, stepper
+from iexact_runner.problem import Problem, prepare
+from iexact_runner.training import Optimization, clock, stepper
 
 EPOCHS, WARM_UP = 24, 4
 PRESETS = ("none", "exact", "iexact", "lowrank_v1", "lowrank")

@@ -26,7 +26,8 @@ from iexact_runner.cli import compose_config
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data import load_dataset
 from iexact_runner.nn import build_model
-from iexact_runner.training import prepare, training_loss
+from iexact_runner.problem import prepare
+from iexact_runner.training import training_loss
 
 MODELS = ("sage", "gcn", "gcn2", "gat", "deepergcn")
 SIZES = ("dataset=synthetic", "dataset.num_nodes=3000", "model.hidden_channels=64", "model.num_layers=3")

@@ -18,7 +18,8 @@ from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, DeeperGCNConfig, GATConfig, GCN2Config, SAGEConfig, TrainingConfig
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import build_model
-from iexact_runner.training import Optimization, prepare, step, stepper
+from iexact_runner.problem import prepare
+from iexact_runner.training import Optimization, step, stepper
 
 FIELDS = dict(num_layers=3, hidden_channels=16, dropout=0.4)
 MODELS = {

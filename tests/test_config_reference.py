@@ -11,7 +11,14 @@ import sys
 import pytest
 
 from conftest import REPOSITORY
-from iexact_runner.config import DATASET_PREFIXES, MODEL_CONFIGS, CompressionConfig, Config, DatasetConfig
+from iexact_runner.config import (
+    DATASET_PREFIXES,
+    MODEL_CONFIGS,
+    SAMPLER_CONFIGS,
+    CompressionConfig,
+    Config,
+    DatasetConfig,
+)
 
 REFERENCE = runpy.run_path(str(REPOSITORY / "scripts" / "config_reference.py"))
 GROUPS = REFERENCE["groups"]()
@@ -20,6 +27,7 @@ CLASSES = {
     "model": [*MODEL_CONFIGS.values()],
     "dataset": [DatasetConfig, *DATASET_PREFIXES],
     "compression": [CompressionConfig],
+    "sampler": [*dict.fromkeys(kind for made in SAMPLER_CONFIGS.values() for kind in made.__mro__[:-1])],
 }
 
 

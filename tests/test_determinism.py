@@ -23,9 +23,10 @@ from iexact_runner.errors import ConfigError
 from iexact_runner.experiment import Experiment
 from iexact_runner.kernels import backends
 from iexact_runner.nn import build_model, compress
+from iexact_runner.problem import prepare
 from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks import train
-from iexact_runner.training import Optimization, evaluate, prepare, step
+from iexact_runner.training import Optimization, evaluate, step
 
 SMALL = ("dataset=synthetic", "dataset.num_nodes=150", "model.hidden_channels=8", "training.epochs=3")
 LOWRANK = CompressionConfig(scheme="lowrank", bits=4, rank=4, share_maps=True)

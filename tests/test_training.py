@@ -22,18 +22,8 @@ from iexact_runner.data.graph import Adjacency
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.measure import total_bytes
 from iexact_runner.nn import build_model
-from iexact_runner.training import (
-    Optimization,
-    caches_first_aggregate,
-    evaluate,
-    prepare,
-    score,
-    step,
-    train_epochs,
-    training_input,
-    training_loss,
-    with_labels,
-)
+from iexact_runner.problem import caches_first_aggregate, prepare, training_input, with_labels
+from iexact_runner.training import Optimization, evaluate, score, step, train_epochs, training_loss
 
 CPU = torch.device("cpu")
 SAGE = SAGEConfig(name="sage", num_layers=2, hidden_channels=16, dropout=0.2)

@@ -47,6 +47,8 @@ def register_schema() -> None:
         store.store(group="dataset", name=f"base_{name}", node=dataset)
     for name, model in schema.MODEL_CONFIGS.items():
         store.store(group="model", name=f"base_{name}", node=model)
+    for name, sampler in schema.SAMPLER_CONFIGS.items():
+        store.store(group="sampler", name=f"base_{name}", node=sampler)
 
 
 def to_config(composed: DictConfig) -> schema.Config:
@@ -127,6 +129,7 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     try:
         typed.model = schema.model_config(recorded["model"]["name"]) or schema.MODEL_CONFIGS[recorded["model"]["name"]]
         typed.dataset = schema.dataset_config(recorded["dataset"]["name"])
+        typed.sampler = schema.SAMPLER_CONFIGS[recorded.get("sampler", {"name": "none"})["name"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
     merged = OmegaConf.merge(typed, recorded)

@@ -133,12 +133,35 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
         rate = throughput["epochs_per_second"]
         spread = f"p20 {rate['p20']:.2f}, p80 {rate['p80']:.2f}"
         table.add_row("epochs/s", f"{rate['median']:.2f}  ({spread}{_times_fp32(rate, fp32)})")
+    if summary.get("batches") is not None:
+        _add_batches(table, summary["batches"])
     if summary["energy"] is not None:
         emitted = summary["energy"]["gco2e"]
         table.add_row("energy", f"{summary['energy']['kwh']:.3g} kWh" + (f"  ({emitted:.3g} gCO2e)" if emitted else ""))
     table.add_row("status", summary["status"])
     console.print(table)
     console.print(unmarked(f"written to {folder}"), soft_wrap=True)
+
+
+def _add_batches(table: Table, batches: Mapping[str, Any]) -> None:
+    """Rows of mini-batches: their sizes, what they need, and what sampling them took."""
+    nodes, share = batches["nodes"], 100 * batches["edges_share"]
+    sizes = f"{nodes['p50']:,} nodes (p95 {nodes['p95']:,}, max {nodes['max']:,})"
+    table.add_row("batches", f"{batches['an_epoch']} an epoch, {sizes}, {share:.1f} % of the edges an epoch")
+    for name in ("saved_mib", "step_peak_mib"):
+        figures = batches[name]
+        table.add_row(
+            f"{name.removesuffix('_mib').replace('_', ' ')} of batches",
+            f"p50 {figures['p50']:.2f}, p95 {figures['p95']:.2f}, max {figures['max']:.2f} MiB",
+        )
+    if "nodes_per_second" in batches:
+        sampling = f"{100 * batches['sampling_share']:.1f} % of an epoch's time beside the steps"
+        waiting = f"{100 * batches['waiting_share']:.1f} % waited for"
+        table.add_row("nodes/s", f"{batches['nodes_per_second']:,.0f}  (sampling {sampling}, {waiting})")
+    if batches["partition"] is not None:
+        found = batches["partition"]
+        cut = f"{100 * found['edge_cut']:.1f} % of the edges cut"
+        table.add_row("partition", f"{found['method']}, {cut}, {found['seconds']:.1f} s")
 
 
 def _less_than_fp32(figure: float, plain: float | None) -> str:
@@ -184,6 +207,9 @@ def show_fidelity(console: Console, record: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right")
     for epoch, figures in record["after"].items():
         table.add_row(f"{epoch} epochs", "1.000", *_fidelity_cells(figures))
+        for name, title in (("sampling", "sampling"), ("both", "sampling and compression")):
+            if name in figures:
+                table.add_row(f"  {title}", "", *_fidelity_cells(figures[name]))
     table.add_section()
     last = list(record["after"].values())[-1]
     for name, figures in last["parameters"].items():

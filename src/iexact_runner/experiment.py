@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from iexact_runner import loggers, measure
 from iexact_runner.analysis import fidelity
-from iexact_runner.config import Config
+from iexact_runner.compression.seeds import mix
+from iexact_runner.config import BatchSamplerConfig, Config
 from iexact_runner.data import load_dataset
 from iexact_runner.data.inspection import inspect_dataset
 from iexact_runner.determinism import deterministic_algorithms
@@ -20,14 +22,17 @@ from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, OutOfMemory, UserError
 from iexact_runner.kernels import backends
 from iexact_runner.measure import energy, environment, out_of_memory
+from iexact_runner.measure.batches import BatchSizes, batch_figures
 from iexact_runner.measure.step import fp32_figures, step_memory
 from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory, phase
+from iexact_runner.problem import Problem, caches_first_aggregate, prepare
 from iexact_runner.runs import checkpoint
 from iexact_runner.runs.devices import device_lock
 from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, mean_std
+from iexact_runner.sampling import with_batches
 from iexact_runner.tasks import TASKS
 from iexact_runner.tasks.context import Context, Findings
-from iexact_runner.training import Problem, Scores, caches_first_aggregate, prepare
+from iexact_runner.training import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,7 @@ class Experiment:
         self._logger = loggers.Logger()
         self._findings = Findings()
         self._problem: Problem | None = None
+        self._step: Problem | None = None
         self._available: int | None = None
 
     def run(self, resolved_yaml: str) -> dict[str, Any]:
@@ -152,13 +158,16 @@ class Experiment:
             if config.task == "inspect":
                 self._findings.inspection = inspect_dataset(dataset)
             available = out_of_memory.available_bytes(self._device)
+            batched = isinstance(config.sampler, BatchSamplerConfig)
             problem = prepare(
                 dataset,
                 config.model,
                 inductive=config.dataset.inductive,
-                device=self._device,
+                device=torch.device("cpu") if batched else self._device,
                 cache_first_aggregate=caches_first_aggregate(config, dataset, available=available),
             )
+        with self._console.status("preparing mini-batches") if batched else nullcontext():
+            problem = with_batches(problem, config, dataset, device=self._device)
         if problem.multilabel and config.training.loss != "cross_entropy":
             valid = f"{config.dataset.name} has several labels a node, whose loss is BCE: leave it at cross_entropy"
             raise ConfigError.of("training.loss", config.training.loss, valid)
@@ -169,19 +178,29 @@ class Experiment:
         self._findings.metric = problem.metric
         # Afterwards is too late: autograd holds the graph of a backward pass that failed.
         self._available = out_of_memory.available_bytes(self._device)
+        sizes = None if problem.batches is None else BatchSizes.of(problem, seed=mix(config.seed, 0))
         context = Context(
-            config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings
+            config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings, sizes
         )
         if config.task == "inspect":
             TASKS["inspect"](context)
             return
         model, seed = context.new_model(run=0)
-        self._findings.memory = step_memory(model, problem, config, device=self._device, seed=seed)
+        self._step = step = context.largest_step()
+        self._findings.memory = step_memory(model, step, config, device=self._device, seed=seed)
+        if sizes is not None:
+            self._findings.memory["data_mib"] = measure.total_bytes(problem.tensors()) / measure.MIB
+            self._findings.batches = batch_figures(model, problem, config, sizes, device=self._device, seed=seed)
         del model
         if config.measure.fp32 and config.compression.scheme != "none" and config.task in ("train", "measure"):
             with self._console.status("measuring FP32"):
                 self._findings.fp32 = fp32_figures(
-                    problem, config, device=self._device, seed=seed, available=self._available
+                    problem,
+                    config,
+                    device=self._device,
+                    seed=seed,
+                    available=self._available,
+                    batch=None if sizes is None else step,
                 )
         TASKS[config.task](context)
 
@@ -189,17 +208,18 @@ class Experiment:
         """What ran out, and what would help in that phase; also completes the record of the memory."""
         amount = out_of_memory.requested(error)
         failed = f"out of memory on {self._device}" + (f" when allocating {amount}" if amount else "")
-        if self._problem is None:
+        step = self._step or self._problem
+        if step is None:
             return f"{failed} for the data of {self._config.dataset.name}: a smaller graph is needed"
         try:
-            memory, smaller, widest = out_of_memory.memory_by_preset(self._problem, self._config)
+            memory, smaller, widest = out_of_memory.memory_by_preset(step, self._config)
         except (MemoryError, RuntimeError) as again:
             if not is_out_of_memory(again):
                 raise
             return f"{failed}; not even the model without its maps fits"
         self._findings.memory = self._findings.memory or memory
         if error.phase == "evaluation":
-            return f"{failed} in evaluation: {out_of_memory.evaluation_advice(self._problem, self._config)}"
+            return f"{failed} in evaluation: {out_of_memory.evaluation_advice(step, self._config)}"
         advice = out_of_memory.step_advice(memory, smaller, widest, available=self._available)
         return f"{failed} in a training step: {advice}"
 
@@ -226,6 +246,7 @@ class Experiment:
             "fp32": found.fp32,
             "memory": found.memory and {**found.memory, **measure.peak_mib(self._device)},
             "throughput": throughput and throughput.to_dict() | {"alone": self._lock.alone},
+            "batches": found.batches_record(),
             "fidelity": compared or None,
             "energy": found.energy,
             "distribution": found.distribution,

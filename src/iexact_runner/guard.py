@@ -171,9 +171,10 @@ class CheckingLoader(ConfigLoaderImpl):
 
     def _check_recipe(self, composed: DictConfig, overrides: list[str]) -> None:
         """Refuses a recipe that was asked for and does not exist; the group is optional, so Hydra would not mind."""
-        choice, options = composed.hydra.runtime.choices.get("recipe"), self.get_group_options("recipe")
-        if any(line.startswith("recipe=") for line in overrides) and choice not in options:
-            raise ConfigError.of("recipe", choice, f"must be one of {', '.join(options)}; ~recipe is none")
+        for group in ("recipe", "sampler_recipe"):
+            choice, options = composed.hydra.runtime.choices.get(group), self.get_group_options(group)
+            if any(line.startswith(f"{group}=") for line in overrides) and choice not in options:
+                raise ConfigError.of(group, choice, f"must be one of {', '.join(options)}; ~{group} is none")
 
 
 def check_foreign(composed: DictConfig, typed: list[str]) -> None:

@@ -36,8 +36,8 @@ def loss_per_node(scores: Tensor, labels: Tensor, *, kind: str) -> Tensor:
     return torch.log(LOG_LOSS_OFFSET + losses) - math.log(LOG_LOSS_OFFSET)
 
 
-def node_loss(scores: Tensor, labels: Tensor, nodes: Tensor, *, kind: str) -> Tensor:
-    """Training loss, in float32: the mean of :func:`loss_per_node` over some nodes of a model's output.
+def node_loss(scores: Tensor, labels: Tensor, nodes: Tensor, *, kind: str, weights: Tensor | None = None) -> Tensor:
+    """Training loss, in float32: the mean of :func:`loss_per_node` over some nodes of a model's output, or a sum.
 
     Its backward pass computes each chunk again and writes the gradient over ``scores``, so that the loss keeps no map
     beside the output and needs none for the gradient; the scores are gone then.
@@ -47,37 +47,40 @@ def node_loss(scores: Tensor, labels: Tensor, nodes: Tensor, *, kind: str) -> Te
         labels: classes (N,), or (N, C) marks for several labels a node.
         nodes: indices (T,) of the nodes to train on, each once.
         kind: ``cross_entropy`` or ``log_cross_entropy``.
+        weights: (T,) of a weighted sum in place of the mean.
     """
-    loss: Tensor = _NodeLoss.apply(scores, labels, nodes, kind)  # type: ignore[no-untyped-call]
+    loss: Tensor = _NodeLoss.apply(scores, labels, nodes, kind, weights)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _NodeLoss(Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, labels: Tensor, nodes: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, nodes: Tensor, kind: str, weights: Tensor | None) -> Tensor:
         ctx.kind = kind
-        ctx.save_for_backward(scores, labels, nodes)
+        ctx.save_for_backward(scores, labels, nodes, weights)
         parts = [loss_per_node(scores[part].float(), labels[part], kind=kind) for part in _chunks(scores, nodes)]
-        return torch.cat(parts).mean()
+        losses = torch.cat(parts)
+        return losses.mean() if weights is None else losses @ weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scores, labels, nodes = ctx.saved_tensors
-        weight = grad / nodes.numel()
-        for part in _chunks(scores, nodes):
+        scores, labels, nodes, weights = ctx.saved_tensors
+        share = grad / nodes.numel() if weights is None else grad * weights
+        shares = _chunks(scores, share.expand(nodes.numel()))
+        for part, weight in zip(_chunks(scores, nodes), shares, strict=True):
             with torch.enable_grad():
                 chunk = scores[part].float().requires_grad_()
                 losses = loss_per_node(chunk, labels[part], kind=ctx.kind)
-            (slope,) = torch.autograd.grad(losses, chunk, weight.expand_as(losses))
+            (slope,) = torch.autograd.grad(losses, chunk, weight)
             scores[part] = slope.to(scores.dtype)
         others = torch.ones(scores.size(0), dtype=torch.bool, device=scores.device)
         others.index_fill_(0, nodes, False)  # ``others[nodes] = False`` copies the False to a GPU, and waits
         # In place, so that autograd refuses a second backward pass, which would find no scores.
-        return scores.masked_fill_(others.unsqueeze(1), 0), None, None, None
+        return scores.masked_fill_(others.unsqueeze(1), 0), None, None, None, None
 
 
-def _chunks(scores: Tensor, nodes: Tensor) -> Iterator[Tensor]:
-    """Runs of ``nodes``."""
+def _chunks(scores: Tensor, of_nodes: Tensor) -> Iterator[Tensor]:
+    """Runs of what belongs to nodes (T,)."""
     elements = CHUNK_ELEMENTS if scores.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    return iter(nodes.split(max(1, elements // max(1, scores.size(1)))))
+    return iter(of_nodes.split(max(1, elements // max(1, scores.size(1)))))

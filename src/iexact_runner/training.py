@@ -1,101 +1,28 @@
-"""One training step, evaluation and scores of full-batch node classification."""
+"""One training step, an epoch of them, evaluation and scores of node classification."""
 
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iexact_runner.capture import CapturedStep
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import (
-    Config,
-    GATConfig,
-    GCNConfig,
-    GraphConvConfig,
-    ModelConfig,
-    SAGEConfig,
-    TrainingConfig,
-)
-from iexact_runner.data.dataset import NodeDataset
-from iexact_runner.data.graph import Adjacency, Graph, training_subgraph
-from iexact_runner.errors import ConfigError, TrainingError
-from iexact_runner.kernels import ops
+from iexact_runner.config import TrainingConfig
+from iexact_runner.data.graph import edge_count
+from iexact_runner.errors import TrainingError
+from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import node_loss
-from iexact_runner.nn import Model, model_class_of
+from iexact_runner.nn import Model
 from iexact_runner.phases import phase
-
-# Streams of one step seed that training itself draws from; the model counts its own from 0.
-LABEL_MASK_STREAM = 1 << 32
-
-
-@dataclass(frozen=True)
-class View:
-    """A graph as a model sees it: features (N, D), labels, and the training nodes."""
-
-    x: Tensor
-    y: Tensor
-    graph: Graph
-    train: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors that the view holds."""
-        return [self.x, self.y, self.train, *self.graph.tensors()]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a run trains on (``training``), is scored on (``whole``), and the nodes of each score.
-
-    Transductive training uses one and the same view for both.
-    """
-
-    training: View
-    whole: View
-    val: Tensor
-    test: Tensor
-    num_classes: int
-    label_mask_rate: float | None
-
-    @property
-    def multilabel(self) -> bool:
-        """Whether a node may carry several labels."""
-        return self.whole.y.dim() == 2
-
-    @property
-    def metric(self) -> str:
-        """Name of the score."""
-        return "micro_f1" if self.multilabel else "accuracy"
-
-    @property
-    def first_aggregate_cached(self) -> bool:
-        """Whether the product of the adjacency with the features is kept as data."""
-        return isinstance(self.training.graph, Adjacency) and self.training.graph.known is not None
-
-    def without_cache(self) -> Problem:
-        """The problem as plain modules have it: without a product of the adjacency with the features."""
-        training, whole = (
-            replace(view, graph=replace(view.graph, known=None)) if isinstance(view.graph, Adjacency) else view
-            for view in (self.training, self.whole)
-        )
-        return replace(self, training=whole if self.training is self.whole else training, whole=whole)
-
-    @property
-    def in_channels(self) -> int:
-        """Width of the model's input: features, and classes where labels are fed."""
-        return self.whole.x.size(1) + (self.num_classes if self.label_mask_rate is not None else 0)
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors that the data holds on the device."""
-        views = [self.whole] if self.training is self.whole else [self.whole, self.training]
-        return [tensor for view in views for tensor in view.tensors()] + [self.val, self.test]
+from iexact_runner.problem import Problem, evaluation_input, loss_weights, training_input
+from iexact_runner.sampling import one_ahead
 
 
 class Scores(NamedTuple):
@@ -106,88 +33,40 @@ class Scores(NamedTuple):
     test: float
 
 
+class BatchWork(NamedTuple):
+    """What the batches of an epoch came to.
+
+    Args:
+        batches: that were trained on; those without training nodes are passed over.
+        nodes: of all batches.
+        edges: of all batches, as the model takes them.
+        sampling_seconds: that drawing them took, beside the steps.
+        waiting_seconds: that the steps waited for it.
+    """
+
+    batches: int
+    nodes: int
+    edges: int
+    sampling_seconds: float
+    waiting_seconds: float
+
+
 class Epoch(NamedTuple):
-    """What one epoch yields: number from 1, training loss, seconds of the training step, scores if it is evaluated."""
+    """What one epoch yields.
+
+    Args:
+        number: from 1.
+        loss: of the training step, or the mean over the training nodes of the batches.
+        seconds: of the training step, or of all batches, drawing them included.
+        scores: if it is evaluated.
+        work: of mini-batches.
+    """
 
     number: int
     loss: float
     seconds: float
     scores: Scores | None
-
-
-def prepare(
-    dataset: NodeDataset,
-    model: ModelConfig,
-    *,
-    inductive: bool,
-    device: torch.device,
-    cache_first_aggregate: bool = False,
-) -> Problem:
-    """Builds the graph operators a model needs and moves all to the device.
-
-    ``cache_first_aggregate`` lets the operator keep its product with the features.
-    """
-    build_graph: Callable[..., Graph] = model_class_of(model).build_graph
-
-    def view(x: Tensor, y: Tensor, edge_index: Tensor, train: Tensor) -> View:
-        graph, x = build_graph(edge_index, x.size(0)).map(lambda part: part.to(device)), x.to(device)
-        if cache_first_aggregate and isinstance(graph, Adjacency):
-            graph = graph.knowing(x)
-        return View(x, y.to(device), graph, train.to(device))
-
-    whole = view(dataset.x, dataset.y, dataset.edge_index, dataset.train)
-    training = whole
-    if inductive:
-        nodes = dataset.train
-        edges = training_subgraph(dataset.edge_index, nodes, dataset.num_nodes)
-        training = view(dataset.x[nodes], dataset.y[nodes], edges, torch.arange(nodes.numel()))
-    label_mask_rate = model.label_mask_rate if isinstance(model, GATConfig) and model.label_input else None
-    val, test = dataset.val.to(device), dataset.test.to(device)
-    return Problem(training, whole, val, test, dataset.num_classes, label_mask_rate)
-
-
-def caches_first_aggregate(config: Config, dataset: NodeDataset, *, available: int | None) -> bool:
-    """What ``training.cache_first_aggregate`` comes to, with so many bytes of memory free; None if that is not known.
-
-    Raises:
-        ConfigError: if it is asked for where features change or the published layout has no use for it.
-    """
-    model, choice = config.model, config.training.cache_first_aggregate
-    constant = isinstance(model, (SAGEConfig, GCNConfig, GraphConvConfig)) and model.input_dropout == 0
-    if choice == "true" and not (constant and config.compression.scheme in ("none", "lowrank")):
-        valid = "needs sage, gcn or graphconv, model.input_dropout=0, and compression=none or lowrank; use auto"
-        raise ConfigError.of("training.cache_first_aggregate", choice, valid)
-    if choice != "auto":
-        return choice == "true"
-    size = dataset.x.nbytes * (2 if config.dataset.inductive else 1)
-    return constant and config.compression.scheme == "lowrank" and available is not None and 10 * size <= available
-
-
-def training_input(problem: Problem, *, seed: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Model input and the nodes of the loss; with labels as input, those whose label was not fed."""
-    view = problem.training
-    if problem.label_mask_rate is None:
-        return view.x, view.train
-    assert isinstance(seed, int)  # how many labels are fed is a number, which a captured step has none of
-    fed = ~ops.keep_mask(
-        view.train.numel(), p=problem.label_mask_rate, seed=mix(seed, LABEL_MASK_STREAM), device=view.x.device
-    )
-    if fed.all():  # a handful of training nodes: leave one to learn from
-        fed[0] = False
-    return with_labels(view, view.train[fed], problem.num_classes), view.train[~fed]
-
-
-def evaluation_input(problem: Problem) -> Tensor:
-    """Model input in evaluation; with labels as input, those of all training nodes."""
-    view = problem.whole
-    return view.x if problem.label_mask_rate is None else with_labels(view, view.train, problem.num_classes)
-
-
-def with_labels(view: View, known: Tensor, num_classes: int) -> Tensor:
-    """Features with the labels of the ``known`` nodes beside them, zeros elsewhere: (N, D + classes)."""
-    labels = view.x.new_zeros(view.x.size(0), num_classes)
-    labels[known] = F.one_hot(view.y[known], num_classes).to(labels) if view.y.dim() == 1 else view.y[known]
-    return torch.cat([view.x, labels], dim=1)
+    work: BatchWork | None = None
 
 
 class Optimization:
@@ -248,17 +127,63 @@ def train_epochs(
     Raises:
         TrainingError: if the loss or the model's output stops being finite.
     """
-    device, take_step, config = problem.whole.x.device, stepper(model, optimization, problem), optimization.config
+    device, config = device_of(model), optimization.config
+    train_epoch = epoch_trainer(model, optimization, problem, seed=seed)
     for epoch in range(done + 1, config.epochs + 1):
         start = clock(device)
-        loss = take_step(seed=mix(seed, epoch), epoch=epoch)
+        loss, work = train_epoch(epoch)
         seconds = clock(device) - start
         scores = None
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             scores = evaluate(model, problem, precision=optimization.precision)
             if not all(map(math.isfinite, scores)):
                 raise TrainingError(f"the model's output is not finite after epoch {epoch}: lower training.lr")
-        yield Epoch(epoch, loss, seconds, scores)
+        yield Epoch(epoch, loss, seconds, scores, work)
+
+
+def epoch_trainer(
+    model: Model, optimization: Optimization, problem: Problem, *, seed: int
+) -> Callable[[int], tuple[float, BatchWork | None]]:
+    """What trains for the epoch of a number, counted from 1: one step, or one a batch; it returns the loss."""
+    if problem.batches is not None:
+        return partial(train_on_batches, model, optimization, problem, seed=seed)
+    take_step = stepper(model, optimization, problem)
+    return lambda epoch: (take_step(seed=mix(seed, epoch), epoch=epoch), None)
+
+
+def train_on_batches(
+    model: Model, optimization: Optimization, problem: Problem, epoch: int, *, seed: int, most: int | None = None
+) -> tuple[float, BatchWork]:
+    """A step on each batch of an epoch, or on the first ``most`` of them; the next batch is drawn meanwhile.
+
+    Raises:
+        TrainingError: if a loss is not finite, or no batch has a training node.
+    """
+    assert problem.batches is not None
+    count = len(problem.batches) if most is None else min(most, len(problem.batches))
+    tasks = [partial(problem.batches.view, batch, seed=seed, epoch=epoch) for batch in range(count)]
+    losses, shares, work = [], [], BatchWork(0, 0, 0, 0.0, 0.0)
+    for batch, (view, timed) in enumerate(one_ahead(tasks)):
+        trained = view.train.numel()
+        if trained:
+            seed_of_batch = mix(seed, epoch, batch)
+            losses.append(step(model, optimization, problem.of_batch(view), seed=seed_of_batch, epoch=epoch))
+            shares.append(trained if view.loss_weights is None else 1)
+        work = BatchWork(
+            work.batches + bool(trained),
+            work.nodes + view.x.size(0),
+            work.edges + edge_count(view.graph),
+            work.sampling_seconds + timed.worked,
+            work.waiting_seconds + timed.waited,
+        )
+    if not losses:
+        raise TrainingError(f"no batch of epoch {epoch} has a training node: take larger batches")
+    return sum(map(operator.mul, losses, shares)) / sum(shares), work
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
 
 
 def stepper(model: Model, optimization: Optimization, problem: Problem) -> Callable[..., float]:
@@ -294,7 +219,8 @@ def training_loss(
     features, nodes = training_input(problem, seed=seed)
     with autocast(precision, features.device):
         scores = model(features, problem.training.graph, seed=seed, map_seed=map_seed)
-    return node_loss(scores, problem.training.y, nodes, kind=kind)
+    view = problem.training
+    return node_loss(scores, view.y, nodes, kind=kind, weights=loss_weights(view, nodes))
 
 
 @phase("evaluation")
@@ -302,9 +228,12 @@ def training_loss(
 def evaluate(model: Model, problem: Problem, *, precision: str = "float32") -> Scores:
     """Scores of the exact forward pass."""
     model.eval()
-    view, features = problem.whole, evaluation_input(problem)
-    with autocast(precision, features.device):
-        scores = model(features, view.graph)
+    view, features, device = problem.whole, evaluation_input(problem), device_of(model)
+    with autocast(precision, device):
+        if problem.layerwise:
+            scores = layerwise_scores(model, features, view.graph, device=device)
+        else:
+            scores = model(features, view.graph)
     return Scores(*(score(scores[nodes], view.y[nodes]) for nodes in (view.train, problem.val, problem.test)))
 
 

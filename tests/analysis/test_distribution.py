@@ -15,7 +15,7 @@ from iexact_runner.compression.bins import ClippedNormal, Uniform, cell_masses, 
 from iexact_runner.compression.maps import MapFormat
 from iexact_runner.config import SAGEConfig
 from iexact_runner.nn import build_model
-from iexact_runner.training import prepare
+from iexact_runner.problem import prepare
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -12,11 +13,14 @@ from rich.console import Console
 from conftest import FP32, tiny_dataset
 from iexact_runner.analysis import fidelity
 from iexact_runner.cli import compose_config
+from iexact_runner.data import load_dataset
 from iexact_runner.experiment import Experiment
 from iexact_runner.nn import build_model
+from iexact_runner.problem import prepare
 from iexact_runner.runs.records import RunFolder
+from iexact_runner.sampling import with_batches
 from iexact_runner.schemes import lowrank
-from iexact_runner.training import Optimization, prepare, step
+from iexact_runner.training import Optimization, step
 
 QUICK = ("task=fidelity", "model.hidden_channels=16", "fidelity.epochs=[1,3]", "fidelity.draws=4")
 
@@ -42,9 +46,9 @@ def overall(*overrides):
 def test_figures_are_those_of_their_formulas():
     exact = torch.randn(50, dtype=torch.float64)
     draws = [exact + 0.3 + torch.randn(50, dtype=torch.float64) for _ in range(8)]
-    deviations = fidelity.Deviations(exact)
+    deviations = fidelity.Deviations()
     for drawn in draws:
-        deviations.add(drawn)
+        deviations.add(drawn, exact)
     figures = deviations.figures(whole=1.0)
     errors = torch.stack(draws) - exact
     norm = exact.norm()
@@ -59,9 +63,9 @@ def test_bias_stands_out_from_its_standard_error():
     exact = torch.ones(1000)
     found = []
     for offset in (0.0, 1.0):
-        deviations = fidelity.Deviations(exact)
+        deviations = fidelity.Deviations()
         for _ in range(50):
-            deviations.add(exact + offset + torch.randn(1000))
+            deviations.add(exact + offset + torch.randn(1000), exact)
         found.append(deviations.figures(whole=1.0))
     unbiased, biased = found
     assert unbiased["bias"] == pytest.approx(unbiased["bias_standard_error"], rel=0.15)
@@ -153,3 +157,27 @@ def test_directions_of_a_longer_refresh_are_those_of_earlier_weights(monkeypatch
     left = errors()
     assert left[1] < left[3] < left[7] and left[7] == left[50]
     assert left[1] == followed[1] and left[3] > followed[3] and left[7] > followed[7]
+
+
+@pytest.mark.parametrize("sampler", ["cluster", "saint_rw", "neighbor"])
+def test_mini_batches_have_an_error_of_sampling_beside_that_of_compression(sampler):
+    config = compose_config(
+        "task=fidelity", "dataset=digits", f"sampler={sampler}", "fidelity.epochs=[1]", "fidelity.draws=6",
+        "model.num_layers=2", "model.hidden_channels=16", "compression=iexact",
+        *(["sampler.roots=100"] if sampler == "saint_rw" else []),
+    )  # fmt: skip
+    dataset = load_dataset(config.dataset)
+    problem = prepare(dataset, config.model, inductive=False, device=torch.device("cpu"))
+    problem = with_batches(problem, config, dataset, device=torch.device("cpu"))
+    sizes = {"in_channels": problem.in_channels, "out_channels": problem.num_classes}
+    model = build_model(config.model, **sizes, compression=config.compression)
+    (figures,) = dict(fidelity.checkpoints(model, problem, config, seed=1)).values()
+    compression, sampling, both = (part["relative_error"] for part in (figures, figures["sampling"], figures["both"]))
+    assert compression > 0.05 and sampling > 0.05
+    assert max(sampling, 0) < both < sampling + 3 * compression
+
+    exact = dataclasses.replace(config, compression=compose_config("compression=none").compression)
+    model = build_model(config.model, **sizes, compression=exact.compression)
+    (figures,) = dict(fidelity.checkpoints(model, problem, exact, seed=1)).values()
+    assert figures["relative_error"] == 0
+    assert figures["both"] == figures["sampling"]

@@ -16,8 +16,8 @@ from iexact_runner.compression.bins import ClippedNormal, cell_masses
 from iexact_runner.errors import ConfigError
 from iexact_runner.experiment import Experiment
 from iexact_runner.nn import build_model
+from iexact_runner.problem import prepare
 from iexact_runner.runs.records import RunFolder
-from iexact_runner.training import prepare
 
 QUICK = ("task=distribution", "training.epochs=3", "model.hidden_channels=64", "model.num_layers=2")
 

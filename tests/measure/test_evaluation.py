@@ -10,7 +10,7 @@ from iexact_runner.data import load_dataset
 from iexact_runner.measure import step
 from iexact_runner.measure.step import fp32_figures, step_memory
 from iexact_runner.nn import build_model
-from iexact_runner.training import prepare
+from iexact_runner.problem import prepare
 
 CPU = torch.device("cpu")
 MODELS = ("sage", "gcn", "gcn2", "gat", "deepergcn")

@@ -13,7 +13,7 @@ from iexact_runner.cli import compose_config
 from iexact_runner.data import load_dataset
 from iexact_runner.measure import MIB, SavedTensors, total_bytes
 from iexact_runner.nn import build_model
-from iexact_runner.training import prepare, training_input
+from iexact_runner.problem import prepare, training_input
 
 MEMORY_PAGE = REPOSITORY / "docs" / "memory.md"
 NODES, FEATURES, CLASSES, EDGES = 169_343, 128, 40, 2_315_598

@@ -26,9 +26,9 @@ from iexact_runner.measure.out_of_memory import memory_by_preset, requested, ste
 from iexact_runner.measure.step import kept_tensors, step_memory
 from iexact_runner.nn import build_model
 from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory, phase
+from iexact_runner.problem import prepare
 from iexact_runner.runs.records import RunFolder
 from iexact_runner.tasks import train
-from iexact_runner.training import prepare
 
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 "

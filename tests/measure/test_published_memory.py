@@ -10,7 +10,7 @@ from iexact_runner.data import load_dataset
 from iexact_runner.loss import loss_per_node, node_loss
 from iexact_runner.measure import MIB, SavedTensors
 from iexact_runner.nn import build_model
-from iexact_runner.training import prepare
+from iexact_runner.problem import prepare
 
 FORMULA = {0: 29.72, 2: 27.13, 4: 25.84, 8: 25.19, 16: 24.95, 32: 24.83, 64: 24.77}
 

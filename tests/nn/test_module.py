@@ -14,7 +14,8 @@ from conftest import relative_error, tiny_dataset
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import build_model
-from iexact_runner.training import Optimization, evaluate, prepare, train_epochs
+from iexact_runner.problem import prepare
+from iexact_runner.training import Optimization, evaluate, train_epochs
 
 HERE = "model_of_a_user"
 

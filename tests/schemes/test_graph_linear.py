@@ -21,9 +21,9 @@ from iexact_runner.data import load_dataset
 from iexact_runner.data.graph import gcn_adjacency, mean_adjacency
 from iexact_runner.measure.step import step_memory
 from iexact_runner.nn import MODELS, build_model
+from iexact_runner.problem import prepare
 from iexact_runner.schemes import graph_linear as module
 from iexact_runner.schemes.graph_linear import GraphWeights, Mix, graph_linear
-from iexact_runner.training import prepare
 
 CPU = torch.device("cpu")
 FIELDS = dict(num_layers=3, hidden_channels=16, dropout=0.4)

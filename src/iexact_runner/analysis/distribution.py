@@ -28,7 +28,7 @@ from iexact_runner.compression.curves import Array
 from iexact_runner.compression.maps import MapLayout
 from iexact_runner.measure.saved import graph_nodes
 from iexact_runner.nn import Model
-from iexact_runner.training import Problem, training_input
+from iexact_runner.problem import Problem, training_input
 
 # Cells of the histograms that are compared, and elements of a map that are looked at.
 CELLS = 128

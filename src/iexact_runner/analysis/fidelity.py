@@ -7,13 +7,18 @@ m = mean(e_t):
 - cosine: mean of <g_t, g> / (||g_t|| ||g||)
 - bias: ||m|| / ||g||, and its standard error sqrt(sum ||e_t - m||^2 / (T (T - 1))) / ||g||, which is what ||m|| / ||g||
   comes to if there is no bias
+
+On mini-batches each draw has a batch, and the exact gradient of that batch takes the place of g. Beside these figures
+stand those of sampling, exact gradients of batches against that of the whole graph, and of both errors together.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +28,8 @@ from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, Config
 from iexact_runner.nn import Model
-from iexact_runner.training import Optimization, Problem, step, training_loss
+from iexact_runner.problem import Problem
+from iexact_runner.training import Optimization, device_of, epoch_trainer, training_loss
 
 FIGURES = ("relative_error", "cosine", "bias", "bias_standard_error")
 # A gradient this much smaller than the whole is zero but for rounding, such as that of a bias before BatchNorm.
@@ -43,40 +49,43 @@ def exact_twin(compression: CompressionConfig) -> CompressionConfig:
 
 
 class Deviations:
-    """Draws of one gradient against the exact one, summed as they come.
+    """Draws of one gradient, each against an exact one, summed as they come."""
 
-    Args:
-        exact: the exact gradient, of any shape.
-    """
-
-    def __init__(self, exact: Tensor) -> None:
-        self._exact = exact.flatten().double()
-        self._norm = self._exact.norm().item()
-        self._sum = torch.zeros_like(self._exact)
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._norms: list[float] = []
         self._squares: list[float] = []
         self._cosines: list[float] = []
 
-    def add(self, drawn: Tensor) -> None:
-        """Counts one more draw."""
-        drawn = drawn.flatten().double()
-        error = drawn - self._exact
-        self._sum += error
+    @property
+    def norm(self) -> float:
+        """Mean norm of the exact gradients."""
+        return statistics.fmean(self._norms)
+
+    def add(self, drawn: Tensor, exact: Tensor) -> None:
+        """Counts one more draw, and the exact gradient that it estimates, both of one shape."""
+        drawn, exact = drawn.flatten().double(), exact.flatten().double()
+        error = drawn - exact
+        self._sum = self._sum + error
         self._squares.append(error.square().sum().item())
-        length = drawn.norm().item() * self._norm
-        self._cosines.append((drawn @ self._exact).item() / length if length else 0.0)
+        self._norms.append(exact.norm().item())
+        length = drawn.norm().item() * self._norms[-1]
+        self._cosines.append((drawn @ exact).item() / length if length else 0.0)
 
     def figures(self, *, whole: float) -> dict[str, float | None]:
         """Error, cosine and bias of two draws or more; None next to ``whole``, the norm of all gradients together."""
-        if self._norm <= NEGLIGIBLE * whole:
+        norm = self.norm
+        if norm <= NEGLIGIBLE * whole or min(self._norms) == 0:
             return dict.fromkeys(FIGURES)
         draws = len(self._squares)
-        mean_square = (self._sum / draws).square().sum().item()
+        mean_square = (torch.as_tensor(self._sum) / draws).square().sum().item()
         variance = max(0.0, statistics.fmean(self._squares) - mean_square) * draws / (draws - 1)
+        errors = [square**0.5 / own for square, own in zip(self._squares, self._norms, strict=True)]
         return {
-            "relative_error": statistics.fmean(square**0.5 for square in self._squares) / self._norm,
+            "relative_error": statistics.fmean(errors),
             "cosine": statistics.fmean(self._cosines),
-            "bias": mean_square**0.5 / self._norm,
-            "bias_standard_error": (variance / draws) ** 0.5 / self._norm,
+            "bias": mean_square**0.5 / norm,
+            "bias_standard_error": (variance / draws) ** 0.5 / norm,
         }
 
 
@@ -94,9 +103,14 @@ def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) ->
     optimization = Optimization(model, config.training)
     names = [name for name, _ in model.named_parameters()]
     directions: dict[int, list[Directions]] = {later: [] for later in config.fidelity.epochs}
+    train_epoch = epoch_trainer(model, optimization, problem, seed=seed)
     for epoch in range(config.fidelity.epochs[-1] + 1):
         if epoch > 0:
-            step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
+            train_epoch(epoch)
+        if problem.batches is not None:
+            if epoch in config.fidelity.epochs:
+                yield epoch, _on_batches(model, compared, problem, config, seed=seed, epoch=epoch + 1, names=names)
+            continue
         for later in config.fidelity.epochs:
             if later + 1 - refresh <= epoch < later:
                 _update(directions[later], model, compared, problem, config, seed=mix(seed, epoch + 1))
@@ -106,7 +120,56 @@ def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) ->
             exact = gradients(probe, problem, kind=config.training.loss, seed=mix(seed, epoch + 1))
             probe.compression = compared
             draws = _draws(probe, problem, config, directions[epoch], seeds=(seed, epoch + 1))
-            yield epoch, compare(exact, draws, names=names)
+            yield epoch, compare(((drawn, exact) for drawn in draws), names=names)
+
+
+def _on_batches(
+    model: Model,
+    compared: CompressionConfig,
+    problem: Problem,
+    config: Config,
+    *,
+    seed: int,
+    epoch: int,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Figures of the gradients of the batches of an epoch, taken over and over until there are enough draws.
+
+    Directions of the low-rank scheme go from batch to batch as in training, and are as old when draws begin.
+    """
+    batches = problem.batches
+    assert batches is not None
+    kind, precision, twin = config.training.loss, config.precision, model.compression
+    whole = replace(problem, batches=None)
+    on_device = whole.of_batch(problem.training.to(device_of(model)))
+    full = gradients(copy.deepcopy(model), on_device, kind=kind, seed=mix(seed, epoch))
+    directions: list[Directions] = []
+    sampling, both = Deviations(), Deviations()
+
+    def pairs() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        older = compared.refresh_on(device_of(model).type) - 1 if compared.scheme == "lowrank" else 0
+        drawn = 0
+        for turn in itertools.count(-older):
+            view = batches.view(turn % len(batches), seed=seed, epoch=epoch)
+            if not view.train.numel():
+                continue
+            batch, seeds = problem.of_batch(view), mix(seed, epoch, turn)
+            probe = copy.deepcopy(model)
+            exact = gradients(probe, batch, kind=kind, seed=seeds)
+            probe.compression, probe.directions = compared, directions
+            estimate = gradients(probe, batch, kind=kind, precision=precision, seed=seeds, map_seed=mix(seeds, drawn))
+            probe.compression = twin
+            if turn < 0:
+                continue
+            sampling.add(_joined(exact), _joined(full))
+            both.add(_joined(estimate), _joined(full))
+            yield estimate, exact
+            drawn += 1
+            if drawn == config.fidelity.draws:
+                return
+
+    figures = compare(pairs(), names=names)
+    return figures | {"sampling": sampling.figures(whole=0.0), "both": both.figures(whole=0.0)}
 
 
 def _update(
@@ -144,18 +207,16 @@ def gradients(
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def compare(exact: Sequence[Tensor], draws: Iterator[list[Tensor]], *, names: Sequence[str]) -> dict[str, Any]:
-    """Figures of all parameters together, and in ``parameters`` of each."""
-    whole = Deviations(_joined(exact))
-    single = [Deviations(gradient) for gradient in exact]
-    for drawn in draws:
-        whole.add(_joined(drawn))
-        for deviations, gradient in zip(single, drawn, strict=True):
-            deviations.add(gradient)
-    norm = _joined(exact).double().norm().item()
+def compare(draws: Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]], *, names: Sequence[str]) -> dict[str, Any]:
+    """Figures of all parameters together, and in ``parameters`` of each, of gradients beside the exact ones."""
+    whole, single = Deviations(), [Deviations() for _ in names]
+    for drawn, exact in draws:
+        whole.add(_joined(drawn), _joined(exact))
+        for deviations, gradient, own in zip(single, drawn, exact, strict=True):
+            deviations.add(gradient, own)
     parameters = {
-        name: {"share": gradient.double().norm().item() / norm, **deviations.figures(whole=norm)}
-        for name, gradient, deviations in zip(names, exact, single, strict=True)
+        name: {"share": deviations.norm / whole.norm, **deviations.figures(whole=whole.norm)}
+        for name, deviations in zip(names, single, strict=True)
     }
     return {**whole.figures(whole=0.0), "parameters": parameters}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from iexact_runner.analysis.distribution import captured_maps, map_figures, normalised
 from iexact_runner.compression.bins import ClippedNormal, cell_masses
 from iexact_runner.nn import Model
-from iexact_runner.training import Problem
+from iexact_runner.problem import Problem
 
 # Cells of the histograms that are drawn, and elements of a map that they count.
 CELLS = 60

@@ -34,12 +34,25 @@ from iexact_runner.config.model import (
     SAGEConfig,
     model_config,
 )
+from iexact_runner.config.sampler import (
+    SAMPLER_CONFIGS,
+    BatchSamplerConfig,
+    ClusterConfig,
+    NeighborConfig,
+    SaintConfig,
+    SaintEdgeConfig,
+    SaintNodeConfig,
+    SaintWalkConfig,
+    SamplerConfig,
+)
 
 __all__ = [
     "BACKENDS",
     "BITS",
+    "BatchSamplerConfig",
     "BinsConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "CompressionConfig",
     "Config",
     "DATASET_PREFIXES",
@@ -56,7 +69,14 @@ __all__ = [
     "MeasureConfig",
     "ModelConfig",
     "ModuleConfig",
+    "NeighborConfig",
     "SAGEConfig",
+    "SAMPLER_CONFIGS",
+    "SaintConfig",
+    "SaintEdgeConfig",
+    "SaintNodeConfig",
+    "SaintWalkConfig",
+    "SamplerConfig",
     "SweepConfig",
     "SyntheticConfig",
     "TrainingConfig",
@@ -77,10 +97,10 @@ LOSSES = ("cross_entropy", "log_cross_entropy")
 
 @dataclass
 class TrainingConfig:
-    """Full-batch training.
+    """Training.
 
     Args:
-        epochs: training steps of a run, each over the whole graph.
+        epochs: of a run; each is one step over the whole graph, or as many steps as a sampler has batches.
         lr: learning rate.
         optimizer: the optimizer of torch of that name.
         weight_decay: L2 penalty on all weights.
@@ -243,6 +263,7 @@ class Config:
         model: group of the model's fields.
         dataset: group of the dataset's fields.
         compression: group of the scheme's fields.
+        sampler: group of the fields of mini-batches.
         training: group of the fields of training.
         checkpoint: group of the fields of checkpoints.
         measure: group of the fields of timing.
@@ -264,6 +285,7 @@ class Config:
     model: ModelConfig = MISSING
     dataset: DatasetConfig = MISSING
     compression: CompressionConfig = MISSING
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(name="none"))
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -289,6 +311,9 @@ class Config:
             check(
                 not varying, "training.cuda_graph", "true", "a step needs model.label_input=false model.edge_dropout=0"
             )
+        if self.training.cuda_graph:
+            full = not isinstance(self.sampler, BatchSamplerConfig)
+            check(full, "training.cuda_graph", "true", "mini-batches vary in size: sampler=none")
         if self.task == "distribution":
             quantized = self.compression.scheme == "projected" and self.compression.bits is not None
             check(

@@ -97,6 +97,13 @@ class Edges:
 Graph = Adjacency | CSR | Edges
 
 
+def edge_count(graph: Graph) -> int:
+    """Edges, self-loops included."""
+    if isinstance(graph, Edges):
+        return graph.edge_index.size(1)
+    return (graph.matrix if isinstance(graph, Adjacency) else graph).columns.numel()
+
+
 def edge_list(edge_index: Tensor, num_nodes: int) -> Edges:
     """The edges as they are, for a model that makes of them what it needs."""
     return Edges(edge_index.long())

@@ -13,7 +13,7 @@ from iexact_runner.config import CompressionConfig, Config
 from iexact_runner.config.presets import preset
 from iexact_runner.measure import MIB
 from iexact_runner.measure.step import COMPILING_BYTES, PASSING_MAPS, UNKNOWN, kept_tensors
-from iexact_runner.training import Problem
+from iexact_runner.problem import Problem
 
 # Presets of ``conf/compression``, in the order in which they are suggested: the closest gradients come first.
 PRESETS = ("int8", "int4", "lowrank", "int2", "exact", "iexact")

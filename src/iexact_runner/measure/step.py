@@ -22,17 +22,9 @@ from iexact_runner.loss import node_loss
 from iexact_runner.measure import MIB, PeakMemory, SavedTensors, TensorRecord, Throughput, allocated, total_bytes
 from iexact_runner.nn import Model, build_model
 from iexact_runner.phases import is_out_of_memory
+from iexact_runner.problem import Problem, loss_weights, training_input
 from iexact_runner.schemes import Plain
-from iexact_runner.training import (
-    Optimization,
-    Problem,
-    autocast,
-    clock,
-    evaluate,
-    step,
-    training_input,
-    training_loss,
-)
+from iexact_runner.training import Optimization, autocast, clock, evaluate, step, train_on_batches, training_loss
 
 # What tensors without memory raise where their numbers are asked for, or their kind is not known.
 WITHOUT_NUMBERS = (
@@ -67,7 +59,8 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
         with autocast(config.precision, device):
             scores = model(features, problem.training.graph, seed=seed)
         kept = saved.kept(scores)
-        loss = node_loss(scores, problem.training.y, nodes, kind=config.training.loss)
+        view = problem.training
+        loss = node_loss(scores, view.y, nodes, kind=config.training.loss, weights=loss_weights(view, nodes))
         kept_with_loss = saved.kept(loss, beside=scores)
     after = allocated(device)
     reference = None
@@ -89,7 +82,13 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
 
 
 def fp32_figures(
-    problem: Problem, config: Config, *, device: torch.device, seed: int, available: int | None
+    problem: Problem,
+    config: Config,
+    *,
+    device: torch.device,
+    seed: int,
+    available: int | None,
+    batch: Problem | None = None,
 ) -> dict[str, Any] | None:
     """The ``fp32`` of a summary: peaks and speed of the same model in FP32, from a few steps that are thrown away.
 
@@ -99,12 +98,14 @@ def fp32_figures(
         device: where.
         seed: of the steps.
         available: bytes that may be allocated; None if that is not known.
+        batch: the step on the largest mini-batch, if there are any.
 
     Returns:
         None if FP32 does not fit, or its loss is not finite.
     """
     plain, problem = CompressionConfig(scheme="none"), problem.without_cache()
-    kept = kept_tensors(config.model, problem, plain)
+    largest = batch or problem
+    kept = kept_tensors(config.model, largest, plain)
     if kept is None:
         return None
     widest = max((record.bytes_fp32 for record in kept), default=0)
@@ -119,12 +120,15 @@ def fp32_figures(
 
     def timed(epoch: int) -> float:
         start = clock(device)
-        step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
-        return clock(device) - start
+        if problem.batches is None:
+            step(model, optimization, problem, seed=mix(seed, epoch), epoch=epoch)
+            return clock(device) - start
+        train_on_batches(model, optimization, problem, epoch, seed=seed, most=FP32_STEPS)
+        return (clock(device) - start) * len(problem.batches) / min(FP32_STEPS, len(problem.batches))
 
     seconds: list[float] = []
     try:
-        peaks = _peaks(model, problem, config, device=device, seed=seed)
+        peaks = _peaks(model, largest, config, device=device, seed=seed)
         while not seconds or (len(seconds) < FP32_STEPS and sum(seconds) < FP32_SECONDS):
             seconds.append(timed(1 + len(seconds)))
     except (MemoryError, RuntimeError) as error:
@@ -137,13 +141,29 @@ def fp32_figures(
 
 def _peaks(model: Model, problem: Problem, config: Config, *, device: torch.device, seed: int) -> dict[str, float]:
     """MiB that one training step and one evaluation allocate at once, beyond what is there before them."""
-    model.train()
-    with PeakMemory(device) as of_step:
-        training_loss(model, problem, kind=config.training.loss, precision=config.precision, seed=seed).backward()
+    step_peak = step_peak_mib(model, problem, config, device=device, seed=seed)
     with PeakMemory(device) as of_evaluation:
         evaluate(model, problem, precision=config.precision)
     model.train()
-    return {"step_peak_mib": of_step.bytes / MIB, "evaluation_peak_mib": of_evaluation.bytes / MIB}
+    return {"step_peak_mib": step_peak, "evaluation_peak_mib": of_evaluation.bytes / MIB}
+
+
+def step_peak_mib(model: Model, problem: Problem, config: Config, *, device: torch.device, seed: int) -> float:
+    """MiB that one training step allocates at once, beyond what is there before it."""
+    model.train()
+    with PeakMemory(device) as peak:
+        training_loss(model, problem, kind=config.training.loss, precision=config.precision, seed=seed).backward()
+    return peak.bytes / MIB
+
+
+def saved_mib(model: Model, problem: Problem, config: Config, *, seed: int) -> float:
+    """MiB that one training step keeps for its backward pass."""
+    model.train()
+    features, _ = training_input(problem, seed=seed)
+    with SavedTensors(model, excluded=[features, *problem.tensors()]) as saved:
+        with autocast(config.precision, features.device):
+            scores = model(features, problem.training.graph, seed=seed)
+        return sum(record.bytes for record in saved.kept(scores)) / MIB
 
 
 def kept_tensors(config: ModelConfig, problem: Problem, compression: CompressionConfig) -> list[TensorRecord] | None:

@@ -14,6 +14,9 @@ from iexact_runner.config import CompressionConfig, ModelConfig
 from iexact_runner.data.graph import Graph
 from iexact_runner.schemes import Activation, Plain, start_pass
 
+# What maps an activation, called as ``layer(x, graph, ops)``, or with a first activation at the end.
+Layer = Callable[..., Any]
+
 
 class Block(nn.Module):
     """conv -> BatchNorm -> (+ input) -> ReLU -> dropout.
@@ -122,6 +125,10 @@ class GNN(nn.Module, ABC):
         """What a model does to the graph once a forward pass; nothing by default."""
         prepared: Graph = graph
         return prepared
+
+    def layers(self) -> tuple[Layer | None, list[Layer]]:
+        """What makes a first map that all layers read, if there is such a map, and the layers."""
+        return None, [*self.blocks, self.head]
 
     def forward(
         self, features: Tensor, graph: Graph, *, seed: int | Tensor = 0, map_seed: int | Tensor | None = None

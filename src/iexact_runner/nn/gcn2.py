@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +12,13 @@ from torch import Tensor, nn
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig, GCN2Config
 from iexact_runner.data.graph import Adjacency, gcn_adjacency
-from iexact_runner.nn.block import Block, kept_factor
+from iexact_runner.nn.block import Block, Layer, kept_factor
 from iexact_runner.schemes import Activation, Plain, start_pass
 from iexact_runner.schemes.activation import Kept
 from iexact_runner.schemes.graph_linear import GraphWeights, Mix
+
+# What follows the first linear map, before ReLU.
+NOTHING: dict[str, Any] = dict(norm=None, residual=None, dropout=0.0)
 
 
 class GCN2Conv(nn.Module):
@@ -116,6 +121,17 @@ class GCN2(nn.Module):
         for part in (self.lin_in, *self.blocks, self.lin_out):
             part.reset_parameters()
 
+    def layers(self) -> tuple[Layer, list[Layer]]:
+        """What makes the first map, which all layers read, and the layers."""
+
+        def first(x: Activation, graph: Adjacency, ops: Plain) -> Activation:
+            return ops.finish(partial(ops.linear, x, self.lin_in.weight, self.lin_in.bias), **NOTHING)
+
+        def last(x: Activation, graph: Adjacency, ops: Plain, initial: Activation) -> Tensor:
+            return ops.linear(x, self.lin_out.weight, self.lin_out.bias)
+
+        return first, [*self.blocks, last]
+
     def forward(
         self, features: Tensor, graph: Adjacency, *, seed: int | Tensor = 0, map_seed: int | Tensor | None = None
     ) -> Tensor:
@@ -126,7 +142,7 @@ class GCN2(nn.Module):
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
         h = [ops.linear(x, self.lin_in.weight, self.lin_in.bias)]
         del x  # the features, if dropout made a map of them
-        initial = ops.finish(h.pop, norm=None, residual=None, dropout=0.0).shared()
+        initial = ops.finish(h.pop, **NOTHING).shared()
         x = ops.scaled(ops.drop(initial, self.dropout), self.factor)
         for block in self.blocks:
             x = block(x, graph, ops, initial)

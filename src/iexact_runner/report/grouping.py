@@ -89,6 +89,10 @@ METRICS = {
         Metric("peak_reserved_mib", "memory.peak_reserved_mib", "peak reserved [MiB]"),
         Metric("peak_resident_mib", "memory.peak_resident_mib", "peak resident [MiB]"),
         Metric("reference_activation_mib", "memory.reference_activation_mib", "activations, as the reference [MiB]"),
+        Metric("nodes_per_second", "batches.nodes_per_second", "nodes/s", digits=0),
+        Metric("sampling_share", "batches.sampling_share", "sampling [% of the time]", 100.0, digits=1),
+        Metric("waiting_share", "batches.waiting_share", "waiting for batches [% of the time]", 100.0, digits=1),
+        Metric("edge_cut", "batches.partition.edge_cut", "edges cut [%]", 100.0, digits=1),
         Metric("kwh", "energy.kwh", "energy [kWh]", digits=6),
         Metric("gco2e", "energy.gco2e", "emissions [gCO2e]", digits=4),
         # Of two rows, not of a run: iexact_runner.report.paired.

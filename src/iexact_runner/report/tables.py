@@ -46,6 +46,7 @@ CONFIG_COLUMNS = (
     "compression.energy",
     "compression.refresh",
     "compression.residual",
+    "sampler.name",
     "runs",
     "seed",
     "training.epochs",

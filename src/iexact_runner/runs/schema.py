@@ -116,6 +116,37 @@ class Throughput(Struct):
     alone: bool | None = None
 
 
+class Sizes(Struct):
+    """A figure of mini-batches at quantiles of their sizes."""
+
+    p50: Amount
+    p95: Amount
+    max: Amount
+
+
+class Partition(Struct):
+    """How a graph was partitioned."""
+
+    method: str
+    edge_cut: Score
+    seconds: Amount
+
+
+class Batches(Struct):
+    """Mini-batches."""
+
+    an_epoch: Count
+    nodes: Sizes
+    edges: Sizes
+    saved_mib: Sizes
+    step_peak_mib: Sizes
+    edges_share: Amount
+    nodes_per_second: Amount | None = None
+    sampling_share: Amount | None = None
+    waiting_share: Amount | None = None
+    partition: Partition | None = None
+
+
 class FP32(Struct):
     """Data, peaks and speed of the same model in FP32."""
 
@@ -179,6 +210,7 @@ class Summary(Struct):
     memory: Memory | None = None
     throughput: Throughput | None = None
     fp32: FP32 | None = None
+    batches: Batches | None = None
     energy: Energy | None = None
     fidelity: Fidelity | None = None
     distribution: list[Annotated[list[Map], Meta(max_length=_MOST)]] | None = None

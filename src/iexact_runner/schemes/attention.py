@@ -44,9 +44,9 @@ def attend(
     ``drop`` is what is done to alpha (E, H).
     """
     by_head = h.unflatten(1, att_source.shape[1:])
-    source = _scores(by_head, att_source)
-    target = source if att_target is None else _scores(by_head, att_target)
-    alpha = drop(_attention(source, target, edges, negative_slope))
+    source = node_scores(by_head, att_source)
+    target = source if att_target is None else node_scores(by_head, att_target)
+    alpha = drop(attention_weights(source, target, edges, negative_slope))
     output = h if overwrite else torch.empty_like(h)
     out_by_head = output.unflatten(1, att_source.shape[1:])
     for head in range(by_head.size(1)):
@@ -103,7 +103,7 @@ class Attention(Function):
         spare = sole_owner(grad)
         by_head = grad.unflatten(1, att_source.shape[1:])
         h = ctx.layout.decode(tensors).view(by_head.shape)
-        alpha = _attention(source, target, edges, ctx.negative_slope)
+        alpha = attention_weights(source, target, edges, ctx.negative_slope)
 
         def drop(x: Tensor) -> Tensor:
             return ops.dropout(x, p=ctx.dropout, seed=seed, backend=ctx.backend) if ctx.dropout else x
@@ -131,7 +131,7 @@ class Attention(Function):
         return grad_h.flatten(1), grad_vectors[0], grad_vectors[1] if others else None, *[None] * 8
 
 
-def _scores(h: Tensor, vector: Tensor) -> Tensor:
+def node_scores(h: Tensor, vector: Tensor) -> Tensor:
     """Product a . h_i of every node and head (N, H), in float32 also under autocast."""
     with torch.autocast(h.device.type, enabled=False):
         return torch.einsum("nhc,hc->nh", h.float(), vector[0].float())
@@ -145,6 +145,6 @@ def _raw_scores(source: Tensor, target: Tensor, edges: CSR) -> Tensor:
     return source.index_select(0, edges.columns).add_(target.index_select(0, edges.rows()))
 
 
-def _attention(source: Tensor, target: Tensor, edges: CSR, negative_slope: float) -> Tensor:
+def attention_weights(source: Tensor, target: Tensor, edges: CSR, negative_slope: float) -> Tensor:
     """Attention coefficients (E, H) from the scores of both ends (N, H)."""
     return edges.softmax_rows_(F.leaky_relu(_raw_scores(source, target, edges), negative_slope))

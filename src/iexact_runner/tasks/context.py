@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ from iexact_runner import measure
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
 from iexact_runner.loggers import Logger
+from iexact_runner.measure.batches import BatchSizes
 from iexact_runner.nn import Model, build_model
+from iexact_runner.problem import Problem
 from iexact_runner.runs.locks import DeviceLock
 from iexact_runner.runs.records import RunFolder
-from iexact_runner.training import Problem, Scores
+from iexact_runner.training import BatchWork, Scores
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Findings:
         resumed: how many times the run went on after its end.
         warmup_epochs: epochs of a run, and of what follows a resumption, that are not timed.
         epoch_seconds: of every timed epoch of training.
+        batches: sizes and memory of mini-batches.
+        work: seconds of every timed epoch of mini-batches, and what it came to.
         throughput: of the timed epochs of ``task=measure``.
         fidelities: figures of gradients by epoch, of each run.
         distribution: figures of maps, of each run.
@@ -46,6 +51,8 @@ class Findings:
     resumed: int = 0
     warmup_epochs: int = 0
     epoch_seconds: list[float] = field(default_factory=list)
+    batches: dict[str, Any] | None = None
+    work: list[tuple[float, BatchWork]] = field(default_factory=list)
     throughput: measure.Throughput | None = None
     fidelities: list[dict[int, dict[str, Any]]] = field(default_factory=list)
     distribution: list[list[dict[str, Any]]] | None = None
@@ -57,6 +64,17 @@ class Findings:
         if self.epoch_seconds:
             return measure.Throughput.of(self.epoch_seconds, warmup_epochs=self.warmup_epochs)
         return self.throughput
+
+    def batches_record(self) -> dict[str, Any] | None:
+        """Sizes of mini-batches, with the medians over timed epochs of nodes a second and of what sampling took."""
+        if self.batches is None or not self.work:
+            return self.batches
+        shares = {
+            "nodes_per_second": [work.nodes / seconds for seconds, work in self.work],
+            "sampling_share": [work.sampling_seconds / seconds for seconds, work in self.work],
+            "waiting_share": [work.waiting_seconds / seconds for seconds, work in self.work],
+        }
+        return self.batches | {name: statistics.median(values) for name, values in shares.items()}
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,7 @@ class Context:
         console: where progress is shown.
         logger: what is told of every epoch beside the records.
         findings: filled by the task as it goes on; its ``memory`` is there already.
+        sizes: of the mini-batches, if there are any.
     """
 
     config: Config
@@ -82,6 +101,11 @@ class Context:
     console: Console
     logger: Logger
     findings: Findings
+    sizes: BatchSizes | None = None
+
+    def largest_step(self) -> Problem:
+        """The problem of the step that needs most: on the largest batch, or on the whole graph."""
+        return self.problem if self.sizes is None else self.sizes.problem_of(self.problem, "max")
 
     def new_model(self, run: int) -> tuple[Model, int]:
         """The model of a run, its weights freshly drawn from the run's seed, and that seed."""

@@ -18,6 +18,6 @@ def run(context: Context) -> None:
     context.findings.distribution = observed = []
 
     def finish(model: Model, seed: int) -> None:
-        observed.append(observe(model, context.problem, bits=bits, seed=mix(seed, config.training.epochs + 1)))
+        observed.append(observe(model, context.largest_step(), bits=bits, seed=mix(seed, config.training.epochs + 1)))
 
     train.run(context, finish=finish)

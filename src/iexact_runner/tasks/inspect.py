@@ -38,7 +38,7 @@ def run(context: Context) -> None:
     found, problem, config = context.findings.inspection, context.problem, context.config
     assert found is not None
     with context.console.status("counting what is kept"):
-        kept, widest = out_of_memory.kept_by_preset(problem, config, PRESETS)
+        kept, widest = out_of_memory.kept_by_preset(context.largest_step(), config, PRESETS)
     available = out_of_memory.available_bytes(context.device)
     found["data_mib"] = total_bytes(problem.tensors()) / MIB
     found["available_mib"] = None if available is None else available / MIB

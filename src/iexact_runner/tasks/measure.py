@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-from iexact_runner.compression.seeds import mix
 from iexact_runner.display import show_tensors
 from iexact_runner.measure import time_epochs
 from iexact_runner.measure.energy import EnergyMeter
 from iexact_runner.tasks.context import Context
-from iexact_runner.training import Optimization, clock, stepper
+from iexact_runner.training import Optimization, clock, epoch_trainer
 
 
 def run(context: Context) -> None:
@@ -19,13 +18,16 @@ def run(context: Context) -> None:
     show_tensors(context.console, findings.memory["tensors"])
     model, seed = context.new_model(run=0)
     optimization = Optimization(model, config.training, precision=config.precision)
-    take_step, numbers = stepper(model, optimization, problem), itertools.count(1)
+    train_epoch, numbers = epoch_trainer(model, optimization, problem, seed=seed), itertools.count(1)
 
     def one_epoch() -> float:
         number = next(numbers)
         start = clock(device)
-        take_step(seed=mix(seed, number), epoch=number)
-        return clock(device) - start
+        _, work = train_epoch(number)
+        seconds = clock(device) - start
+        if work is not None:
+            findings.work.append((seconds, work))
+        return seconds
 
     context.lock.exclude_others(patience=config.measure.max_wait)
     meter = EnergyMeter(device, country=config.measure.country) if config.measure.energy else None

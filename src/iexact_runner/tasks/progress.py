@@ -14,7 +14,7 @@ from iexact_runner.compression.directions import Directions
 from iexact_runner.errors import ConfigError
 from iexact_runner.runs.records import DamagedRecord, config_hash, to_json
 from iexact_runner.tasks.context import Context
-from iexact_runner.training import Epoch, Optimization, Scores
+from iexact_runner.training import BatchWork, Epoch, Optimization, Scores
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class Progress:
             "completed_highest": [list(scores) for scores in findings.highest],
             "resumed": findings.resumed,
             "epoch_seconds": findings.epoch_seconds,
+            "work": [[seconds, *work] for seconds, work in findings.work],
             "distribution": to_json(findings.distribution),
             "model": self.model.state_dict(),
             "directions": [kept.state() for kept in self.model.directions],
@@ -126,6 +127,7 @@ class Progress:
         findings.completed[:] = [Scores(*scores) for scores in state["completed"]]
         findings.highest[:] = [Scores(*scores) for scores in state["completed_highest"]]
         findings.epoch_seconds[:] = state["epoch_seconds"]
+        findings.work[:] = [(seconds, BatchWork(*work)) for seconds, *work in state["work"]]
         findings.resumed = state["resumed"]
         if findings.distribution is not None:
             findings.distribution[:] = json.loads(state["distribution"])

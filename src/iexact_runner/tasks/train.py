@@ -48,6 +48,8 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
                 progress.passed(epoch)
                 if epoch.number > begun + warmup:
                     findings.epoch_seconds.append(epoch.seconds)
+                    if epoch.work is not None:
+                        findings.work.append((epoch.seconds, epoch.work))
                 context.logger.log(progress.run, epoch)
                 display.show(progress.run, epoch, saved_mib=findings.memory["saved_mib"])
                 if checkpoints.enabled and (interrupts.pending or checkpoints.due(epoch.number)):
@@ -83,4 +85,5 @@ def record(folder: RunFolder, run: int, epoch: Epoch) -> None:
     """Writes the line of an epoch; its scores are null where there was no evaluation."""
     scores = dict.fromkeys(Scores._fields) if epoch.scores is None else epoch.scores._asdict()
     line = {"run": run, "epoch": epoch.number, "loss": epoch.loss, **scores, "seconds": epoch.seconds}
-    folder.append_metrics({**line, "time": time.time()})
+    work = {} if epoch.work is None else epoch.work._asdict()
+    folder.append_metrics({**line, **work, "time": time.time()})
