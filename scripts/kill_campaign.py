@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -39,8 +40,8 @@ from iexact_runner.tasks import distribution  # noqa: F401
 
 RUN = ("dataset=synthetic", "dataset.num_nodes=200", "dataset.num_features=16", "model.hidden_channels=16", "runs=2")
 RUN += ("training.epochs=25", "deterministic=true")
-# Each has a state of its own: torch's generators; seeds alone; directions kept over epochs; another optimizer; and the
-# last has checkpoints when it is interrupted, but hardly before.
+# Each has a state of its own: torch's generators; seeds alone; directions kept over epochs; another optimizer; one has
+# checkpoints when it is interrupted, but hardly before; the last three have several batches an epoch.
 VARIANTS = {
     "FP32": ("compression=none", "checkpoint.every=1"),
     "iexact": ("compression=iexact", "checkpoint.every=4"),
@@ -49,6 +50,10 @@ VARIANTS = {
     "labels": ("compression=int8", "model=gat", "model.label_input=true", "training.optimizer=rmsprop")
     + ("training.warmup_epochs=20", "checkpoint.every=1"),
     "inductive": ("compression=int4", "dataset.inductive=true"),
+    "cluster": ("compression=lowrank", "compression.refresh=4", "checkpoint.every=2", "sampler=cluster")
+    + ("sampler.parts=10", "sampler.batch_parts=2", "sampler.partition=label_propagation"),
+    "saint": ("compression=iexact", "checkpoint.every=3", "sampler=saint_rw", "sampler.roots=30"),
+    "neighbor": ("compression=none", "checkpoint.every=1", "sampler=neighbor", "sampler.batch_size=30"),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # Shares of the kills after which the run is killed again, and after which its newest checkpoint is damaged.
@@ -249,7 +254,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     whole = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "time")} for line in whole]
+    return [{name: value for name, value in line.items() if not re.search(r"seconds$|^time$", name)} for line in whole]
 
 
 if __name__ == "__main__":

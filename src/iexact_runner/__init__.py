@@ -1,4 +1,4 @@
-"""Full-batch training of graph neural networks with compressed activation maps.
+"""Training of graph neural networks with compressed activation maps.
 
 ``from iexact_runner import compress`` makes a PyTorch model train with compressed maps.
 """

@@ -234,7 +234,11 @@ class Experiment:
             for split in ("train", "val"):
                 accuracy[f"highest_{split}"] = mean_std([getattr(scores, split) for scores in found.highest])
         compared = found.fidelities and fidelity.pooled(found.fidelities, draws=self._config.fidelity.draws)
-        throughput = found.timed()
+        timed = found.timed()
+        throughput = timed and timed.to_dict() | {
+            "alone": self._lock.alone,
+            "seconds_to_best": mean_std(found.seconds_to_best) if found.seconds_to_best else None,
+        }
         return {
             "schema_version": SCHEMA_VERSION,
             "status": status,
@@ -245,7 +249,7 @@ class Experiment:
             "accuracy": accuracy,
             "fp32": found.fp32,
             "memory": found.memory and {**found.memory, **measure.peak_mib(self._device)},
-            "throughput": throughput and throughput.to_dict() | {"alone": self._lock.alone},
+            "throughput": throughput,
             "batches": found.batches_record(),
             "fidelity": compared or None,
             "energy": found.energy,

@@ -1,13 +1,17 @@
 """Exact scores of the whole graph, one layer after the other, a few rows at a time.
 
-The maps between layers lie where the data do: on the host. On a CPU a layer reads them there; to a GPU go the rows of a
-chunk and those of their neighbours. Shapes: N nodes, R rows of a chunk, D features.
+The maps between layers lie on the host, in memory or in files. On a CPU a layer reads them there; a GPU is given the rows
+of a chunk and those of their neighbours. Shapes: N nodes, R rows of a chunk, D features.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from iexact_runner.data.graph import Adjacency, Graph
 from iexact_runner.data.sparse import CSR
+from iexact_runner.errors import ConfigError
 from iexact_runner.nn import GCN2, GNN, Model
 from iexact_runner.schemes.activation import Activation, Kept
 from iexact_runner.schemes.rows import RowEvaluation
@@ -23,6 +28,8 @@ from iexact_runner.schemes.rows import RowEvaluation
 CHAINS = (GNN, GCN2)
 # Edges that end in the rows of a chunk; a chunk is at least one row.
 CHUNK_ENTRIES = 1 << 18
+# Bytes of mapped files that layers read and write before their memory is given back.
+TOUCHED_BYTES = 1 << 30
 
 
 class Chunk(NamedTuple):
@@ -41,7 +48,14 @@ class Chunk(NamedTuple):
 
 @torch.no_grad()
 def layerwise_scores(
-    model: Model, features: Tensor, graph: Graph, *, device: torch.device, entries: int = CHUNK_ENTRIES
+    model: Model,
+    features: Tensor,
+    graph: Graph,
+    *,
+    device: torch.device,
+    maps_folder: str | None = None,
+    entries: int = CHUNK_ENTRIES,
+    gathers: bool | None = None,
 ) -> Tensor:
     """Scores (N, classes) of a model in evaluation, where the features (N, D) lie.
 
@@ -50,49 +64,105 @@ def layerwise_scores(
         features: the model's input.
         graph: as the model takes it, where the features lie.
         device: what computes.
+        maps_folder: for files that hold the maps between layers; None holds them in memory.
         entries: about how many edges end in the rows that are computed at once.
+        gathers: whether rows are copied for each chunk; None does so where the device is another one.
+
+    Raises:
+        ConfigError: if the folder cannot hold the maps.
     """
     assert isinstance(model, CHAINS)
-    gathers = device != features.device
     first, layers = model.layers()
-    ops = RowEvaluation()
+    gathers = device != features.device if gathers is None else gathers
+    layerwise = _Layerwise(graph, device, maps_folder, entries, gathers)
     factor: float = model.input_factor
-    x = features if factor == 1.0 else features * factor
-    initial: Tensor | None = None
+    x = HostMap(features if factor == 1.0 else features * factor)
+    initial: HostMap | None = None
     if first is not None:
-        initial = _layer(first, x, None, graph, ops, device=device, entries=entries, gathers=gathers)
-        x = initial * model.factor if isinstance(model, GCN2) and model.factor != 1.0 else initial
+        x = initial = layerwise.applied(first, x, None)
+        if isinstance(model, GCN2) and model.factor != 1.0:
+            x = layerwise.applied(lambda x, _, ops: ops.scaled(x, model.factor), initial, None)
     for layer in layers:
-        x = _layer(layer, x, initial, graph, ops, device=device, entries=entries, gathers=gathers)
-    return x
+        x = layerwise.applied(layer, x, initial)
+    return x.tensor.clone() if x.mapping is not None else x.tensor
 
 
-def _layer(
-    layer: Callable[..., Any],
-    x: Tensor,
-    initial: Tensor | None,
-    graph: Graph,
-    ops: RowEvaluation,
-    *,
-    device: torch.device,
-    entries: int,
-    gathers: bool,
-) -> Tensor:
-    """What a layer makes of a map (N, D)."""
-    out: Tensor | None = None
-    ops.begin_layer(remembers=not gathers)
-    for rows, part, columns in _chunks(graph, entries, gathers=gathers):
-        local, own = (x, rows) if columns is None else (x[columns].to(device), slice(0, rows.stop - rows.start))
-        ops.rows = own
-        beginning = [] if initial is None else [Activation(initial[rows].to(device), Kept())]
-        made = layer(Activation(local, Kept()), part.map(lambda tensor: tensor.to(device)), ops, *beginning)
-        value = made.value if isinstance(made, Activation) else made
-        if out is None:
-            out = torch.empty(x.size(0), value.size(1), dtype=value.dtype, device=x.device)
-        out[rows] = value
-    ops.begin_layer(remembers=False)
-    assert out is not None
-    return out
+@dataclass(frozen=True)
+class _Layerwise:
+    """What the layers of one evaluation share; the fields are arguments of :func:`layerwise_scores`."""
+
+    graph: Graph
+    device: torch.device
+    maps_folder: str | None
+    entries: int
+    gathers: bool
+    ops: RowEvaluation = field(default_factory=RowEvaluation)
+
+    def applied(self, layer: Callable[..., Any], x: HostMap, initial: HostMap | None) -> HostMap:
+        """What a layer makes of a map (N, D), and of the first one if it reads that."""
+        out: HostMap | None = None
+        touched = 0
+        self.ops.begin_layer(remembers=not self.gathers)
+        for rows, part, columns in _chunks(self.graph, self.entries, gathers=self.gathers):
+            local, self.ops.rows = x.tensor, rows
+            if columns is not None:
+                local, self.ops.rows = x.tensor[columns].to(self.device), slice(0, rows.stop - rows.start)
+            beginning = [] if initial is None else [Activation(initial.tensor[rows].to(self.device), Kept())]
+            part = part.map(lambda tensor: tensor.to(self.device))
+            made = layer(Activation(local, Kept()), part, self.ops, *beginning)
+            value = made.value if isinstance(made, Activation) else made
+            if out is None:
+                shape = (x.tensor.size(0), value.size(1))
+                out = HostMap.new(shape, value.dtype, x.tensor.device, folder=self.maps_folder)
+            out.tensor[rows] = value
+            touched += x.tensor[0].nbytes * self.entries + value.nbytes
+            if touched > TOUCHED_BYTES:
+                touched = 0
+                for held in (x, out):
+                    held.release()
+        self.ops.begin_layer(remembers=False)
+        assert out is not None
+        return out
+
+
+@dataclass(frozen=True)
+class HostMap:
+    """A map (N, D) on the host.
+
+    Args:
+        tensor: the map.
+        mapping: of the file that holds it; None for memory.
+    """
+
+    tensor: Tensor
+    mapping: mmap.mmap | None = None
+
+    @classmethod
+    def new(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, folder: str | None) -> HostMap:
+        """One without values, in memory or in a file without a name, which is gone with the map.
+
+        Raises:
+            ConfigError: if the folder cannot hold it.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if folder is None or not size:
+            return cls(torch.empty(shape, dtype=dtype, device=device))
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+                mapping = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            valid = f"cannot hold a file of {size / 2**20:.0f} MiB: {error.strerror}"
+            raise ConfigError.of("sampler.maps_folder", folder, valid) from error
+        return cls(torch.frombuffer(mapping, dtype=dtype).view(shape), mapping)
+
+    def release(self) -> None:
+        """Gives the memory of a mapped file back; the system reads it again where it is needed."""
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _chunks(graph: Graph, entries: int, *, gathers: bool) -> Iterator[Chunk]:

@@ -78,7 +78,8 @@ class Problem:
     """What a run trains on (``training``), is scored on (``whole``), and the nodes of each score.
 
     Transductive training uses one and the same view for both. With ``batches`` the steps of an epoch work on these, the
-    views lie on the host, and ``layerwise`` says whether scores are computed layer by layer.
+    views lie on the host, and ``layerwise`` says whether scores are computed layer by layer; ``maps_folder``, if there is
+    one, then holds the maps between layers.
     """
 
     training: View
@@ -89,6 +90,7 @@ class Problem:
     label_mask_rate: float | None
     batches: Batches | None = None
     layerwise: bool = False
+    maps_folder: str | None = None
 
     @property
     def multilabel(self) -> bool:

@@ -231,7 +231,7 @@ def evaluate(model: Model, problem: Problem, *, precision: str = "float32") -> S
     view, features, device = problem.whole, evaluation_input(problem), device_of(model)
     with autocast(precision, device):
         if problem.layerwise:
-            scores = layerwise_scores(model, features, view.graph, device=device)
+            scores = layerwise_scores(model, features, view.graph, device=device, maps_folder=problem.maps_folder)
         else:
             scores = model(features, view.graph)
     return Scores(*(score(scores[nodes], view.y[nodes]) for nodes in (view.train, problem.val, problem.test)))

@@ -24,7 +24,12 @@ def run(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     highest = {f"highest_{split}": summary["accuracy"][split] for split in ("train", "val")}
     edit_summary(folder, accuracy=summary["accuracy"] | highest)
+    edit_summary(folder, throughput=summary["throughput"] | {"seconds_to_best": {"values": [1.5, 2.5]}})
     edit_summary(folder, fp32={"step_peak_mib": 2.0, "evaluation_peak_mib": 1.0, "epochs_per_second": None})
+    sizes = {"p50": 1, "p95": 2, "max": 3}
+    batches = {"an_epoch": 4, "edges_share": 0.5, "partition": {"method": "metis", "edge_cut": 0.1, "seconds": 1.0}}
+    names = ("nodes", "edges", "saved_mib", "step_peak_mib")
+    edit_summary(folder, batches=batches | dict.fromkeys(names, sizes))
     return folder
 
 

@@ -12,6 +12,7 @@ from iexact_runner.cli import compose_config
 from iexact_runner.data import load_dataset
 from iexact_runner.data.graph import Adjacency, edge_count
 from iexact_runner.errors import ConfigError, TrainingError
+from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import loss_per_node
 from iexact_runner.nn import build_model
 from iexact_runner.problem import prepare
@@ -230,6 +231,32 @@ def test_layerwise_scores_are_those_of_one_pass(model, options, tmp_path):
         pass
     assert problem.layerwise
     assert evaluate(net, problem) == evaluate(net, dataclasses.replace(problem, layerwise=False))
+
+
+@pytest.mark.parametrize("model", ["sage", "gcn", "gat", "gcn2"])
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("folder", [False, True])
+def test_layerwise_scores_of_few_rows_at_a_time(model, gathers, folder, tmp_path, monkeypatch):
+    options = ["model.num_layers=3", "model.residual=true", "model.dropout2=true", "model.input_dropout=0.2"]
+    config, problem = made("cluster", f"model={model}", *options, tmp=tmp_path)
+    net = model_of(config, problem).eval()
+    view = problem.whole
+    monkeypatch.setattr("iexact_runner.layerwise.TOUCHED_BYTES", 1 << 18)
+    scores = layerwise_scores(
+        net, view.x, view.graph, device=CPU, entries=500, gathers=gathers, maps_folder=str(tmp_path) if folder else None
+    )
+    with torch.no_grad():
+        expected = net(view.x, view.graph)
+    assert torch.allclose(scores, expected, rtol=1e-5, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["partitions"]
+
+
+def test_a_folder_that_cannot_hold_maps_is_told_in_one_line(tmp_path):
+    config, problem = made("cluster", f"sampler.maps_folder={tmp_path / 'none'}", tmp=tmp_path)
+    with pytest.raises(ConfigError, match=r"sampler.maps_folder=.*none: cannot hold a file of 0 MiB: No such file"):
+        evaluate(model_of(config, problem), problem)
+    with pytest.raises(ConfigError, match="sampler.maps_folder=.: is for sampler.evaluation=layerwise"):
+        compose_config("sampler=cluster", "sampler.evaluation=full", "sampler.maps_folder=.")
 
 
 def test_results_come_in_order_and_an_error_where_its_result_would_be():

@@ -149,3 +149,11 @@ def test_room_on_a_gpu_is_that_of_the_pass_before_and_some_more():
     assert room.capacity(torch.tensor([3, 4]), 100, p=0.0) == 7
     with torch._subclasses.FakeTensorMode() as fake:
         assert room.capacity(fake.from_tensor(torch.tensor([3, 4])), 100, p=0.5) == 12
+
+
+def test_room_of_a_mini_batch_is_in_proportion_to_its_size():
+    room = signs.Room(bytes=80_000, most=400_000)
+    assert room._some_more(400_000) == 80_000 * 9 // 8 + 4096
+    assert room._some_more(800_000) == 160_000 * 9 // 8 + 4096
+    assert room._some_more(4_000) == 4_000
+    assert signs.Room(**room.state()) == room

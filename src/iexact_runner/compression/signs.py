@@ -28,18 +28,20 @@ class Room:
     Args:
         bytes: of the pass before; None before the first.
         share: about the most signs that are stored, of all that dropout keeps.
+        most: bytes that the pass before could have taken, to which a mini-batch of another size is compared.
     """
 
     bytes: int | None = None
     share: float = 1.0
-    _pending: tuple[Tensor, torch.cuda.Event] | None = None
+    most: int | None = None
+    _pending: tuple[Tensor, torch.cuda.Event, int] | None = None
 
     def __deepcopy__(self, memo: object) -> Room:
-        return Room(self.bytes, self.share)
+        return Room(self.bytes, self.share, self.most)
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
-        return {"bytes": self.bytes, "share": self.share}
+        return {"bytes": self.bytes, "share": self.share, "most": self.most}
 
     def capacity(self, lengths: Tensor, most: int, *, p: float) -> int:
         """Bytes to reserve: as many as there are on a CPU; on a GPU those of the pass before and some more.
@@ -56,23 +58,24 @@ class Room:
         total = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(lengths.sum(), non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        self._pending = total, copied
+        self._pending = total, copied, most
         if self.bytes is None:  # waited for once, instead of room for every sign of all maps at once
-            copied.synchronize()
-            self.bytes = int(total)
+            self.settle()
         return self._some_more(most)
 
     def settle(self) -> None:
         """Reads the number of the pass before, which is long there."""
         if self._pending is not None:
-            total, copied = self._pending
+            total, copied, self.most = self._pending
             copied.synchronize()
             self.bytes = int(total)
             self._pending = None
 
     def _some_more(self, most: int) -> int:
+        """Bytes for as large a share as the pass before had, and a reserve."""
         assert self.bytes is not None
-        return min(most, int(self.bytes * _SPARE) + _LEAST_SPARE)
+        expected = self.bytes * most / self.most if self.most else self.bytes
+        return min(most, int(expected * _SPARE) + _LEAST_SPARE)
 
 
 @dataclass

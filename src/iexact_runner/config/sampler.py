@@ -34,13 +34,19 @@ class BatchSamplerConfig(SamplerConfig):
     Args:
         evaluation: ``layerwise`` computes one layer after the other for a few rows of the whole graph at a time, with
             its maps in the memory of the host; ``full`` does so in one pass. Both are exact.
+        maps_folder: folder for files that hold the maps between layers in place of memory; they are gone afterwards.
     """
 
     evaluation: str = "layerwise"
+    maps_folder: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("sampler.evaluation", self.evaluation, EVALUATIONS)
+        folder = self.maps_folder
+        check(folder != "", "sampler.maps_folder", "''", "must be a folder, or null for memory")
+        layerwise = folder is None or self.evaluation == "layerwise"
+        check(layerwise, "sampler.maps_folder", folder, "is for sampler.evaluation=layerwise")
 
 
 @dataclass

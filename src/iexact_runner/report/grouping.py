@@ -74,6 +74,7 @@ METRICS = {
         Metric("train", "accuracy.train.values", "training score [%]", 100.0),
         Metric("highest_val", "accuracy.highest_val.values", "highest validation score [%]", 100.0),
         Metric("highest_train", "accuracy.highest_train.values", "highest training score [%]", 100.0),
+        Metric("seconds_to_best", "throughput.seconds_to_best.values", "training to the best epoch [s]", digits=1),
         Metric("epochs_per_second", "throughput.epochs_per_second", "epochs/s"),
         Metric("saved_mib", "memory.saved_mib", "saved [MiB]"),
         Metric("saved_mib_fp32", "memory.saved_mib_fp32", "saved by FP32 [MiB]"),

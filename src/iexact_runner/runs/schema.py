@@ -109,11 +109,20 @@ class Rates(Struct):
             raise ValueError("p20, median and p80 must be in this order")
 
 
+class Seconds(Struct):
+    """Seconds of the repeats."""
+
+    values: list[Amount]
+    mean: Amount | None = None
+    std: Amount | None = None
+
+
 class Throughput(Struct):
-    """Speed, and whether the device was shared while it was taken."""
+    """Speed, whether the device was shared while it was taken, and how long training took to the best epoch."""
 
     epochs_per_second: Rates | None = None
     alone: bool | None = None
+    seconds_to_best: Seconds | None = None
 
 
 class Sizes(Struct):

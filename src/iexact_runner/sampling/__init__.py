@@ -123,7 +123,7 @@ def with_batches(problem: Problem, config: Config, dataset: NodeDataset, *, devi
     batches = MiniBatches(sampler, pattern, view, model_class.build_graph, device, **given)
     layerwise = sampling.evaluation == "layerwise" and issubclass(model_class, CHAINS)
     if layerwise:
-        return replace(problem, batches=batches, layerwise=True)
+        return replace(problem, batches=batches, layerwise=True, maps_folder=sampling.maps_folder)
     nodes = {name: getattr(problem, name).to(device) for name in ("val", "test")}
     return replace(problem, batches=batches, whole=problem.whole.to(device), **nodes)
 

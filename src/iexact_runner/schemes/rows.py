@@ -74,6 +74,10 @@ class RowEvaluation(Evaluation):
             out.copy_(edges.with_values(weights.contiguous()).matmul(values))
         return output
 
+    def scaled(self, x: Activation, factor: float) -> Activation:
+        """The rows' own times a number."""
+        return super().scaled(Activation(self._own(x.value), x.source, owned=x.owned), factor)
+
     def finish(
         self,
         convolve: Callable[[], Tensor],

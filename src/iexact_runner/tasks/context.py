@@ -31,6 +31,7 @@ class Findings:
         fp32: peaks and speed of the same model in FP32; None where it would not fit or is not asked for.
         completed: scores at the best validation epoch of each run that was completed.
         highest: highest scores of each of them, split by split, whenever they came.
+        seconds_to_best: of training until the best validation epoch, of each of them.
         resumed: how many times the run went on after its end.
         warmup_epochs: epochs of a run, and of what follows a resumption, that are not timed.
         epoch_seconds: of every timed epoch of training.
@@ -48,6 +49,7 @@ class Findings:
     fp32: dict[str, Any] | None = None
     completed: list[Scores] = field(default_factory=list)
     highest: list[Scores] = field(default_factory=list)
+    seconds_to_best: list[float] = field(default_factory=list)
     resumed: int = 0
     warmup_epochs: int = 0
     epoch_seconds: list[float] = field(default_factory=list)

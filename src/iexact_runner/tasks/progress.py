@@ -33,6 +33,7 @@ class Progress:
         self.run = run
         self.epoch = 0
         self.best: Scores | None = None
+        self.seconds = self.seconds_to_best = 0.0
         self.highest = Scores(0.0, 0.0, 0.0)
         self.model, self.seed = context.new_model(run)
         self.optimization = Optimization(self.model, config.training, precision=config.precision)
@@ -73,10 +74,11 @@ class Progress:
     def passed(self, epoch: Epoch) -> None:
         """Counts an epoch that is over; of equal validation scores the first is the best."""
         self.epoch = epoch.number
+        self.seconds += epoch.seconds
         if epoch.scores is None:
             return
         if self.best is None or epoch.scores.val > self.best.val:
-            self.best = epoch.scores
+            self.best, self.seconds_to_best = epoch.scores, self.seconds
         self.highest = Scores(*map(max, self.highest, epoch.scores))
 
     def best_scores(self) -> Scores:
@@ -96,7 +98,9 @@ class Progress:
             "machine": _machine(self._context),
             "best": self.best and list(self.best),
             "highest": list(self.highest),
+            "seconds": [self.seconds, self.seconds_to_best],
             "completed": [list(scores) for scores in findings.completed],
+            "completed_seconds": findings.seconds_to_best,
             "completed_highest": [list(scores) for scores in findings.highest],
             "resumed": findings.resumed,
             "epoch_seconds": findings.epoch_seconds,
@@ -117,6 +121,7 @@ class Progress:
         self.epoch = state["epoch"]
         self.best = state["best"] and Scores(*state["best"])
         self.highest = Scores(*state["highest"])
+        self.seconds, self.seconds_to_best = state["seconds"]
         self.model.load_state_dict(state["model"])
         self.model.directions[:] = [Directions.of(kept, device) for kept in state["directions"]]
         self.optimization.optimizer.load_state_dict(state["optimizer"])
@@ -125,6 +130,7 @@ class Progress:
         if device.type == "cuda" and state["cuda_generator"] is not None:
             torch.cuda.set_rng_state(state["cuda_generator"], device)
         findings.completed[:] = [Scores(*scores) for scores in state["completed"]]
+        findings.seconds_to_best[:] = state["completed_seconds"]
         findings.highest[:] = [Scores(*scores) for scores in state["completed_highest"]]
         findings.epoch_seconds[:] = state["epoch_seconds"]
         findings.work[:] = [(seconds, BatchWork(*work)) for seconds, *work in state["work"]]

@@ -62,6 +62,7 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
                 finish(progress.model, progress.seed)
             findings.completed.append(progress.best_scores())
             findings.highest.append(progress.highest)
+            findings.seconds_to_best.append(progress.seconds_to_best)
             if progress.run + 1 == config.runs:
                 return
             progress = Progress(context, progress.run + 1)
