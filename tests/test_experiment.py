@@ -275,3 +275,38 @@ def test_fp32_is_left_out_where_it_is_not_asked_for(tmp_path, override):
     quick = ("fidelity.epochs=[1]", "fidelity.draws=2")
     (summary, _), _ = run(tmp_path, override, *(quick if override == "task=fidelity" else ()))
     assert summary["fp32"] is None and summary["memory"]["evaluation_peak_mib"] > 0
+
+
+@pytest.mark.parametrize("sampler", ["cluster", "saint_node", "neighbor"])
+@pytest.mark.parametrize("task", ["train", "measure", "fidelity", "inspect", "distribution"])
+def test_every_task_works_on_mini_batches(tmp_path, monkeypatch, task, sampler):
+    monkeypatch.chdir(tmp_path)  # where a partition is kept
+    small = ("model.hidden_channels=16", "training.epochs=2", "measure.timed_epochs=3", "fidelity.epochs=[1]")
+    config = compose_config("dataset=digits", f"task={task}", f"sampler={sampler}", *small, "fidelity.draws=3")
+    screen = io.StringIO()
+    summary = Experiment(config, RunFolder(tmp_path / "run"), Console(file=screen, width=200)).run("the: config\n")
+    assert summary["status"] == "completed"
+    batches = summary["batches"]
+    if task == "inspect":
+        assert batches is None
+        return
+    assert batches["nodes"]["p50"] <= batches["nodes"]["p95"] <= batches["nodes"]["max"] <= 1797
+    assert summary["memory"]["saved_mib"] == pytest.approx(batches["saved_mib"]["max"])
+    assert (batches["partition"] is not None) == (sampler == "cluster")
+    if task in ("train", "measure"):
+        assert 0 <= batches["waiting_share"] <= 1 and batches["nodes_per_second"] > 0
+        assert summary["fp32"]["step_peak_mib"] > summary["memory"]["step_peak_mib"]
+        assert "an epoch" in screen.getvalue() and "nodes/s" in screen.getvalue()
+    if task == "fidelity":
+        assert {"sampling", "both"} < set(summary["fidelity"]["after"]["1"])
+        assert "sampling and compression" in screen.getvalue()
+
+
+def test_a_module_of_the_users_trains_on_mini_batches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = compose_config(
+        "dataset=digits", "sampler=neighbor", "compression=lowrank", "training.epochs=8", "model=module",
+        "model.target=torch_geometric.nn:GraphSAGE", "model.hidden_channels=16", "model.num_layers=2",
+    )  # fmt: skip
+    summary = Experiment(config, RunFolder(tmp_path / "run"), Console(file=io.StringIO())).run("the: config\n")
+    assert summary["status"] == "completed" and summary["accuracy"]["test"]["mean"] > 0.5

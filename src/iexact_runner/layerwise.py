@@ -1,6 +1,6 @@
 """Exact scores of the whole graph, one layer after the other, a few rows at a time.
 
-The maps between layers lie on the host, in memory or in files. On a CPU a layer reads them there; a GPU is given the rows
+The maps between layers lie on the host, in memory or in files. On a CPU a layer reads them there; a GPU gets the rows
 of a chunk and those of their neighbours. Shapes: N nodes, R rows of a chunk, D features.
 """
 

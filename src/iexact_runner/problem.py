@@ -77,9 +77,9 @@ class Batches(Protocol):
 class Problem:
     """What a run trains on (``training``), is scored on (``whole``), and the nodes of each score.
 
-    Transductive training uses one and the same view for both. With ``batches`` the steps of an epoch work on these, the
-    views lie on the host, and ``layerwise`` says whether scores are computed layer by layer; ``maps_folder``, if there is
-    one, then holds the maps between layers.
+    Transductive training uses one and the same view for both. With ``batches`` the steps of an epoch work on these, and
+    the views lie on the host; ``layerwise`` says whether scores are computed layer by layer, and ``maps_folder`` where
+    the maps between layers are held, if not in memory.
     """
 
     training: View

@@ -160,7 +160,8 @@ def test_directions_of_a_longer_refresh_are_those_of_earlier_weights(monkeypatch
 
 
 @pytest.mark.parametrize("sampler", ["cluster", "saint_rw", "neighbor"])
-def test_mini_batches_have_an_error_of_sampling_beside_that_of_compression(sampler):
+def test_mini_batches_have_an_error_of_sampling_beside_that_of_compression(sampler, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a partition is kept
     config = compose_config(
         "task=fidelity", "dataset=digits", f"sampler={sampler}", "fidelity.epochs=[1]", "fidelity.draws=6",
         "model.num_layers=2", "model.hidden_channels=16", "compression=iexact",

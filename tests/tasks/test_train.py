@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 from dataclasses import asdict
@@ -15,6 +16,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from iexact_runner import training
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.experiment import Experiment
@@ -53,7 +55,8 @@ def killed_after(monkeypatch, path, lines, *overrides, error=Killed, resumed=Fal
 
 def numbers(path):
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    kept = [{name: value for name, value in line.items() if name not in ("seconds", "time")} for line in lines]
+    clock = re.compile("seconds$|^time$")
+    kept = [{name: value for name, value in line.items() if not clock.search(name)} for line in lines]
     summary = json.loads((path / "summary.json").read_text())
     return kept, summary["accuracy"], summary["distribution"]
 
@@ -73,10 +76,15 @@ def summary_of(path):
         ("compression=none", "model=gat", "model.label_input=true", "training.optimizer=rmsprop")
         + ("training.warmup_epochs=5",),
         ("compression=int4", "dataset.inductive=true", "task=distribution"),
+        ("compression=lowrank", "compression.refresh=3", "sampler=cluster", "sampler.parts=8", "sampler.batch_parts=2")
+        + ("sampler.partition=label_propagation",),
+        ("compression=iexact", "sampler=saint_rw", "sampler.roots=40", "model=gcn"),
+        ("compression=none", "sampler=neighbor", "sampler.batch_size=20"),
     ],
     ids=" ".join,
 )
 def test_resumed_run_ends_with_the_same_numbers(tmp_path, monkeypatch, overrides):
+    monkeypatch.chdir(tmp_path)  # where a partition is kept
     run(tmp_path / "whole", *overrides)
     killed_after(monkeypatch, tmp_path / "killed", EPOCHS + 3, *overrides)  # past a checkpoint of the second run
     (tmp_path / "killed" / f"{TEMPORARY}checkpoint.pt.x").touch()  # of a kill while it was written
@@ -89,6 +97,25 @@ def test_resumed_run_ends_with_the_same_numbers(tmp_path, monkeypatch, overrides
         "metrics.jsonl",
         "summary.json",
     ]
+
+
+@pytest.mark.parametrize("steps", [1, 6, 11])
+def test_a_run_killed_in_the_middle_of_an_epoch_draws_its_batches_again(tmp_path, monkeypatch, steps):
+    sampler = ("compression=lowrank", "compression.refresh=3", "sampler=neighbor", "sampler.batch_size=20")
+    run(tmp_path / "whole", *sampler)
+    assert json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])["batches"] > 3
+    left, step = iter(range(steps, -1, -1)), training.step
+
+    def steps_until_killed(*arguments, **options):
+        if not next(left):
+            raise Killed
+        return step(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "step", steps_until_killed)
+        run(tmp_path / "killed", *sampler)
+    run(tmp_path / "killed", *sampler, resumed=True)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
 # Before, at and after a checkpoint; at the end of a run, at the beginning of the next, at the very end.
