@@ -70,7 +70,7 @@ class Batches(Protocol):
         """What batches are drawn from, beside the training view."""
 
     def view(self, batch: int, *, seed: int, epoch: int) -> View:
-        """A batch, counted from 0, on the device; it may be without training nodes."""
+        """A batch, counted from 0, on the device; it may be without training nodes, as one of a single node is."""
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def train_on_batches(
             work.waiting_seconds + timed.waited,
         )
     if not losses:
-        raise TrainingError(f"no batch of epoch {epoch} has a training node: take larger batches")
+        raise TrainingError(f"no batch of epoch {epoch} has two nodes, one of them to train on: take larger batches")
     return sum(map(operator.mul, losses, shares)) / sum(shares), work
 
 

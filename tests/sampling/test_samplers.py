@@ -205,8 +205,14 @@ def test_batches_without_training_nodes_are_passed_over(tmp_path):
     loss, work = train_on_batches(net, Optimization(net, config.training), problem, 1, seed=1)
     assert 1 <= work.batches <= 5 < len(batches)
     batches._trained[:] = False
-    with pytest.raises(TrainingError, match="no batch of epoch 1 has a training node: take larger batches"):
+    with pytest.raises(TrainingError, match="no batch of epoch 1 has two nodes, one of them to train on"):
         train_on_batches(net, Optimization(net, config.training), problem, 1, seed=1)
+
+
+def test_batches_of_a_single_node_are_passed_over(tmp_path):
+    _, problem = made("cluster", "sampler.parts=1797", "sampler.batch_parts=1", tmp=tmp_path)
+    views = [problem.batches.view(batch, seed=1, epoch=1) for batch in range(50)]
+    assert all(view.x.size(0) == 1 and view.train.numel() == 0 for view in views)
 
 
 def test_more_parts_than_nodes_is_told_in_one_line():

@@ -51,7 +51,9 @@ class BatchSizes:
             if view.train.numel():
                 found.append((view.x.size(0), edge_count(view.graph), batch))
         if not found:
-            raise TrainingError("no batch of the first epoch has a training node: take larger batches")
+            raise TrainingError(
+                "no batch of the first epoch has two nodes, one of them to train on: take larger batches"
+            )
         found.sort()
         places = {name: found[_place(share, len(found))][2] for name, share in QUANTILES.items()}
         return cls([nodes for nodes, _, _ in found], [edges for _, edges, _ in found], places, seed)

@@ -80,6 +80,8 @@ class MiniBatches:
         part = self._sampler.draw(batch, seed=seed, epoch=epoch)
         nodes = torch.from_numpy(part.nodes)
         trained = torch.from_numpy(part.seeds) if part.seeds is not None else self._trained[nodes].nonzero().squeeze(1)
+        if nodes.numel() < 2:  # whose BatchNorm has no deviation
+            trained = trained[:0]
         graph = self._build_graph(torch.from_numpy(part.edge_index), nodes.numel())
         weights = None
         if self._inclusion is not None:
