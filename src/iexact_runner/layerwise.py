@@ -84,7 +84,7 @@ def layerwise_scores(
             x = layerwise.applied(lambda x, _, ops: ops.scaled(x, model.factor), initial, None)
     for layer in layers:
         x = layerwise.applied(layer, x, initial)
-    return x.tensor.clone() if x.mapping is not None else x.tensor
+    return x.tensor
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from iexact_runner.data.graph import Adjacency, edge_count
 from iexact_runner.errors import ConfigError, TrainingError
 from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import loss_per_node
+from iexact_runner.measure import total_bytes
 from iexact_runner.nn import build_model
 from iexact_runner.problem import prepare
 from iexact_runner.sampling import with_batches
@@ -207,6 +208,16 @@ def test_batches_without_training_nodes_are_passed_over(tmp_path):
     batches._trained[:] = False
     with pytest.raises(TrainingError, match="no batch of epoch 1 has two nodes, one of them to train on"):
         train_on_batches(net, Optimization(net, config.training), problem, 1, seed=1)
+
+
+@pytest.mark.parametrize(("model", "shared"), [("sage", True), ("gcn", False)])
+def test_data_hold_the_graph_once_where_the_model_takes_it_as_it_is(model, shared, tmp_path):
+    """The pattern that batches are drawn from is the model's own matrix, unless that has self-loops."""
+    _, problem = made("cluster", f"model={model}", tmp=tmp_path)
+    alone = total_bytes(dataclasses.replace(problem, batches=None).tensors())
+    drawn_from = total_bytes(problem.tensors()) - alone
+    mask, pattern = problem.whole.x.size(0), total_bytes(problem.batches._pattern.csr.tensors())
+    assert drawn_from == mask + (0 if shared else pattern)
 
 
 def test_batches_of_a_single_node_are_passed_over(tmp_path):

@@ -70,10 +70,8 @@ class MiniBatches:
 
     def tensors(self) -> list[Tensor]:
         """What batches are drawn from, beside the training view."""
-        held = [self._pattern.offsets, self._pattern.columns]
-        if self._inclusion is not None:
-            held += [self._inclusion.nodes, self._inclusion.edges]
-        return [self._trained, *map(torch.from_numpy, held)]
+        shares = [] if self._inclusion is None else [self._inclusion.nodes, self._inclusion.edges]
+        return [self._trained, *self._pattern.csr.tensors(), *map(torch.from_numpy, shares)]
 
     def view(self, batch: int, *, seed: int, epoch: int) -> View:
         """A batch, counted from 0, on the device."""

@@ -47,6 +47,7 @@ class Pattern:
     """
 
     def __init__(self, csr: CSR) -> None:
+        self.csr = csr
         self.offsets: Array = csr.offsets.numpy()
         self.columns: Array = csr.columns.numpy()
 
