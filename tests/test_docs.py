@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pandas as pd
 import pytest
@@ -226,3 +227,30 @@ def test_figures_of_models_without_twins_are_those_of_the_rows():
         assert line.endswith(f"| {' | '.join(errors)} |")
         shown += 1
     assert shown >= 5
+
+
+def test_mini_batches_stand_in_the_committed_rows():
+    text = (REPOSITORY / "docs" / "guides" / "minibatch.md").read_text()
+    lines = [re.sub(r"[`|]", " ", line).split() for line in text.splitlines() if line.startswith("| `")]
+    schemes = {"none": "FP32", "lowrank": "lowrank", "projected": "iexact"}
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "minibatch_amazon_computers_cpu.csv")
+    assert len(rows) == 8
+    for _, row in rows.iterrows():
+        sampling = ["-"]
+        if row["sampler.name"] != "none":
+            sampling = [f"{100 * row['sampling_share']:.1f},", f"{100 * row['waiting_share']:.1f}"]
+        expected = [
+            *(row["sampler.name"], schemes[row["compression.scheme"]], f"{row['training.epochs']}"),
+            *(f"{100 * row['test_mean']:.2f}", "+-", f"{100 * row['test_std']:.2f}", f"{row['saved_mib']:.2f}"),
+            *(f"{row['step_peak_mib']:.2f}", f"{row['seconds_to_best_mean']:.1f}", *sampling),
+        ]
+        assert expected in lines, expected
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "minibatch_fidelity_cpu.csv")
+    assert len(rows) == 6
+    for _, row in rows.iterrows():
+        errors = [f"{row[f'fidelity.after.20.{part}relative_error_mean']:.2f}" for part in ("", "sampling.", "both.")]
+        assert [row["sampler.name"], schemes[row["compression.scheme"]], *errors] in lines
+    low, plain = pd.read_csv(REPOSITORY / "benchmarks" / "minibatch_products_cpu.csv").to_dict("records")
+    speeds = f"{low['nodes_per_second']:,.0f} nodes/s under `lowrank` and {plain['nodes_per_second']:,.0f} in FP32"
+    assert speeds in text and f"peaks at {low['step_peak_mib']:.2f} MiB, FP32 at {plain['step_peak_mib']:.2f}" in text
+    assert f"needs {low['peak_resident_mib']:.2f} MiB" in text
