@@ -232,7 +232,7 @@ class LowRank(Projected):
         self._sketches += 1
         config = self._config
         rows = sampled_rows(z.size(0), config.sample_rows, device=z.device)
-        sample = (z[rows].float() - mean) * scale
+        sample = z[rows].float().sub_(mean).mul_(scale)  # written over: of a mini-batch these may be all rows
         self._renew(state, sample)
         directions, residual = state.vectors, config.residual
         assert directions is not None
@@ -248,7 +248,8 @@ class LowRank(Projected):
             state.room = state.room or Room(share=config.sign_share or 1.0)
             own, parts = encode_coefficients(sample @ (directions / deviation), form, bits=state.bits, seed=seed)
             known = own.stored(parts[: own.parts]).float() @ scaled.T
-            limit = [self._limit(known + offset, (sample - known).square().mean(0).sqrt())]
+            missed = sample.sub_(known).square_().mean(0).sqrt()
+            limit = [self._limit(known.add_(offset), missed)]
         if residual:
             scaled[:, -2 * residual :] /= 2  # the mean of two estimates
         layout = SketchLayout(
