@@ -57,6 +57,7 @@ def test_records_of_a_training_run(tmp_path):
         "memory",
         "throughput",
         "fp32",
+        "batches",
         "fidelity",
         "energy",
         "distribution",

@@ -43,7 +43,8 @@ def jobs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_job_composes(name):
     dataset = compose_config(f"+experiment={name}").dataset.name
-    assert name in (f"table1_{dataset}", f"models_{dataset}", "pareto", "table2_distribution")
+    kinds = ("table1", "models", "minibatch")
+    assert name in (*(f"{kind}_{dataset}" for kind in kinds), "pareto", "table2_distribution")
     for job in jobs(name):
         config = compose_config(*job, f"+experiment={name}")
         assert config.dataset.name == dataset
