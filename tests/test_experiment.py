@@ -294,6 +294,8 @@ def test_every_task_works_on_mini_batches(tmp_path, monkeypatch, task, sampler):
     assert batches["nodes"]["p50"] <= batches["nodes"]["p95"] <= batches["nodes"]["max"] <= 1797
     assert summary["memory"]["saved_mib"] == pytest.approx(batches["saved_mib"]["max"])
     assert (batches["partition"] is not None) == (sampler == "cluster")
+    if sampler == "cluster":  # edges within a part are in an epoch, and some of those between parts
+        assert 1 - batches["partition"]["edge_cut"] < batches["edges_share"] < 1
     if task in ("train", "measure"):
         assert 0 <= batches["waiting_share"] <= 1 and batches["nodes_per_second"] > 0
         assert summary["fp32"]["step_peak_mib"] > summary["memory"]["step_peak_mib"]
