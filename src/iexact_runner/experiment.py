@@ -190,7 +190,9 @@ class Experiment:
         self._findings.memory = step_memory(model, step, config, device=self._device, seed=seed)
         if sizes is not None:
             self._findings.memory["data_mib"] = measure.total_bytes(problem.tensors()) / measure.MIB
-            self._findings.batches = batch_figures(model, problem, config, sizes, device=self._device, seed=seed)
+            self._findings.batches = batch_figures(
+                model, problem, config, sizes, largest=self._findings.memory, device=self._device, seed=seed
+            )
         del model
         if config.measure.fp32 and config.compression.scheme != "none" and config.task in ("train", "measure"):
             with self._console.status("measuring FP32"):

@@ -118,8 +118,9 @@ class _Layerwise:
             touched += x.tensor[0].nbytes * self.entries + value.nbytes
             if touched > TOUCHED_BYTES:
                 touched = 0
-                for held in (x, out):
-                    held.release()
+                for held in (x, out, initial):
+                    if held is not None:
+                        held.release()
         self.ops.begin_layer(remembers=False)
         assert out is not None
         return out
@@ -174,13 +175,12 @@ def _chunks(graph: Graph, entries: int, *, gathers: bool) -> Iterator[Chunk]:
             local = local.with_values(matrix.values[part])
         columns = None
         if gathers:
-            own = torch.arange(rows.start, rows.stop, device=local.columns.device)
-            others = torch.unique(local.columns)
-            others = others[(others < rows.start) | (others >= rows.stop)]
-            columns = torch.cat([own, others.long()])
-            positions = torch.full((matrix.offsets.numel() - 1,), -1, dtype=local.columns.dtype)
-            positions[columns] = torch.arange(columns.numel(), dtype=positions.dtype)
-            local = replace(local, columns=positions[local.columns.long()])
+            own = (local.columns >= rows.start) & (local.columns < rows.stop)
+            others = torch.unique(local.columns[~own])
+            columns = torch.cat([torch.arange(rows.start, rows.stop, device=others.device), others.long()])
+            behind = torch.searchsorted(others, local.columns) + (rows.stop - rows.start)
+            positions = torch.where(own, local.columns - rows.start, behind)
+            local = replace(local, columns=positions.to(local.columns.dtype))
         if not isinstance(graph, Adjacency):
             yield Chunk(rows, local, columns)
             continue

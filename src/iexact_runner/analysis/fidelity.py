@@ -18,7 +18,6 @@ import copy
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.errors import TrainingError
 from iexact_runner.nn import Model
 from iexact_runner.problem import Problem
 from iexact_runner.training import Optimization, device_of, epoch_trainer, training_loss
@@ -137,39 +137,50 @@ def _on_batches(
 
     Directions of the low-rank scheme go from batch to batch as in training, and are as old when draws begin.
     """
-    batches = problem.batches
-    assert batches is not None
-    kind, precision, twin = config.training.loss, config.precision, model.compression
-    whole = replace(problem, batches=None)
-    on_device = whole.of_batch(problem.training.to(device_of(model)))
-    full = gradients(copy.deepcopy(model), on_device, kind=kind, seed=mix(seed, epoch))
+    kind, precision, device = config.training.loss, config.precision, device_of(model)
+    whole = problem.of_batch(problem.training.to(device))
+    full = _joined(gradients(copy.deepcopy(model), whole, kind=kind, seed=mix(seed, epoch)))
     directions: list[Directions] = []
     sampling, both = Deviations(), Deviations()
+    older = compared.refresh_on(device.type) - 1 if compared.scheme == "lowrank" else 0
 
     def pairs() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        older = compared.refresh_on(device_of(model).type) - 1 if compared.scheme == "lowrank" else 0
-        drawn = 0
-        for turn in itertools.count(-older):
-            view = batches.view(turn % len(batches), seed=seed, epoch=epoch)
-            if not view.train.numel():
+        turns = itertools.islice(_batches(problem, seed=seed, epoch=epoch), older + config.fidelity.draws)
+        for turn, batch in enumerate(turns):
+            seeds = mix(seed, epoch, turn)
+            if turn < older:
+                _update(directions, model, compared, batch, config, seed=seeds)
                 continue
-            batch, seeds = problem.of_batch(view), mix(seed, epoch, turn)
             probe = copy.deepcopy(model)
             exact = gradients(probe, batch, kind=kind, seed=seeds)
             probe.compression, probe.directions = compared, directions
-            estimate = gradients(probe, batch, kind=kind, precision=precision, seed=seeds, map_seed=mix(seeds, drawn))
-            probe.compression = twin
-            if turn < 0:
-                continue
-            sampling.add(_joined(exact), _joined(full))
-            both.add(_joined(estimate), _joined(full))
+            estimate = gradients(probe, batch, kind=kind, precision=precision, seed=seeds, map_seed=mix(seeds, turn))
+            sampling.add(_joined(exact), full)
+            both.add(_joined(estimate), full)
             yield estimate, exact
-            drawn += 1
-            if drawn == config.fidelity.draws:
-                return
 
     figures = compare(pairs(), names=names)
     return figures | {"sampling": sampling.figures(whole=0.0), "both": both.figures(whole=0.0)}
+
+
+def _batches(problem: Problem, *, seed: int, epoch: int) -> Iterator[Problem]:
+    """Problems of the batches of an epoch that are trained on, over and over.
+
+    Raises:
+        TrainingError: if there is none.
+    """
+    assert problem.batches is not None
+    while True:
+        trained = 0
+        for batch in range(len(problem.batches)):
+            view = problem.batches.view(batch, seed=seed, epoch=epoch)
+            if view.train.numel():
+                trained += 1
+                yield problem.of_batch(view)
+        if not trained:
+            raise TrainingError(
+                f"no batch of epoch {epoch} has two nodes, one of them to train on: take larger batches"
+            )
 
 
 def _update(

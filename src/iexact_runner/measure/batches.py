@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,14 @@ class BatchSizes:
 
 
 def batch_figures(
-    model: Model, problem: Problem, config: Config, sizes: BatchSizes, *, device: torch.device, seed: int
+    model: Model,
+    problem: Problem,
+    config: Config,
+    sizes: BatchSizes,
+    *,
+    largest: Mapping[str, Any],
+    device: torch.device,
+    seed: int,
 ) -> dict[str, Any]:
     """The ``batches`` of a summary: sizes and memory at the quantiles, and what part of the graph an epoch works on.
 
@@ -74,6 +82,7 @@ def batch_figures(
         problem: with batches.
         config: of the run.
         sizes: of its batches.
+        largest: figures of the step on the largest one.
         device: where.
         seed: of the steps that are measured and not taken.
     """
@@ -91,8 +100,11 @@ def batch_figures(
     found["edges_share"] = mean * len(problem.batches) / max(1, edge_count(problem.training.graph))
     for name in QUANTILES:
         batch = sizes.problem_of(problem, name)
-        found["saved_mib"][name] = saved_mib(model, batch, config, seed=seed)
-        found["step_peak_mib"][name] = step_peak_mib(model, batch, config, device=device, seed=seed)
+        if name == "max":
+            found["saved_mib"][name], found["step_peak_mib"][name] = largest["saved_mib"], largest["step_peak_mib"]
+        else:
+            found["saved_mib"][name] = saved_mib(model, batch, config, seed=seed)
+            found["step_peak_mib"][name] = step_peak_mib(model, batch, config, device=device, seed=seed)
         found["data_mib"][name] = total_bytes(batch.training.tensors()) / MIB
     return found
 

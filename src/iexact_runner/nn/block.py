@@ -82,6 +82,8 @@ class GNN(nn.Module, ABC):
     build_graph: Callable[[Any, int], Graph]
     # Whether the convolution adds its own (linear) residual, so that the block must not.
     residual_in_conv = False
+    # Whether what a node gathers is a weighted sum of its neighbours, which a sample of them can estimate.
+    gathers_sums = True
 
     def __init__(
         self, config: ModelConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig

@@ -58,6 +58,7 @@ class DeeperGCN(nn.Module):
     """
 
     build_graph = staticmethod(sum_adjacency_with_self)
+    gathers_sums = False  # a softmax takes all neighbours together
 
     def __init__(
         self, config: DeeperGCNConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig

@@ -94,6 +94,7 @@ class GAT(GNN):
 
     build_graph = staticmethod(attention_edges)
     residual_in_conv = True
+    gathers_sums = False  # a softmax takes all neighbours together
 
     def __init__(
         self, config: GATConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig

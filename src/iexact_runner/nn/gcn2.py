@@ -83,6 +83,7 @@ class GCN2(nn.Module):
     """
 
     build_graph = staticmethod(gcn_adjacency)
+    gathers_sums = True
 
     def __init__(
         self, config: GCN2Config, *, in_channels: int, out_channels: int, compression: CompressionConfig

@@ -39,6 +39,7 @@ class ModuleNet(nn.Module):
     """
 
     build_graph = staticmethod(edge_list)
+    gathers_sums = False  # as far as is known
 
     def __init__(
         self, config: ModuleConfig, *, in_channels: int, out_channels: int, compression: CompressionConfig

@@ -24,7 +24,7 @@ class RowEvaluation(Evaluation):
     def __init__(self) -> None:
         super().__init__(transform_first=True)
         self.rows = slice(0, 0)
-        self._made: dict[int, Tensor] | None = None
+        self._made: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def begin_layer(self, *, remembers: bool) -> None:
         """Forgets what the layer before made; ``remembers`` says that all chunks read one map."""
@@ -104,8 +104,8 @@ class RowEvaluation(Evaluation):
         if self._made is None:
             return make()
         if id(key) not in self._made:
-            self._made[id(key)] = make()
-        return self._made[id(key)]
+            self._made[id(key)] = key, make()  # the key too, whose number another tensor would have once it is gone
+        return self._made[id(key)][1]
 
 
 def _heads(x: Tensor, vector: Tensor) -> tuple[Tensor, ...]:
