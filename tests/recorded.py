@@ -86,7 +86,7 @@ def record(
     """Writes a run; ``config`` holds what differs, groups as dictionaries."""
     full = copy.deepcopy(CONFIG)
     for name, value in config.items():
-        full[name] = full[name] | value if isinstance(value, dict) else value
+        full[name] = full.get(name, {}) | value if isinstance(value, dict) else value
     run = RunFolder(folder)
     run.write_config(yaml.safe_dump(full))
     train = full["task"] in ("train", "distribution")

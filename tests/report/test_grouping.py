@@ -133,3 +133,27 @@ def test_published_memory_stands_beside_nothing_else(tmp_path, change):
 
 def test_every_published_figure_is_one_of_a_metric():
     assert {figure.metric for figure in FIGURES} <= set(METRICS)
+
+
+def test_mini_batches_are_told_apart_by_their_sampler_in_words(tmp_path):
+    cluster = {"name": "cluster", "parts": 100, "batch_parts": 10, "partition": "auto"}
+    neighbor = {"name": "neighbor", "num_neighbors": [15, 10], "batch_size": 64}
+    samplers = {"old": None, "none": {"name": "none"}, "cluster": cluster, "neighbor": neighbor}
+    samplers["metis"] = cluster | {"partition": "metis"}
+    folders = [
+        record(tmp_path / name, seed=seed, **({} if sampler is None else {"sampler": sampler}))
+        for seed, (name, sampler) in enumerate(samplers.items())
+    ]
+    rows = group([read_run(folder) for folder in folders], [METRICS["test"]], by=["sampler", "sampler.partition"]).rows
+    assert [row.labels["sampler"] for row in rows] == [
+        "full batch",
+        "cluster, 10 of 100 parts",
+        "neighbor, 64 nodes, [15, 10]",
+        "cluster, 10 of 100 parts",
+    ]
+    two = group([read_run(folders[2]), read_run(folders[4])], [METRICS["test"]], by=[]).rows
+    assert [list(row.labels.items())[3:] for row in two] == [
+        [("sampler", "cluster, 10 of 100 parts"), ("sampler.partition", method)] for method in ("auto", "metis")
+    ]
+    (plain,) = group([read_run(folders[1])], [METRICS["test"]], by=[]).rows
+    assert "sampler" not in plain.labels

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iexact_runner.errors import UserError
-from iexact_runner.report.grouping import METRICS, Metric, Row
+from iexact_runner.report.grouping import ALIASES, METRICS, Metric, Row
 from iexact_runner.report.inert import to_figure
 from iexact_runner.runs.files import write_atomically
 
@@ -196,14 +196,13 @@ def draw_throughput(settings: dict[str, list[Row]]) -> Figure | None:
         return None
     figure, places = _panels(len(rated), columns=1, height=0.8 + 0.26 * max(map(len, rated.values())))
     for axes, (title, rows) in zip(places, rated.items(), strict=False):
-        names = [_short(row) for row, _ in rows]
         values = [cell.value for _, cell in rows]
         whiskers = [
             [cell.value - (cell.p20 or cell.value) for _, cell in rows],
             [(cell.p80 or cell.value) - cell.value for _, cell in rows],
         ]
         axes.barh(range(len(rows)), values, 0.7, xerr=whiskers, color=COLOURS[0], ecolor="#444444", capsize=3)
-        axes.set_yticks(range(len(rows)), names)
+        _name_bars(axes, range(len(rows)), [row for row, _ in rows])
         axes.invert_yaxis()
         axes.set(title=title, xlabel="epochs/s (20th to 80th percentile)")
         axes.grid(visible=False, axis="y")
@@ -336,7 +335,7 @@ def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], looks: _Loo
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, total in zip(places, left, strict=True):
         axes.annotate(f"{total:.2f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(places, [_short(row) for row, _ in bars])
+    _name_bars(axes, places, [row for row, _ in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * (max(left) or 1.0))
     axes.grid(visible=False, axis="y")
@@ -367,10 +366,19 @@ def _draw_band(axes: Axes, curves: Sequence[Mapping[int, float]], colour: str) -
     axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
+def _name_bars(axes: Axes, places: Sequence[float], rows: Sequence[Row]) -> None:
+    """Names of rows beside their bars; the figure grows with the names, or they would take the bars' place."""
+    names = [_short(row) for row in rows]
+    axes.set_yticks(places, names)
+    figure: Any = axes.figure
+    figure.set_figwidth(max(figure.get_figwidth(), min(16.0, 4.0 + 0.08 * max(map(len, names)))))
+
+
 def _short(row: Row) -> str:
     """What tells a row apart from the others of its panel."""
     words = {name: value for name, value in row.labels.items() if name not in ("model", "dataset")}
-    named = [str(value) if name == "compression" else f"{name.split('.')[-1]} {value}" for name, value in words.items()]
+    # An alias says what it is of; a field needs its name.
+    named = [str(value) if name in ALIASES else f"{name.split('.')[-1]} {value}" for name, value in words.items()]
     return to_figure(", ".join(named) or ", ".join(map(str, row.labels.values())))
 
 

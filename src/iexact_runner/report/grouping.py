@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,10 +40,28 @@ ENVIRONMENT = (
     "iexact_runner",
     "git_commit",
 )
+
+
+def sampler_label(config: Mapping[str, Any] | None) -> str:
+    """A sampler's configuration in a few words; records of before there were samplers have none."""
+    name = (config or {}).get("name", "none")
+    sizes = {
+        "none": "full batch",
+        "cluster": "{batch_parts} of {parts} parts",
+        "saint_rw": "{roots} walks of {walk_length}",
+        "saint_node": "{nodes} nodes",
+        "saint_edge": "{edges} edges",
+        "neighbor": "{batch_size} nodes, {num_neighbors}",
+    }
+    size = sizes.get(name, "").format_map(defaultdict(str, config or {}))
+    return size if name == "none" else ", ".join(filter(None, (name, size)))
+
+
 ALIASES: dict[str, Callable[[Run], Any]] = {
     "model": lambda run: run.lookup("config.model.name"),
     "dataset": lambda run: run.lookup("config.dataset.name"),
     "compression": lambda run: compression_label(run.summary["config"]["compression"]),
+    "sampler": lambda run: sampler_label(run.summary["config"].get("sampler")),
     "status": lambda run: run.status,
 }
 
@@ -223,8 +242,10 @@ def group(runs: Sequence[Run], metrics: list[Metric], *, by: Sequence[str]) -> R
 
 
 def _labels(members: Sequence[Sequence[Run]]) -> list[dict[str, Any]]:
-    """Model, dataset and compression, and the fields without which two groups would look the same."""
-    names = ("dataset", "model", "compression")
+    """Model, dataset, compression and, with mini-batches, sampler; and what two groups would look the same without."""
+    names = ["dataset", "model", "compression"]
+    if any(field_of(pooled[0], "sampler") != sampler_label(None) for pooled in members):
+        names.append("sampler")
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for pooled in members:
         key = tuple(field_of(pooled[0], name) for name in names)
