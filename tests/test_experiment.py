@@ -82,6 +82,7 @@ def test_records_of_a_training_run(tmp_path):
     memory = summary["memory"]
     assert set(memory) == {
         "saved_mib",
+        "offloaded_mib",
         "saved_mib_fp32",
         "loss_mib",
         "step_peak_mib",
@@ -95,7 +96,7 @@ def test_records_of_a_training_run(tmp_path):
         "tensors",
     }
     assert sum(tensor["bytes"] for tensor in memory["tensors"]) / 2**20 == pytest.approx(memory["saved_mib"])
-    assert set(memory["tensors"][0]) == {"layer", "op", "shape", "dtype", "bytes_fp32", "bytes"}
+    assert set(memory["tensors"][0]) == {"layer", "op", "shape", "dtype", "bytes_fp32", "bytes", "host_bytes"}
     if not torch.cuda.is_available():
         assert memory["peak_allocated_mib"] is memory["reference_activation_mib"] is None
     parameters = 2 * 64 * 16 + 16 + 2 * 16 * 16 + 16 + 2 * 16 * 10 + 10 + 2 * 2 * 16

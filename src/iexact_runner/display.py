@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from iexact_runner.runs.records import compression_label
+from iexact_runner.runs.labels import compression_label
 from iexact_runner.untrusted.text import unmarked
 
 if TYPE_CHECKING:  # torch is slow to import
@@ -117,6 +117,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
         plain["saved"] = memory["saved_mib_fp32"]
         for name in (
             "saved",
+            "offloaded",
             "step peak",
             "evaluation peak",
             "data",
@@ -126,8 +127,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
             "peak reserved",
             "reference activation",
         ):
-            figure = memory[f"{name.replace(' ', '_')}_mib"]
-            if figure is not None:
+            figure = memory.get(f"{name.replace(' ', '_')}_mib")
+            if figure is not None and (figure or name != "offloaded"):
                 table.add_row(name, f"{figure:.2f} MiB{_less_than_fp32(figure, plain.get(name))}")
     if throughput is not None:
         rate = throughput["epochs_per_second"]
@@ -185,16 +186,19 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
     table = Table(title="kept for the backward pass", title_justify="left")
     for name in ("layer", "op", "shape", "dtype"):
         table.add_column(name)
-    for name in ("FP32 MiB", "kept MiB"):
+    columns = {"bytes_fp32": "FP32 MiB", "bytes": "kept MiB"}
+    if any(tensor["host_bytes"] for tensor in tensors):
+        columns["host_bytes"] = "on the host MiB"
+    for name in columns.values():
         table.add_column(name, justify="right")
     for tensor in tensors:
         shape = " x ".join(map(str, tensor["shape"]))
-        sizes = (f"{tensor[size] / 2**20:.3f}" for size in ("bytes_fp32", "bytes"))
+        sizes = (f"{tensor[size] / 2**20:.3f}" for size in columns)
         op = re.sub(r"Backward\d*$", "", tensor["op"])
         table.add_row(*map(unmarked, (tensor["layer"], op, shape, tensor["dtype"], *sizes)))
     table.add_section()
-    total = sum(tensor["bytes"] for tensor in tensors)
-    table.add_row("total", "", "", "", "", f"{total / 2**20:.3f}", style="bold")
+    totals = [f"{sum(tensor[size] for tensor in tensors) / 2**20:.3f}" for size in columns if size != "bytes_fp32"]
+    table.add_row("total", "", "", "", "", *totals, style="bold")
     console.print(table)
 
 

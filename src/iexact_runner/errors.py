@@ -22,7 +22,9 @@ class ConfigError(UserError, ValueError):
             value: the offending value.
             valid: what would have been accepted.
         """
-        return cls(f"{field}={'null' if value is None else value}: {valid}")
+        typed = {None: "null", True: "true", False: "false"}
+        shown = typed[value] if value is None or isinstance(value, bool) else value
+        return cls(f"{field}={shown}: {valid}")
 
 
 class DatasetError(UserError, RuntimeError):

@@ -7,9 +7,6 @@ of a chunk and those of their neighbours. Shapes: N nodes, R rows of a chunk, D 
 from __future__ import annotations
 
 import math
-import mmap
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from iexact_runner.compression.host import HostMap, cannot_hold
 from iexact_runner.data.graph import Adjacency, Graph
 from iexact_runner.data.sparse import CSR
-from iexact_runner.errors import ConfigError
 from iexact_runner.nn import GCN2, GNN, Model
 from iexact_runner.schemes.activation import Activation, Kept
 from iexact_runner.schemes.rows import RowEvaluation
@@ -113,7 +110,7 @@ class _Layerwise:
             value = made.value if isinstance(made, Activation) else made
             if out is None:
                 shape = (x.tensor.size(0), value.size(1))
-                out = HostMap.new(shape, value.dtype, x.tensor.device, folder=self.maps_folder)
+                out = self._new(shape, value.dtype, x.tensor.device)
             out.tensor[rows] = value
             touched += x.tensor[0].nbytes * self.entries + value.nbytes
             if touched > TOUCHED_BYTES:
@@ -125,45 +122,12 @@ class _Layerwise:
         assert out is not None
         return out
 
-
-@dataclass(frozen=True)
-class HostMap:
-    """A map (N, D) on the host.
-
-    Args:
-        tensor: the map.
-        mapping: of the file that holds it; None for memory.
-    """
-
-    tensor: Tensor
-    mapping: mmap.mmap | None = None
-
-    @classmethod
-    def new(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, folder: str | None) -> HostMap:
-        """One without values, in memory or in a file without a name, which is gone with the map.
-
-        Raises:
-            ConfigError: if the folder cannot hold it.
-        """
-        size = math.prod(shape) * dtype.itemsize
-        if folder is None or not size:
-            return cls(torch.empty(shape, dtype=dtype, device=device))
+    def _new(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> HostMap:
         try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-                mapping = mmap.mmap(file.fileno(), size)
+            return HostMap.new(shape, dtype, device, folder=self.maps_folder)
         except OSError as error:
-            valid = f"cannot hold a file of {size / 2**20:.0f} MiB: {error.strerror}"
-            raise ConfigError.of("sampler.maps_folder", folder, valid) from error
-        return cls(torch.frombuffer(mapping, dtype=dtype).view(shape), mapping)
-
-    def release(self) -> None:
-        """Gives the memory of a mapped file back; the system reads it again where it is needed."""
-        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+            size = math.prod(shape) * dtype.itemsize
+            raise cannot_hold("sampler.maps_folder", str(self.maps_folder), size, error) from error
 
 
 def _chunks(graph: Graph, entries: int, *, gathers: bool) -> Iterator[Chunk]:

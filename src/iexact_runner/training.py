@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from iexact_runner.capture import CapturedStep
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import TrainingConfig
-from iexact_runner.data.graph import edge_count
+from iexact_runner.data.graph import Graph, edge_count
 from iexact_runner.errors import TrainingError
 from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import node_loss
@@ -23,6 +23,7 @@ from iexact_runner.nn import Model
 from iexact_runner.phases import phase
 from iexact_runner.problem import Problem, evaluation_input, loss_weights, training_input
 from iexact_runner.sampling import one_ahead
+from iexact_runner.schemes.offload import offloading
 
 
 class Scores(NamedTuple):
@@ -217,10 +218,25 @@ def training_loss(
 ) -> Tensor:
     """Loss of one forward pass over the training view."""
     features, nodes = training_input(problem, seed=seed)
-    with autocast(precision, features.device):
-        scores = model(features, problem.training.graph, seed=seed, map_seed=map_seed)
     view = problem.training
+    scores = forward(model, features, view.graph, precision=precision, seed=seed, map_seed=map_seed)
     return node_loss(scores, view.y, nodes, kind=kind, weights=loss_weights(view, nodes))
+
+
+def forward(
+    model: Model,
+    features: Tensor,
+    graph: Graph,
+    *,
+    precision: str = "float32",
+    seed: int | Tensor = 0,
+    map_seed: int | None = None,
+) -> Tensor:
+    """Scores of a forward pass that is trained on: in a precision, what it keeps moved to the host if that is asked."""
+    moving = offloading(model.compression, [features, *graph.tensors(), *model.buffers()])
+    with autocast(precision, features.device), moving:
+        scores: Tensor = model(features, graph, seed=seed, map_seed=map_seed)
+    return scores
 
 
 @phase("evaluation")

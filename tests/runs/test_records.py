@@ -23,7 +23,6 @@ from iexact_runner.runs.records import (
     WITHOUT_EFFECT,
     DamagedRecord,
     RunFolder,
-    compression_label,
     config_hash,
     mean_std,
     read_run,
@@ -183,25 +182,6 @@ def test_unreadable_config_of_an_unfinished_run_is_named(tmp_path):
     path.write_text("model: [")
     with pytest.raises(DamagedRecord, match=r"config.yaml: is not YAML"):
         read_run(tmp_path / "run")
-
-
-def test_compression_in_words():
-    assert compression_label({"scheme": "none", "bits": None}) == "FP32"
-    fields = {"scheme": "projected", "bits": None, "kept_frac": 0.125, "col_size": 64, "alpha": 1.0}
-    assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
-    assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
-    assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
-    fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": None, "col_size": 16}
-    assert compression_label(fitted) == "INT4, low rank, rank 8"
-    labels = {
-        "lowrank_v1": "INT4, low rank, rank 8",
-        "lowrank": "low rank, 48 bits a node, sign_threshold 2.0, sign_share 0.33",
-    }
-    for preset, label in labels.items():
-        assert compression_label(asdict(compose_config(f"compression={preset}").compression)) == label
-    changed = {"rank": None, "energy": 0.9, "refresh": 5, "residual": 2, "levels": "optimal"}
-    words = "INT4, low rank, energy 0.9, refresh 5, residual 2, levels optimal"
-    assert compression_label(fitted | changed) == words
 
 
 def test_a_field_that_is_newer_than_a_record_had_its_default(tmp_path):

@@ -6,6 +6,7 @@ Shapes: N nodes, D features, R projected features, G block size in elements.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -32,6 +33,11 @@ class MapFormat:
     max_block_size: int | None
     backend: str
     optimal: bool = False
+
+    @property
+    def references_features(self) -> bool:
+        """The published layouts keep the features, compressed."""
+        return False
 
     def keep(self, x: Tensor, *, seed: int | Tensor, project: bool) -> KeptMap:
         """Keeps a map (N, D); ``project`` allows the random projection, which only linear uses undo without bias."""
@@ -201,6 +207,79 @@ class Layout(Protocol):
 
     def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Two maps whose rows' inner products are those of ``grad`` (N, D) with the map."""
+
+
+@dataclass(frozen=True)
+class DecodedLayout(ABC):
+    """A layout that the backward pass decodes whole, and computes from what it decoded.
+
+    Args:
+        shape: of the map, (N, D).
+        stored_type: what an element is kept as, for people.
+    """
+
+    shape: tuple[int, ...]
+    stored_type: str
+
+    @property
+    def decodes_afresh(self) -> bool:
+        """Whether :meth:`decode` returns memory of its own."""
+        return True
+
+    def independent(self) -> DecodedLayout:
+        """There is but one estimate."""
+        return self
+
+    @abstractmethod
+    def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The map (N, D), or an estimate of it."""
+
+    def weight_gradient(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Product grad^T x for grad (N, C): (C, D)."""
+        return self.weight_gradients([grad], tensors)[0]
+
+    def weight_gradients(self, grads: Sequence[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """:meth:`weight_gradient` of several gradients, from one decoding."""
+        decoded = self.decode(tensors).to(grads[0].dtype)
+        return [grad.T @ decoded for grad in grads]
+
+    def inner_product_factors(self, grad: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """``grad`` (N, D) and the map."""
+        return grad, self.decode(tensors).to(grad.dtype)
+
+
+@dataclass(frozen=True)
+class ExactLayout(DecodedLayout):
+    """The map itself."""
+
+    @property
+    def decodes_afresh(self) -> bool:
+        """It is what others may hold."""
+        return False
+
+    def decode(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The one tensor."""
+        return tensors[0]
+
+
+def exact_map(x: Tensor) -> KeptMap:
+    """A map (N, D) that is kept as it is."""
+    return KeptMap(ExactLayout(tuple(x.shape), str(x.dtype).removeprefix("torch.")), (x,))
+
+
+class Format(Protocol):
+    """How each map of a model is kept."""
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of an element of the maps that the format does not describe; None keeps these as they are."""
+
+    @property
+    def references_features(self) -> bool:
+        """Whether the features, which the caller holds anyway, are referenced instead of kept."""
+
+    def keep(self, x: Tensor, *, seed: int | Tensor, project: bool) -> KeptMap:
+        """Keeps a map (N, D), detached; ``project`` says that its uses are linear: it is the input of a product."""
 
 
 class KeptMap(NamedTuple):

@@ -314,11 +314,20 @@ class Config:
         if self.training.cuda_graph:
             full = not isinstance(self.sampler, BatchSamplerConfig)
             check(full, "training.cuda_graph", "true", "mini-batches vary in size: sampler=none")
+            moves = self.compression.offload or self.compression.format == "actnn"
+            valid = "a captured step cannot move what it keeps or choose its sizes: no compression=offload or actnn"
+            check(not moves, "training.cuda_graph", "true", valid)
         if self.task == "distribution":
-            quantized = self.compression.scheme == "projected" and self.compression.bits is not None
+            chosen = self.compression
             check(
-                quantized, "compression.bits", self.compression.bits, "task=distribution needs maps that are quantized"
+                chosen.scheme == "projected" and chosen.bits is not None,
+                "compression.bits",
+                chosen.bits,
+                "task=distribution needs maps that are quantized",
             )
+            valid = "task=distribution is of compression.format=blocks and compression.simulate=false"
+            check(chosen.format == "blocks", "compression.format", chosen.format, valid)
+            check(not chosen.simulate, "compression.simulate", "true", valid)
         energy = self.measure.energy
         check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
         resumable = self.task in RESUMABLE

@@ -11,7 +11,15 @@ from iexact_runner.config.checks import check, check_at_least, check_choice
 
 BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
-SCHEMES = ("none", "projected", "lowrank")
+SCHEMES = ("none", "projected", "lowrank", "recompute")
+# Formats of a map, and which fields each reads beside ``bits``.
+FORMATS = {
+    "blocks": ("kept_frac", "col_size", "alpha", "levels", "max_block_size"),
+    "actnn": ("group_size",),
+    "dropit": ("kept_frac",),
+    "velora": ("group_size",),
+    "hadamard": ("group_size",),
+}
 LEVELS = ("uniform", "optimal")
 ROUNDINGS = ("nearest", "stochastic")
 SIGNS = ("sketch", "exact")
@@ -26,10 +34,16 @@ class CompressionConfig:
     """What is kept of each activation map for the backward pass (symbols of the equations in brackets).
 
     Args:
-        scheme: ``none`` keeps FP32 maps; ``projected`` is EXACT and i-EXACT; ``lowrank`` keeps coefficients in
-            adaptive directions.
-        bits: bits of a code [b]; null keeps the (projected) map in FP32.
-        kept_frac: features kept by the random projection [R = ceil(kept_frac * D)]; 1.0 is no projection.
+        scheme: ``none`` keeps FP32 maps; ``projected`` keeps each map in a ``format``, as EXACT and i-EXACT do;
+            ``lowrank`` keeps coefficients in adaptive directions; ``recompute`` keeps the inputs of the blocks in FP32
+            and computes the rest again.
+        format: of a map under ``projected``: ``blocks`` (EXACT, i-EXACT), ``actnn``, ``dropit``, ``velora`` or
+            ``hadamard``.
+        bits: bits of a code [b]; null keeps the (projected) map in FP32. Of ``dropit`` and ``velora``, those of the
+            maps that are not the input of a product.
+        kept_frac: features kept by the random projection [R = ceil(kept_frac * D)]; 1.0 is no projection. Of
+            ``dropit``, elements kept.
+        group_size: elements of a group of ``actnn``, of a sub-token of ``velora``, or of a transform of ``hadamard``.
         col_size: block size in rows [G / R]; 0 or 1 is one block a row.
         alpha: width of the first bin of 2-bit codes in units of the code; 1.0 is uniform, ``auto`` the best width
             for the size of each map's blocks.
@@ -54,12 +68,18 @@ class CompressionConfig:
         sample_rows: rows that new directions are found from.
         residual: columns [k] of each of two random sketches of what the directions miss, which make ``lowrank``
             unbiased and noisy; 0 leaves it out of the gradient.
+        offload: move what is kept to the host until the backward pass needs it: from a GPU to pinned memory, on a CPU
+            to files without a name.
+        offload_folder: where these files are; null for the system's folder of temporary files.
+        simulate: compress and decode at once and keep the result in FP32, to judge accuracy alone.
         backend: who runs the quantizer.
     """
 
     scheme: str = MISSING
+    format: str = "blocks"
     bits: int | None = None
     kept_frac: float = 1.0
+    group_size: int | None = None
     col_size: int = 0
     alpha: Any = 1.0  # a number or a word: OmegaConf fails to merge a union
     levels: str = "uniform"
@@ -76,6 +96,9 @@ class CompressionConfig:
     refresh: int | None = None
     sample_rows: int = 4096
     residual: int = 0
+    offload: bool = False
+    offload_folder: str | None = None
+    simulate: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -89,16 +112,24 @@ class CompressionConfig:
         )
         check(0.0 < self.kept_frac <= 1.0, "compression.kept_frac", self.kept_frac, "must be above 0 and at most 1")
         check_at_least("compression.col_size", self.col_size, 0)
+        check_choice("compression.format", self.format, FORMATS)
         self._check_levels()
         if self.share_maps is None:
             self.share_maps = self.scheme == "lowrank"
         cap = self.max_block_size
         check(cap is None or cap >= 1, "compression.max_block_size", cap, "must be 1 or more, or null for no cap")
+        folder = self.offload_folder
+        known = folder is None or (self.offload and folder != "")
+        check(known, "compression.offload_folder", folder, "must be a folder, with compression.offload=true; or null")
         if self.scheme == "none":
             self._check_unused("compression=none keeps FP32; use exact or iexact", *_QUANTIZED, *_LOW_RANK)
+        elif self.scheme == "recompute":
+            self._check_unused("compression=recompute keeps FP32; use exact or iexact", *_QUANTIZED, *_LOW_RANK)
         elif self.scheme == "projected":
             self._check_unused("is of compression=lowrank", *_LOW_RANK)
+            self._check_format()
         else:
+            self._check_unused("is for schemes that keep map by map; use exact or iexact", *_MAP_BY_MAP)
             self._check_low_rank()
 
     def optimal_levels(self) -> bool:
@@ -126,6 +157,21 @@ class CompressionConfig:
                 alpha,
                 "compression.levels=optimal chooses the first bin itself; leave out one of the two",
             )
+
+    def _check_format(self) -> None:
+        read = FORMATS[self.format]
+        for name, unused in _OF_FORMATS:
+            if name not in read:
+                fits = " or ".join(each for each, fields in FORMATS.items() if name in fields)
+                self._check_unused(f"is of compression.format={fits}, which is {self.format} here", (name, unused))
+        if self.format in ("actnn", "hadamard"):
+            known = self.bits is not None
+            check(known, "compression.bits", "null", f"compression.format={self.format} needs 1, 2, 4 or 8")
+        size = self.group_size
+        if "group_size" in read:
+            check(size is not None and size >= 1, "compression.group_size", size, "must be 1 or more")
+        if self.format == "hadamard" and size is not None:
+            check(size.bit_count() == 1 and size >= 2, "compression.group_size", size, "must be a power of two")
 
     def _check_low_rank(self) -> None:
         rank, energy = self.rank, self.energy
@@ -213,7 +259,17 @@ _LOW_RANK = (
     ("sample_rows", 4096),
     ("residual", 0),
 )
+_OF_FORMATS = (
+    ("kept_frac", 1.0),
+    ("col_size", 0),
+    ("alpha", 1.0),
+    ("levels", "uniform"),
+    ("max_block_size", None),
+    ("group_size", None),
+)
+_MAP_BY_MAP = (("format", "blocks"), ("group_size", None), ("simulate", False))
 _QUANTIZED = (
+    *_MAP_BY_MAP,
     ("bits", None),
     ("kept_frac", 1.0),
     ("col_size", 0),

@@ -40,6 +40,7 @@ def memory_by_preset(problem: Problem, config: Config) -> tuple[dict[str, Any], 
     bytes_kept = sum(record.bytes for record in kept)
     memory = dict.fromkeys(UNKNOWN) | {
         "saved_mib": bytes_kept / MIB,
+        "offloaded_mib": sum(record.host_bytes for record in kept) / MIB,
         "saved_mib_fp32": sum(record.bytes for record in plain) / MIB,
         "tensors": [record.to_dict() for record in kept],
     }

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iexact_runner.schemes.offload import is_offloaded
+
 
 @dataclass(frozen=True)
 class TensorRecord:
@@ -26,7 +28,8 @@ class TensorRecord:
         shape: logical shape of the map.
         dtype: what an element is kept as; ``int2`` for a quantized map, ``mask`` for 1 bit.
         bytes_fp32: bytes that plain FP32 modules keep in its place.
-        bytes: bytes kept.
+        bytes: bytes kept on the device.
+        host_bytes: bytes that were moved to the host.
     """
 
     layer: str
@@ -35,6 +38,7 @@ class TensorRecord:
     dtype: str
     bytes_fp32: int
     bytes: int
+    host_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -95,10 +99,12 @@ class SavedTensors:
         for packed in self._alive():
             op, parts, described = items.get(id(packed), ("", [], None))
             dense = [piece for part in parts for piece in dense_parts(part.tensor)]
-            fresh = {_key(piece): piece.untyped_storage().nbytes() for piece in dense if _key(piece) not in taken}
+            fresh = {_key(piece): piece for piece in dense if _key(piece) not in taken}
             taken.update(fresh)
-            if any(fresh.values()):
-                records.append(_describe(op, packed, sum(fresh.values()), described))
+            sizes = [(piece.untyped_storage().nbytes(), is_offloaded(piece)) for piece in fresh.values()]
+            kept, moved = (sum(size for size, away in sizes if away is where) for where in (False, True))
+            if kept or moved:
+                records.append(_describe(op, packed, kept, moved, described))
         return records
 
     def _alive(self) -> list[_Packed]:
@@ -157,11 +163,12 @@ def _key(tensor: Tensor) -> int:
     return storage
 
 
-def _describe(op: str, packed: _Packed, kept: int, described: Any) -> TensorRecord:
+def _describe(op: str, packed: _Packed, kept: int, moved: int, described: Any) -> TensorRecord:
     if described is not None:
-        return TensorRecord(packed.layer, op, described.shape, described.stored_type, described.fp32_bytes, kept)
-    tensor = packed.tensor
-    return TensorRecord(packed.layer, op, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), kept, kept)
+        shape, kind, fp32_bytes = described.shape, described.stored_type, described.fp32_bytes
+        return TensorRecord(packed.layer, op, shape, kind, fp32_bytes, kept, moved)
+    shape, kind = tuple(packed.tensor.shape), str(packed.tensor.dtype).removeprefix("torch.")
+    return TensorRecord(packed.layer, op, shape, kind, kept + moved, kept, moved)
 
 
 def graph_nodes(output: Tensor) -> list[Any]:

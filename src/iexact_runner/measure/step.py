@@ -24,7 +24,7 @@ from iexact_runner.nn import Model, build_model
 from iexact_runner.phases import is_out_of_memory
 from iexact_runner.problem import Problem, loss_weights, training_input
 from iexact_runner.schemes import Plain
-from iexact_runner.training import Optimization, autocast, clock, evaluate, step, train_on_batches, training_loss
+from iexact_runner.training import Optimization, clock, evaluate, forward, step, train_on_batches, training_loss
 
 # What tensors without memory raise where their numbers are asked for, or their kind is not known.
 WITHOUT_NUMBERS = (
@@ -56,8 +56,7 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
     features, nodes = training_input(problem, seed=seed)
     before = allocated(device)
     with SavedTensors(model, excluded=[features, *problem.tensors()]) as saved:
-        with autocast(config.precision, device):
-            scores = model(features, problem.training.graph, seed=seed)
+        scores = forward(model, features, problem.training.graph, precision=config.precision, seed=seed)
         kept = saved.kept(scores)
         view = problem.training
         loss = node_loss(scores, view.y, nodes, kind=config.training.loss, weights=loss_weights(view, nodes))
@@ -71,6 +70,7 @@ def step_memory(model: Model, problem: Problem, config: Config, *, device: torch
     del scores, loss
     return {
         "saved_mib": saved_bytes / MIB,
+        "offloaded_mib": sum(record.host_bytes for record in kept) / MIB,
         "saved_mib_fp32": None if plain is None else sum(record.bytes for record in plain) / MIB,
         "loss_mib": (sum(record.bytes for record in kept_with_loss) - saved_bytes) / MIB,
         **_peaks(model, problem, config, device=device, seed=seed),
@@ -161,8 +161,7 @@ def saved_mib(model: Model, problem: Problem, config: Config, *, seed: int) -> f
     model.train()
     features, _ = training_input(problem, seed=seed)
     with SavedTensors(model, excluded=[features, *problem.tensors()]) as saved:
-        with autocast(config.precision, features.device):
-            scores = model(features, problem.training.graph, seed=seed)
+        scores = forward(model, features, problem.training.graph, precision=config.precision, seed=seed)
         return sum(record.bytes for record in saved.kept(scores)) / MIB
 
 
@@ -185,7 +184,7 @@ def kept_tensors(config: ModelConfig, problem: Problem, compression: Compression
             )
         try:
             with SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
-                return saved.kept(model(features, graph))
+                return saved.kept(forward(model, features, graph))
         except WITHOUT_NUMBERS:
             if not isinstance(config, ModuleConfig):
                 raise

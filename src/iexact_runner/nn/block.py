@@ -142,6 +142,6 @@ class GNN(nn.Module, ABC):
         graph = self.prepare_graph(graph, ops)
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
         for block in self.blocks:
-            x = block(x, graph, ops)
+            x = ops.block(partial(block, graph=graph, ops=ops), x)
         scores: Tensor = self.head(x, graph, ops)
         return scores

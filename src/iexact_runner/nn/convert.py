@@ -147,8 +147,11 @@ def compress(
             keeps plain maps, or the model is compressed already or on more than one device.
     """
     config = _chosen(compression, fields)
-    if config.scheme == "none":
-        raise ConfigError.of("compression.scheme", config.scheme, "must be projected or lowrank to compress a model")
+    if config.scheme not in ("projected", "lowrank"):
+        valid = "must be projected or lowrank to compress a model"
+        if config.scheme == "recompute":
+            valid += "; torch.utils.checkpoint computes parts of any model again"
+        raise ConfigError.of("compression.scheme", config.scheme, valid)
     if config.refresh is not None and config.refresh > 1:
         valid = "must be 1 or null to compress a model, whose passes need not be alike"
         raise ConfigError.of("compression.refresh", config.refresh, valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,9 +99,13 @@ class DeeperGCN(nn.Module):
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
         h = ops.linear(x, self.lin_in.weight, self.lin_in.bias)
         h = self.convs[0](h, activate(h, None, 0.0), graph, ops)
+
+        def layer(h: Activation, *, norm: nn.BatchNorm1d | None, conv: nn.Module) -> Tensor:
+            x = ops.scaled(activate(h.value, norm, self.dropout), self.factor)
+            out: Tensor = conv(x.value, x, graph, ops)
+            return out.add_(h.value) if self.residual else out
+
         for norm, conv in zip(norms, self.convs[1:], strict=False):
-            x = ops.scaled(activate(h, norm, self.dropout), self.factor)
-            out = conv(x.value, x, graph, ops)
-            h = out.add_(h) if self.residual else out
+            h = ops.block(partial(layer, norm=norm, conv=conv), Activation(h, Kept()))
         x = ops.scaled(activate(h, norms[-1], self.dropout, owned=True), self.factor)
         return ops.linear(x, self.lin_out.weight, self.lin_out.bias)

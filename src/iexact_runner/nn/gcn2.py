@@ -146,5 +146,5 @@ class GCN2(nn.Module):
         initial = ops.finish(h.pop, **NOTHING).shared()
         x = ops.scaled(ops.drop(initial, self.dropout), self.factor)
         for block in self.blocks:
-            x = block(x, graph, ops, initial)
+            x = ops.block(lambda x, initial, block=block: block(x, graph, ops, initial), x, initial)
         return ops.linear(x, self.lin_out.weight, self.lin_out.bias)

@@ -29,6 +29,7 @@ from iexact_runner.nn.graph_cache import GraphCache, written
 from iexact_runner.nn.saved_tensors import Fallback, Savings, tensors_in
 from iexact_runner.schemes import Activation, Projected, start_pass
 from iexact_runner.schemes.activation import Kept, Resident
+from iexact_runner.schemes.offload import offloading
 
 
 class Compression:
@@ -93,6 +94,7 @@ class Pass(TorchFunctionMode):
         self._token: Token[Pass | None] | None = None
         inputs = list(inputs)
         self._fallback.hold(tensors_in(inputs))
+        self._moving = offloading(model.config, tensors_in(inputs))
         for value in inputs:
             if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
                 self._sources[value] = (written(value), Resident())
@@ -100,6 +102,7 @@ class Pass(TorchFunctionMode):
     def __enter__(self) -> Pass:
         super().__enter__()  # type: ignore[no-untyped-call]
         self._token = _CURRENT.set(self)
+        self._moving.__enter__()
         if self.model.fallback:
             self._fallback.__enter__()
         return self
@@ -107,6 +110,7 @@ class Pass(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         if self.model.fallback:
             self._fallback.__exit__(*error)
+        self._moving.__exit__(*error)
         if self._token is not None:
             _CURRENT.reset(self._token)
         super().__exit__(*error)  # type: ignore[no-untyped-call]

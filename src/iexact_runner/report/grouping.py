@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from iexact_runner.errors import ConfigError
 from iexact_runner.report import published
-from iexact_runner.runs.records import Run, compression_label, flatten, mean_std
+from iexact_runner.runs.labels import compression_label, sampler_label
+from iexact_runner.runs.records import Run, flatten, mean_std
 
 # Fields that two repeats of one experiment may differ in.
 REPEAT_FIELDS = (
@@ -40,21 +40,6 @@ ENVIRONMENT = (
     "iexact_runner",
     "git_commit",
 )
-
-
-def sampler_label(config: Mapping[str, Any] | None) -> str:
-    """A sampler's configuration in a few words; records of before there were samplers have none."""
-    name = (config or {}).get("name", "none")
-    sizes = {
-        "none": "full batch",
-        "cluster": "{batch_parts} of {parts} parts",
-        "saint_rw": "{roots} walks of {walk_length}",
-        "saint_node": "{nodes} nodes",
-        "saint_edge": "{edges} edges",
-        "neighbor": "{batch_size} nodes, {num_neighbors}",
-    }
-    size = sizes.get(name, "").format_map(defaultdict(str, config or {}))
-    return size if name == "none" else ", ".join(filter(None, (name, size)))
 
 
 ALIASES: dict[str, Callable[[Run], Any]] = {
@@ -96,6 +81,7 @@ METRICS = {
         Metric("seconds_to_best", "throughput.seconds_to_best.values", "training to the best epoch [s]", digits=1),
         Metric("epochs_per_second", "throughput.epochs_per_second", "epochs/s"),
         Metric("saved_mib", "memory.saved_mib", "saved [MiB]"),
+        Metric("offloaded_mib", "memory.offloaded_mib", "on the host [MiB]"),
         Metric("saved_mib_fp32", "memory.saved_mib_fp32", "saved by FP32 [MiB]"),
         Metric("loss_mib", "memory.loss_mib", "loss [MiB]"),
         Metric("step_peak_mib", "memory.step_peak_mib", "peak of a step [MiB]"),

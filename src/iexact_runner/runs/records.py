@@ -347,21 +347,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_canonical(effective), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def compression_label(config: Mapping[str, Any]) -> str:
-    """A compression's configuration in a few words."""
-    if config.get("scheme") == "none":
-        return "FP32"
-    words = ["FP32 maps" if config.get("bits") is None else f"INT{config['bits']}"]
-    usual = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
-    if config.get("scheme") == "lowrank":
-        dealt = config.get("map_bits")
-        words = [*words, "low rank"] if dealt is None else ["low rank", f"{dealt} bits a node"]
-        usual = {"rank": None, "energy": None, "rounding": "nearest", "refresh": None, "residual": 0}
-        usual |= {"levels": "uniform", "sign_threshold": None, "sign_share": None, "signs": "sketch"}
-    words += [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
-    return ", ".join(words)
-
-
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """JSON without NaN or Infinity, which other readers refuse: they become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

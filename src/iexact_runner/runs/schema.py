@@ -78,12 +78,14 @@ class Tensor(Struct):
     layer: str
     op: str
     bytes: Count
+    host_bytes: Count = 0
 
 
 class Memory(Struct):
     """What a step keeps and reaches."""
 
     saved_mib: Amount | None = None
+    offloaded_mib: Amount | None = None
     saved_mib_fp32: Amount | None = None
     loss_mib: Figure | None = None
     step_peak_mib: Amount | None = None

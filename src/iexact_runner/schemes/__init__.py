@@ -12,6 +12,7 @@ from iexact_runner.schemes.evaluation import Evaluation
 from iexact_runner.schemes.lowrank import LowRank
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.projected import Projected
+from iexact_runner.schemes.recompute import Recompute
 
 __all__ = ["Activation", "LowRank", "Plain", "Projected", "start_pass"]
 
@@ -33,6 +34,8 @@ def start_pass(
         return LowRank(config, seed=seed, map_seed=map_seed, directions=[] if directions is None else directions)
     if training and config.scheme == "projected":
         return Projected(config, seed=seed, map_seed=map_seed)
+    if training and config.scheme == "recompute":
+        return Recompute(config, seed=seed)
     if not training and not torch.is_grad_enabled():
         return Evaluation(transform_first=bool(config.share_maps))
     return Plain(training=training, seed=seed, transform_first=bool(config.share_maps))

@@ -19,6 +19,7 @@ from iexact_runner.compression.directions import (
     residual_directions,
     sampled_rows,
 )
+from iexact_runner.compression.formats import blocks
 from iexact_runner.compression.maps import KeptMap, MapFormat
 from iexact_runner.compression.signs import Room
 from iexact_runner.compression.sketch import (
@@ -64,11 +65,12 @@ class LowRank(Projected):
     ) -> None:
         super().__init__(config, seed=seed, map_seed=map_seed)
         self._config = config
-        self._coefficients: MapFormat | CoefficientFormat = self._format
+        form = blocks(config)
+        self._coefficients: MapFormat | CoefficientFormat = form
         if config.map_bits is not None:
             stochastic = config.rounding == "stochastic"
             self._coefficients = CoefficientFormat(config.map_bits, stochastic, config.backend)
-            self._format = replace(self._format, bits=OTHER_BITS)
+            self._format = replace(form, bits=OTHER_BITS)
         # A compiler would keep the decoded coefficients between the passes, which are larger than all signs.
         self._sign_threshold = None if torch.compiler.is_compiling() else config.sign_threshold
         self._directions = directions
@@ -110,7 +112,7 @@ class LowRank(Projected):
             kept.append(self._signed(sketch, mask, p, seed, fixed, seeds))
             return kept[0]
 
-        value: Tensor = functions.SketchedReLUDropout.apply(h, p, seed, self._format.backend, keep, inplace)
+        value: Tensor = functions.SketchedReLUDropout.apply(h, p, seed, self._backend, keep, inplace)
         return Activation(value, Kept(kept[0]), owned=True)
 
     def _normalize_relu_dropout(self, h: Tensor, norm: nn.BatchNorm1d, p: float, *, overwrite: bool) -> Activation:
@@ -128,7 +130,7 @@ class LowRank(Projected):
 
         parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum_of(norm), norm.eps)
         value: Tensor = functions.BatchNormReLUDropout.apply(
-            h, *parameters, p, seed, self._format.backend, keep, keep_signs, overwrite
+            h, *parameters, p, seed, self._backend, keep, keep_signs, overwrite
         )
         return Activation(value, Kept(kept[0]), owned=True)
 
@@ -147,7 +149,7 @@ class LowRank(Projected):
         if not p:
             return x
         seed, fixed, seeds = self._mask_seed()
-        value: Tensor = functions.Dropout.apply(x.value, p, seed, self._format.backend)
+        value: Tensor = functions.Dropout.apply(x.value, p, seed, self._backend)
         kept = self._shared(x) if isinstance(x.source, Resident) else x.source.kept
         if kept is None or not isinstance(kept.layout, (SketchLayout, ResidentLayout)) or kept.layout.dropout:
             return Activation(value, Kept(), owned=True)
@@ -183,7 +185,7 @@ class LowRank(Projected):
         """The one kept map of an activation: of the features a reference, of a map with no sketch yet its own."""
         if x.source.kept is None:
             if isinstance(x.source, Resident):
-                x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._format.backend), (x.value,))
+                x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._backend), (x.value,))
             else:
                 x.source.kept = self._kept_sketch(x.value)
         return x.source.kept
@@ -256,7 +258,7 @@ class LowRank(Projected):
             coefficients,
             tuple(z.shape),
             gives_signs=bool(limit),
-            backend=self._format.backend,
+            backend=self._backend,
             residual=residual,
             room=state.room if limit else None,
         )

@@ -6,6 +6,7 @@ Shapes: N nodes, E edges, H heads, C features a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,10 @@ class Plain:
         if not (self.training and dropout):
             return Activation(features, Resident())
         return Activation(self.dropout(features, dropout), Kept(), owned=True)
+
+    def block(self, run: Callable[..., Any], *inputs: Activation) -> Any:
+        """What ``run`` makes of some activations: a part of a model whose middle may be computed twice."""
+        return run(*inputs)
 
     def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Product x W^T + b."""

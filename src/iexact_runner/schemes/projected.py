@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from iexact_runner.compression.maps import KeptMap, MapFormat, levels_for
+from iexact_runner.compression.formats import format_of
+from iexact_runner.compression.maps import KeptMap, exact_map
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.compression.sketch import ResidentLayout
 from iexact_runner.config import CompressionConfig
@@ -32,25 +33,17 @@ class Projected(Plain):
         map_seed: seed of projections and rounding, if it is to differ from that of the masks.
     """
 
-    # The published layouts keep the features, compressed.
-    uses_known_products = False
-
     def __init__(self, config: CompressionConfig, *, seed: int | Tensor, map_seed: int | Tensor | None = None) -> None:
         super().__init__(training=True, seed=seed, transform_first=bool(config.share_maps))
-        self._format = MapFormat(
-            bits=config.bits,
-            kept_frac=config.kept_frac,
-            col_size=config.col_size,
-            levels=levels_for(config.bits, config.alpha),
-            max_block_size=config.max_block_size,
-            backend=config.backend,
-            optimal=config.optimal_levels(),
-        )
+        self._format = format_of(config)
+        self._backend = config.backend
+        self._simulate = config.simulate
+        self._projects = config.format == "blocks" and config.kept_frac < 1.0
         self._store_dropout_mask = config.store_dropout_mask
         self._map_seed = seed if map_seed is None else map_seed
         self._maps_kept = 0
         # Whether what the caller holds anyway is kept as it is, where it would not be projected.
-        self.references_inputs = False
+        self.references_inputs = self.uses_known_products = self._format.references_features
 
     def linear(self, x: Activation, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Product x W^T + b, from the one kept map that all consumers of ``x`` share."""
@@ -150,7 +143,7 @@ class Projected(Plain):
             negative_slope,
             dropout,
             self.next_mask_seed() if dropout else 0,
-            self._format.backend,
+            self._backend,
             kept,
             fp32_bytes,
             overwrite and _is_free(kept),
@@ -220,7 +213,7 @@ class Projected(Plain):
 
     def leaky_relu(self, h: Tensor, negative_slope: float, *, inplace: bool = False) -> Tensor:
         """LeakyReLU, its mask in 1 bit an element."""
-        activated: Tensor = functions.LeakyReLU.apply(h, negative_slope, self._format.backend, inplace)
+        activated: Tensor = functions.LeakyReLU.apply(h, negative_slope, self._backend, inplace)
         return activated
 
     def elu(self, h: Tensor, alpha: float) -> Tensor:
@@ -233,7 +226,7 @@ class Projected(Plain):
         """ReLU then dropout, in one pass."""
         if p == 0:
             return self.relu(h)
-        seed, store_mask, backend = self.next_mask_seed(), self._store_dropout_mask, self._format.backend
+        seed, store_mask, backend = self.next_mask_seed(), self._store_dropout_mask, self._backend
         dropped: Tensor = functions.LeakyReLUDropout.apply(h, 0.0, p, seed, store_mask, backend)
         return dropped
 
@@ -243,23 +236,24 @@ class Projected(Plain):
             return h
         dropped: Tensor
         if self._store_dropout_mask:
-            dropped = functions.MaskedDropout.apply(h, p, self.next_mask_seed(), self._format.backend)
+            dropped = functions.MaskedDropout.apply(h, p, self.next_mask_seed(), self._backend)
         else:
-            dropped = functions.Dropout.apply(h, p, self.next_mask_seed(), self._format.backend)
+            dropped = functions.Dropout.apply(h, p, self.next_mask_seed(), self._backend)
         return dropped
 
     def _shared(self, x: Activation) -> KeptMap:
         """The one kept map of an activation, made by its first consumer."""
         if x.source.kept is None:
-            held = self.references_inputs and isinstance(x.source, Resident) and self._format.kept_frac == 1.0
+            held = self.references_inputs and isinstance(x.source, Resident) and not self._projects
             if held and not x.value.is_inference():  # of which autograd saves nothing
-                x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._format.backend), (x.value,))
+                x.source.kept = KeptMap(ResidentLayout(tuple(x.value.shape), backend=self._backend), (x.value,))
             else:
                 x.source.kept = self._keep(x.value, project=True)
         return x.source.kept
 
     def _keep(self, value: Tensor, *, project: bool) -> KeptMap:
-        return self._format.keep(value.detach(), seed=self.next_map_seed(), project=project)
+        kept = self._format.keep(value.detach(), seed=self.next_map_seed(), project=project)
+        return exact_map(kept.layout.decode(kept.tensors)) if self._simulate else kept
 
     @property
     def fallback_bits(self) -> int | None:

@@ -1,0 +1,45 @@
+"""Configurations in a few words, for titles, tables and figures."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+_FORMATS = {"actnn": "ActNN", "dropit": "DropIT", "velora": "VeLoRA", "hadamard": "Hadamard"}
+_UNIFORM = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
+_LOW_RANK = {"rank": None, "energy": None, "rounding": "nearest", "refresh": None, "residual": 0, "levels": "uniform"}
+_LOW_RANK |= {"sign_threshold": None, "sign_share": None, "signs": "sketch"}
+
+
+def compression_label(config: Mapping[str, Any]) -> str:
+    """A compression's configuration in a few words."""
+    scheme, bits = config.get("scheme"), config.get("bits")
+    maps = "FP32 maps" if bits is None else f"INT{bits}"
+    usual: dict[str, Any] = {}
+    if scheme in ("none", "recompute"):
+        words = ["FP32" if scheme == "none" else "FP32, recomputed"]
+    elif scheme == "lowrank":
+        dealt, usual = config.get("map_bits"), _LOW_RANK
+        words = [maps, "low rank"] if dealt is None else ["low rank", f"{dealt} bits a node"]
+    else:
+        name, usual = _FORMATS.get(config.get("format", "blocks")), _UNIFORM | {"group_size": None}
+        words = [maps] if name is None else [name, *([] if bits is None else [maps])]
+    words += [f"{field} {config[field]}" for field, value in usual.items() if config.get(field, value) != value]
+    words += [word for field, word in (("offload", "offloaded"), ("simulate", "simulated")) if config.get(field)]
+    return ", ".join(words)
+
+
+def sampler_label(config: Mapping[str, Any] | None) -> str:
+    """A sampler's configuration in a few words; records of before there were samplers have none."""
+    name = (config or {}).get("name", "none")
+    sizes = {
+        "none": "full batch",
+        "cluster": "{batch_parts} of {parts} parts",
+        "saint_rw": "{roots} walks of {walk_length}",
+        "saint_node": "{nodes} nodes",
+        "saint_edge": "{edges} edges",
+        "neighbor": "{batch_size} nodes, {num_neighbors}",
+    }
+    size = sizes.get(name, "").format_map(defaultdict(str, config or {}))
+    return size if name == "none" else ", ".join(filter(None, (name, size)))

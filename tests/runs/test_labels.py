@@ -1,0 +1,39 @@
+"""Configurations in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from iexact_runner.cli import compose_config
+from iexact_runner.runs.labels import compression_label
+
+
+def test_compression_in_words():
+    assert compression_label({"scheme": "none", "bits": None}) == "FP32"
+    fields = {"scheme": "projected", "bits": None, "kept_frac": 0.125, "col_size": 64, "alpha": 1.0}
+    assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
+    assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
+    assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
+    fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": None, "col_size": 16}
+    assert compression_label(fitted) == "INT4, low rank, rank 8"
+    labels = {
+        "lowrank_v1": "INT4, low rank, rank 8",
+        "lowrank": "low rank, 48 bits a node, sign_threshold 2.0, sign_share 0.33",
+    }
+    for preset, label in labels.items():
+        assert compression_label(asdict(compose_config(f"compression={preset}").compression)) == label
+    changed = {"rank": None, "energy": 0.9, "refresh": 5, "residual": 2, "levels": "optimal"}
+    words = "INT4, low rank, energy 0.9, refresh 5, residual 2, levels optimal"
+    assert compression_label(fitted | changed) == words
+    published = {
+        "recompute": "FP32, recomputed",
+        "offload": "FP32, offloaded",
+        "actnn": "ActNN, INT2, group_size 256",
+        "dropit": "DropIT, kept_frac 0.1",
+        "velora": "VeLoRA, group_size 8",
+        "hadamard": "Hadamard, INT2, group_size 128",
+    }
+    for preset, label in published.items():
+        assert compression_label(asdict(compose_config(f"compression={preset}").compression)) == label
+    both = compose_config("compression=int4", "compression.offload=true", "compression.simulate=true").compression
+    assert compression_label(asdict(both)) == "INT4, offloaded, simulated"
