@@ -21,30 +21,38 @@ FILES = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 NAMES = [path.stem for path in FILES]
 
 
-def axes(name):
-    """The sweep of an experiment, by what it varies."""
+def sweep_of(name):
+    """The sweep of an experiment, by what it varies, and what it adds."""
     register_schema()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose("config", overrides=[f"+experiment={name}"], return_hydra_config=True)
     assert composed.hydra.mode.name == "MULTIRUN"
-    return {key: str(values).split(",") for key, values in composed.hydra.sweeper.params.items()}
+    found = {key: str(values).split(",") for key, values in composed.hydra.sweeper.params.items()}
+    also = [dict(word.split("=") for word in line.split()) for line in composed.hydra.sweeper.also or ()]
+    return found, [{key: values.split(",") for key, values in line.items()} for line in also]
+
+
+def axes(name):
+    """The combinations that an experiment sweeps over."""
+    return sweep_of(name)[0]
 
 
 def jobs(name):
     """Overrides that take each value of each axis at least once."""
-    sweep = axes(name)
-    first = {key: values[0] for key, values in sweep.items()}
-    for key, values in sweep.items():
-        for value in values:
-            yield [f"{k}={v}" for k, v in (first | {key: value}).items()]
+    sweep, also = sweep_of(name)
+    for block in (sweep, *(sweep | line for line in also)):
+        first = {key: values[0] for key, values in block.items()}
+        for key, values in block.items():
+            for value in values:
+                yield [f"{k}={v}" for k, v in (first | {key: value}).items()]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_job_composes(name):
     dataset = compose_config(f"+experiment={name}").dataset.name
     kinds = ("table1", "models", "minibatch")
-    assert name in (*(f"{kind}_{dataset}" for kind in kinds), "pareto", "table2_distribution")
+    assert name in (*(f"{kind}_{dataset}" for kind in kinds), "alternatives", "pareto", "table2_distribution")
     for job in jobs(name):
         config = compose_config(*job, f"+experiment={name}")
         assert config.dataset.name == dataset

@@ -25,7 +25,18 @@ class IexactSweeper(BasicSweeper):
 
     A job that cannot be composed, or whose configuration is not valid, is recorded as failed; Hydra's own sweeper would
     launch none of them.
+
+    Args:
+        max_batch_size: jobs that are launched at once; None for all.
+        params: what is swept, by field.
+        also: lines of overrides, each of which adds the combinations of its own choices with those of all other fields.
     """
+
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, str] | None = None, also: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(max_batch_size, params)
+        self.also = list(also or ())
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs all jobs; what became of them is in their status files.
@@ -40,9 +51,12 @@ class IexactSweeper(BasicSweeper):
         cli.begin_sweep(sweep)
         _end_idle_workers(launcher)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        products = [
+            parser.parse_overrides([*self._parse_config(), *arguments, *line.split()]) for line in ("", *self.also)
+        ]
+        jobs = [job for overrides in products for (whole,) in [self.split_arguments(overrides, None)] for job in whole]
         launched = 0
-        for batch in self.split_arguments(overrides, self.max_batch_size):
+        for batch in self.split_overrides_to_chunks(jobs, self.max_batch_size or len(jobs)):
             with sweep.placing():
                 ready = dict(job for job in (self._place(sweep, job) for job in batch) if job is not None)
             first = launched

@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
 from conftest import REPOSITORY
+from iexact_runner.config.presets import preset
 from iexact_runner.report import command as report
-from iexact_runner.report import figures
+from iexact_runner.report.figures.tradeoffs import draw_cost
+from iexact_runner.report.figures.training import draw_curves
 from iexact_runner.report.reading import read_report
 from recorded import FP32, edit_summary, observed_map, record
 
@@ -293,8 +296,32 @@ def test_curves_have_points_where_there_was_an_evaluation_and_losses_at_every_ep
             line["test"] = line["val"] = None
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = read_report([folder], epochs=True).results.rows
-    losses, scores = figures.draw_curves({"a": rows}).axes[:2]
+    losses, scores = draw_curves({"a": rows}).axes[:2]
     assert list(losses.lines[0].get_xdata()) == [1, 2, 3]
     assert list(losses.lines[0].get_ydata()) == pytest.approx([1.05, 0.55, 1 / 3 + 0.05])
     assert list(scores.lines[0].get_xdata()) == [1, 3]
     assert list(scores.lines[0].get_ydata()) == pytest.approx([60.5, 80.5])
+
+
+def test_cost_shows_time_and_peak_with_the_error_of_the_gradient(tmp_path):
+    pytest.importorskip("matplotlib")
+    peaks, rates, errors = (10.0, 4.0, 6.0), (2.0, 1.0, 0.5), (0.0, 0.2, 3.0)
+    for number, (peak, rate, error) in enumerate(zip(peaks, rates, errors, strict=True)):
+        compression = asdict(preset(("none", "recompute", "iexact")[number]))
+        folder = record(tmp_path / f"{number}", compression=compression, rates=(rate, rate, rate))
+        memory = json.loads((folder / "summary.json").read_text())["memory"] | {"step_peak_mib": peak}
+        figures_of = {"relative_error": [error, error]} | ({"both": {"relative_error": [9.0]}} if number == 2 else {})
+        after = {"5": {"relative_error": [1.0]}, "30": figures_of}
+        edit_summary(folder, memory=memory, fidelity={"draws": 2, "after": after})
+    figure = draw_cost({"a": read_report([tmp_path]).results.rows})
+    axes = figure.axes[0]
+    front, *points = axes.lines
+    assert [(*point.get_xdata(), *point.get_ydata()) for point in points] == [(10.0, 0.5), (4.0, 1.0), (6.0, 2.0)]
+    assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(4.0, 1.0), (10.0, 0.5)]
+    scale, norm = figure.axes[1]._colorbar.cmap, figure.axes[1]._colorbar.norm
+    shades = [point.get_markerfacecolor() for point in points]
+    assert shades == [scale(norm(error)) for error in (1e-3, 0.2, 9.0)]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["1", "2", "3", " 1  none\n 2  recompute\n 3  iexact"]
+    record(tmp_path / "alone")
+    assert draw_cost({"a": read_report([tmp_path / "alone"]).results.rows}) is None

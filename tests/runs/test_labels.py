@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from iexact_runner.cli import compose_config
-from iexact_runner.runs.labels import compression_label
+from iexact_runner.config.presets import preset, preset_names
+from iexact_runner.runs.labels import compression_label, preset_of
 
 
 def test_compression_in_words():
@@ -20,8 +21,8 @@ def test_compression_in_words():
         "lowrank_v1": "INT4, low rank, rank 8",
         "lowrank": "low rank, 48 bits a node, sign_threshold 2.0, sign_share 0.33",
     }
-    for preset, label in labels.items():
-        assert compression_label(asdict(compose_config(f"compression={preset}").compression)) == label
+    for name, label in labels.items():
+        assert compression_label(asdict(compose_config(f"compression={name}").compression)) == label
     changed = {"rank": None, "energy": 0.9, "refresh": 5, "residual": 2, "levels": "optimal"}
     words = "INT4, low rank, energy 0.9, refresh 5, residual 2, levels optimal"
     assert compression_label(fitted | changed) == words
@@ -33,7 +34,17 @@ def test_compression_in_words():
         "velora": "VeLoRA, group_size 8",
         "hadamard": "Hadamard, INT2, group_size 128",
     }
-    for preset, label in published.items():
-        assert compression_label(asdict(compose_config(f"compression={preset}").compression)) == label
+    for name, label in published.items():
+        assert compression_label(asdict(compose_config(f"compression={name}").compression)) == label
     both = compose_config("compression=int4", "compression.offload=true", "compression.simulate=true").compression
     assert compression_label(asdict(both)) == "INT4, offloaded, simulated"
+
+
+def test_a_configuration_is_known_as_its_preset():
+    for name in preset_names():
+        assert preset_of(asdict(preset(name, backend="torch"))) == name
+    assert preset_of(asdict(preset("iexact", bits=4))) is None
+    old = asdict(preset("iexact"))
+    for field in ("format", "group_size", "offload", "simulate"):  # that records of before do not have
+        del old[field]
+    assert preset_of(old) == "iexact"

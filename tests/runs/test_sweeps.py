@@ -383,6 +383,20 @@ def test_killed_sweep_ends_as_an_undisturbed_one(tmp_path, undisturbed):
     assert json.loads((second / "summary.json").read_text())["resumed"] == 1
 
 
+def test_lines_of_also_add_their_own_choices(tmp_path):
+    """With all choices of the fields that they do not name; as one sweep, whose jobs are known from its beginning."""
+    also = "hydra.sweeper.also=['compression=none precision=bfloat16', 'compression=int8']"
+    folder = "hydra.sweep.dir=sweep"
+    result = run("compression=none,int4", "seed=0,1", also, "training.epochs=1", folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    swept = [job.status()["overrides"] for job in jobs_below(tmp_path / "sweep")]
+    chosen = [{word.split("=")[0]: word.split("=")[1] for word in overrides} for overrides in swept]
+    found = [(each["compression"], each.get("precision"), each["seed"]) for each in chosen]
+    first = [(compression, None, seed) for compression in ("none", "int4") for seed in "01"]
+    assert found == [*first, *[("none", "bfloat16", seed) for seed in "01"], *[("int8", None, seed) for seed in "01"]]
+    assert {job.state for job in jobs_below(tmp_path / "sweep")} == {"completed"}
+
+
 def test_two_sweeps_at_once_share_a_folder(tmp_path, undisturbed):
     processes = [
         subprocess.Popen(command(*SWEEP), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL) for _ in range(2)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cache
 from typing import Any
 
+from iexact_runner.config.presets import preset, preset_names
+
+# Fields of a compression that change no number.
+_WHERE = ("backend", "offload_folder")
 _FORMATS = {"actnn": "ActNN", "dropit": "DropIT", "velora": "VeLoRA", "hadamard": "Hadamard"}
 _UNIFORM = {"kept_frac": 1.0, "col_size": 0, "alpha": 1.0, "levels": "uniform"}
 _LOW_RANK = {"rank": None, "energy": None, "rounding": "nearest", "refresh": None, "residual": 0, "levels": "uniform"}
@@ -28,6 +34,19 @@ def compression_label(config: Mapping[str, Any]) -> str:
     words += [f"{field} {config[field]}" for field, value in usual.items() if config.get(field, value) != value]
     words += [word for field, word in (("offload", "offloaded"), ("simulate", "simulated")) if config.get(field)]
     return ", ".join(words)
+
+
+def preset_of(config: Mapping[str, Any]) -> str | None:
+    """The preset that a compression is, by all its fields that change a number; None if it is none of them."""
+    for name, fields in _presets().items():
+        if all(config.get(field, fields[field]) == fields[field] for field in fields if field not in _WHERE):
+            return name
+    return None
+
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    return {name: asdict(preset(name)) for name in preset_names()}
 
 
 def sampler_label(config: Mapping[str, Any] | None) -> str:
