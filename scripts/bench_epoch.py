@@ -13,6 +13,7 @@ import argparse
 import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from iexact_runner.cli import compose_config
 from iexact_runner.config import Config
@@ -34,9 +37,9 @@ from iexact_runner.loss import loss_per_node
 from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
 from iexact_runner.measure.peak import PeakMemory
 from iexact_runner.nn import build_model
-from iexact_runner.nn.baseline import baseline_graph, build_baseline
+from iexact_runner.nn.baseline import PyGBaseline, baseline_graph, build_baseline
 from iexact_runner.problem import Problem, evaluation_input, prepare, training_input
-from iexact_runner.training import Optimization, clock, evaluate, stepper
+from iexact_runner.training import Optimization, clock, evaluate, forward, stepper
 
 PRESETS = {
     "none": ("compression=none",),
@@ -51,6 +54,14 @@ PRESETS = {
     "lowrank": ("compression=lowrank",),
     "lowrank_small": ("compression=lowrank_small",),
     "lowrank_fine": ("compression=lowrank_fine",),
+    "recompute": ("compression=recompute",),
+    "offload": ("compression=offload",),
+    "lowrank, offloaded": ("compression=lowrank", "compression.offload=true"),
+}
+# What users of plain PyG do by hand.
+BY_HAND = {
+    "PyG, torch.utils.checkpoint": "checkpoint",
+    "PyG, torch.autograd.graph.save_on_cpu": "save_on_cpu",
 }
 
 Step = Callable[[int], float]
@@ -78,7 +89,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS)[:8])
+    parser.add_argument("--by-hand", action="store_true", help="also plain PyG with checkpointing and with offloading")
     parser.add_argument("--cached", action="store_true", help="keep the product of the features with A as data")
     parser.add_argument("--csv", type=Path, help="file to append the rows to")
     arguments = parser.parse_args()
@@ -91,6 +103,7 @@ def main() -> None:
         backend=arguments.backend,
         presets={name: PRESETS[name] for name in arguments.presets},
         cached=arguments.cached,
+        by_hand=BY_HAND if arguments.by_hand else {},
     )
     show(rows, Console())
     if arguments.csv:
@@ -106,9 +119,10 @@ def time_presets(
     backend: str = "auto",
     presets: Mapping[str, tuple[str, ...]] = PRESETS,
     cached: bool = False,
+    by_hand: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One row a preset: epoch seconds and their ratio to the baseline's."""
-    measured = subjects(dataset, model, device, backend=backend, presets=presets, cached=cached)
+    measured = subjects(dataset, model, device, backend=backend, presets=presets, cached=cached, by_hand=by_hand or {})
     memory = {name: memory_of(subject, device) for name, subject in measured.items()}
     seconds = _take_turns({name: subject.step for name, subject in measured.items()}, rounds, device)
     facts = environment.describe(device, backend=backends.resolve(backend, device))
@@ -141,8 +155,12 @@ def subjects(
     backend: str = "auto",
     presets: Mapping[str, tuple[str, ...]] = PRESETS,
     cached: bool = False,
+    by_hand: Mapping[str, str] | None = None,
 ) -> dict[str, Subject]:
-    """Plain PyG FP32 as ``baseline``, and each preset, on one graph; ``cached`` lets these keep A X as data."""
+    """Plain PyG FP32 as ``baseline``, and each preset, on one graph; ``cached`` lets these keep A X as data.
+
+    ``by_hand`` names what is done to plain PyG as well, one of the values of ``BY_HAND``.
+    """
     configs = {
         name: compose_config(f"dataset={dataset}", f"model={model}", *overrides, f"compression.backend={backend}")
         for name, overrides in presets.items()
@@ -156,7 +174,8 @@ def subjects(
             raise SystemExit(f"{model} on {dataset} has no product of the features that is the same in every step")
         view = replace(view, graph=view.graph.knowing(view.x))
         problem = replace(problem, training=view, whole=view)
-    return {"baseline": baseline} | {name: subject_of(each, problem) for name, each in configs.items()}
+    others = {name: _baseline(first, problem, by_hand=way) for name, way in (by_hand or {}).items()}
+    return {"baseline": baseline} | others | {name: subject_of(each, problem) for name, each in configs.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -206,22 +225,28 @@ def subject_of(config: Config, problem: Problem) -> Subject:
     return Subject(
         lambda epoch: take_step(seed=epoch, epoch=epoch),
         model,
-        lambda: model.train()(training_input(problem, seed=1)[0], view.graph, seed=1),
+        lambda: forward(model.train(), training_input(problem, seed=1)[0], view.graph, seed=1),
         lambda: evaluate(model, problem),
         problem.tensors(),
     )
 
 
-def _baseline(config: Config, problem: Problem) -> Subject:
+def _baseline(config: Config, problem: Problem, *, by_hand: str | None = None) -> Subject:
     torch.manual_seed(0)
     model = build_baseline(config.model, in_channels=problem.in_channels, out_channels=problem.num_classes)
     model.to(problem.whole.x.device).train()
+    if by_hand == "checkpoint":
+        assert isinstance(model, PyGBaseline)
+        model.block = functools.partial(checkpoint, model.block, use_reentrant=False)
+    moving = functools.partial(save_on_cpu, pin_memory=problem.whole.x.is_cuda)
+    context = moving if by_hand == "save_on_cpu" else nullcontext
     optimization = Optimization(model, config.training)
     operator = baseline_graph(problem.training.graph, config.model)
 
     def run(epoch: int) -> float:
         features, nodes = training_input(problem, seed=epoch)
-        scores = model(features, operator)[nodes]
+        with context():
+            scores = model(features, operator)[nodes]
         loss = loss_per_node(scores, problem.training.y[nodes], kind=config.training.loss).mean()
         optimization.backward(loss)
         optimization.update(model, epoch=epoch)
@@ -233,7 +258,12 @@ def _baseline(config: Config, problem: Problem) -> Subject:
         model.train()
 
     data = [*problem.tensors(), operator]
-    return Subject(run, model, lambda: model(training_input(problem, seed=1)[0], operator), evaluate_baseline, data)
+
+    def scores() -> Tensor:
+        with context():
+            return model(training_input(problem, seed=1)[0], operator)
+
+    return Subject(run, model, scores, evaluate_baseline, data)
 
 
 def memory_of(subject: Subject, device: torch.device) -> dict[str, float]:

@@ -62,6 +62,7 @@ def test_records_of_a_training_run(tmp_path):
         "energy",
         "distribution",
         "inspection",
+        "advice",
     }
     assert (summary["schema_version"], summary["status"], summary["error"]) == (1, "completed", None)
     assert summary["config"]["compression"]["bits"] == 2 and summary["config"]["seed"] == 5
@@ -280,7 +281,7 @@ def test_fp32_is_left_out_where_it_is_not_asked_for(tmp_path, override):
 
 
 @pytest.mark.parametrize("sampler", ["cluster", "saint_node", "neighbor"])
-@pytest.mark.parametrize("task", ["train", "measure", "fidelity", "inspect", "distribution"])
+@pytest.mark.parametrize("task", ["train", "measure", "fidelity", "inspect", "advise", "distribution"])
 def test_every_task_works_on_mini_batches(tmp_path, monkeypatch, task, sampler):
     monkeypatch.chdir(tmp_path)  # where a partition is kept
     small = ("model.hidden_channels=16", "training.epochs=2", "measure.timed_epochs=3", "fidelity.epochs=[1]")
@@ -289,7 +290,7 @@ def test_every_task_works_on_mini_batches(tmp_path, monkeypatch, task, sampler):
     summary = Experiment(config, RunFolder(tmp_path / "run"), Console(file=screen, width=200)).run("the: config\n")
     assert summary["status"] == "completed"
     batches = summary["batches"]
-    if task == "inspect":
+    if task in ("inspect", "advise"):
         assert batches is None
         return
     assert batches["nodes"]["p50"] <= batches["nodes"]["p95"] <= batches["nodes"]["max"] <= 1797

@@ -182,11 +182,12 @@ class Experiment:
         context = Context(
             config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings, sizes
         )
-        if config.task == "inspect":
-            TASKS["inspect"](context)
+        self._step = context.largest_step()
+        if config.task in ("inspect", "advise"):
+            TASKS[config.task](context)
             return
         model, seed = context.new_model(run=0)
-        self._step = step = context.largest_step()
+        step = self._step
         self._findings.memory = step_memory(model, step, config, device=self._device, seed=seed)
         if sizes is not None:
             self._findings.memory["data_mib"] = measure.total_bytes(problem.tensors()) / measure.MIB
@@ -223,7 +224,7 @@ class Experiment:
         if error.phase == "evaluation":
             return f"{failed} in evaluation: {out_of_memory.evaluation_advice(step, self._config)}"
         advice = out_of_memory.step_advice(memory, smaller, widest, available=self._available)
-        return f"{failed} in a training step: {advice}"
+        return f"{failed} in a training step: {advice}; task=advise compares all ways to need less"
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""
@@ -257,6 +258,7 @@ class Experiment:
             "energy": found.energy,
             "distribution": found.distribution,
             "inspection": found.inspection,
+            "advice": found.advice,
         }
 
 

@@ -7,6 +7,7 @@ Nothing here imports torch, so that ``iexact --help`` stays fast.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,13 +86,16 @@ __all__ = [
 ]
 
 
-TASKS = ("train", "measure", "fidelity", "distribution", "inspect", "bins")
+TASKS = ("train", "measure", "fidelity", "distribution", "inspect", "advise", "bins")
 # Those that record every epoch, and so can go on after one.
 RESUMABLE = ("train", "distribution")
 PRECISIONS = ("float32", "bfloat16", "float16")
 LOGGERS = ("none", "tensorboard", "mlflow")
 OPTIMIZERS = ("adam", "rmsprop")
 CACHING = ("auto", "true", "false")
+# Nodes of the graph that advice is measured on: half of them are twice as many as directions are found from, so that
+# what is found from them no longer decides the peak.
+LEAST_SAMPLE = 16384
 LOSSES = ("cross_entropy", "log_cross_entropy")
 
 
@@ -246,6 +250,30 @@ class CheckpointConfig:
 
 
 @dataclass
+class AdviseConfig:
+    """``task=advise``.
+
+    Args:
+        memory: that may be used, data included, such as ``24GiB`` or ``900MiB``; null for what is free.
+        nodes: of the largest graph that steps are run on; a graph that is no larger is taken whole.
+    """
+
+    memory: str | None = None
+    nodes: int = LEAST_SAMPLE
+
+    def __post_init__(self) -> None:
+        valid = "must be a number with MiB or GiB, such as 24GiB, or null for what is free"
+        check(self.memory is None or self.memory_mib is not None, "advise.memory", self.memory, valid)
+        check_at_least("advise.nodes", self.nodes, LEAST_SAMPLE)
+
+    @property
+    def memory_mib(self) -> float | None:
+        """``memory`` in MiB; None if it is not given."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MiB|GiB)", self.memory or "")
+        return None if found is None else float(found[1]) * (1024 if found[2] == "GiB" else 1)
+
+
+@dataclass
 class Config:
     """One run of ``iexact``.
 
@@ -268,6 +296,7 @@ class Config:
         checkpoint: group of the fields of checkpoints.
         measure: group of the fields of timing.
         fidelity: group of the fields of ``task=fidelity``.
+        advise: group of the fields of ``task=advise``.
         bins: group of the fields of ``task=bins``.
         sweep: group of the fields of sweeps.
     """
@@ -290,6 +319,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    advise: AdviseConfig = field(default_factory=AdviseConfig)
     bins: BinsConfig = field(default_factory=BinsConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
 

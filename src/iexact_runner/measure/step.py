@@ -165,7 +165,9 @@ def saved_mib(model: Model, problem: Problem, config: Config, *, seed: int) -> f
         return sum(record.bytes for record in saved.kept(scores)) / MIB
 
 
-def kept_tensors(config: ModelConfig, problem: Problem, compression: CompressionConfig) -> list[TensorRecord] | None:
+def kept_tensors(
+    config: ModelConfig, problem: Problem, compression: CompressionConfig, *, precision: str = "float32"
+) -> list[TensorRecord] | None:
     """What training of a model keeps, found by a forward pass over tensors that have no memory.
 
     None if a module of the user's looks at numbers, which such tensors do not have.
@@ -184,7 +186,7 @@ def kept_tensors(config: ModelConfig, problem: Problem, compression: Compression
             )
         try:
             with SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
-                return saved.kept(forward(model, features, graph))
+                return saved.kept(forward(model, features, graph, precision=precision))
         except WITHOUT_NUMBERS:
             if not isinstance(config, ModuleConfig):
                 raise

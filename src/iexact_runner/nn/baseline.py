@@ -49,19 +49,21 @@ class PyGBaseline(nn.Module):
         if self.lin_in is not None:
             initial = (F.relu(self.lin_in(x)),)
             x = F.dropout(initial[0], p, training)
-        residual = self.config.residual and not isinstance(self.config, GATConfig)
-        for index, conv in enumerate(self.convs):
-            h: Tensor = conv(x, *initial, adjacency)
-            if self.lin_out is None and index == len(self.convs) - 1:
-                return h
-            if self.config.batch_norm:
-                h = self.norms[index](h)
-            if residual and h.shape == x.shape:
-                h = h + x
-            x = F.dropout(F.relu(h), p, training)
-        assert self.lin_out is not None  # only GCN2 has blocks after which a linear layer follows
-        scores: Tensor = self.lin_out(x)
+        blocks = len(self.convs) - (self.lin_out is None)
+        for index in range(blocks):
+            x = self.block(index, x, *initial, adjacency)
+        # Only GCN2 has blocks after which a linear layer follows.
+        scores: Tensor = self.convs[-1](x, adjacency) if self.lin_out is None else self.lin_out(x)
         return scores
+
+    def block(self, index: int, x: Tensor, *rest: Tensor) -> Tensor:
+        """A convolution and what follows it."""
+        h: Tensor = self.convs[index](x, *rest)
+        if self.config.batch_norm:
+            h = self.norms[index](h)
+        if self.config.residual and not isinstance(self.config, GATConfig) and h.shape == x.shape:
+            h = h + x
+        return F.dropout(F.relu(h), self.config.dropout, self.training)
 
 
 class PyGDeeperGCN(nn.Module):

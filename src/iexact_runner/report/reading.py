@@ -79,9 +79,8 @@ def read_report(
     if where and not runs:
         raise UserError(f"no run with {' and '.join(where)} at or below {', '.join(map(str, folders))}")
     # Of these nothing was trained: their tables are their own.
-    completed = [
-        run for run in runs if run.status == "completed" and run.lookup("config.task") not in ("bins", "inspect")
-    ]
+    apart = ("bins", "inspect", "advise")
+    completed = [run for run in runs if run.status == "completed" and run.lookup("config.task") not in apart]
     incomplete = [run for run in runs if run.status != "completed"]
     results = group(completed, metrics_named(metrics, completed), by=by)
     return Report(with_differences(results, usual=not metrics), incomplete, damaged)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from iexact_runner.tasks import distribution, fidelity, inspect, measure, train
+from iexact_runner.tasks import advise, distribution, fidelity, inspect, measure, train
 from iexact_runner.tasks.context import Context
 
 TASKS: dict[str, Callable[[Context], None]] = {
@@ -16,4 +16,5 @@ TASKS: dict[str, Callable[[Context], None]] = {
     "fidelity": fidelity.run,
     "distribution": distribution.run,
     "inspect": inspect.run,
+    "advise": advise.run,
 }

@@ -42,6 +42,7 @@ class Findings:
         distribution: figures of maps, of each run.
         energy: of the timed epochs.
         inspection: facts about the graph, of ``task=inspect``.
+        advice: options of ``task=advise``.
     """
 
     metric: str | None = None
@@ -60,6 +61,7 @@ class Findings:
     distribution: list[list[dict[str, Any]]] | None = None
     energy: dict[str, Any] | None = None
     inspection: dict[str, Any] | None = None
+    advice: dict[str, Any] | None = None
 
     def timed(self) -> measure.Throughput | None:
         """Throughput as it stands."""
