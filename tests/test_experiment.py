@@ -273,6 +273,15 @@ def test_devices(monkeypatch):
         resolve_device("cuda:2")
 
 
+def test_offloading_stands_beside_fp32_on_the_device(tmp_path):
+    (summary, _), screen = run(tmp_path, "compression=offload", "model.hidden_channels=64")
+    memory = summary["memory"]
+    assert memory["saved_mib"] < 0.2 * memory["offloaded_mib"] and summary["fp32"]["step_peak_mib"] > 0
+    (there, _), _ = run(tmp_path / "there", "compression=none", "model.hidden_channels=64")
+    assert memory["saved_mib"] + memory["offloaded_mib"] == pytest.approx(there["memory"]["saved_mib"])
+    assert "offloaded" in screen
+
+
 @pytest.mark.parametrize("override", ["measure.fp32=false", "compression=none", "task=fidelity"])
 def test_fp32_is_left_out_where_it_is_not_asked_for(tmp_path, override):
     quick = ("fidelity.epochs=[1]", "fidelity.draws=2")

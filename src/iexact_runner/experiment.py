@@ -195,7 +195,8 @@ class Experiment:
                 model, problem, config, sizes, largest=self._findings.memory, device=self._device, seed=seed
             )
         del model
-        if config.measure.fp32 and config.compression.scheme != "none" and config.task in ("train", "measure"):
+        plain = config.compression.scheme == "none" and not config.compression.offload
+        if config.measure.fp32 and not plain and config.task in ("train", "measure"):
             with self._console.status("measuring FP32"):
                 self._findings.fp32 = fp32_figures(
                     problem,

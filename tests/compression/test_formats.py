@@ -67,6 +67,30 @@ def test_bytes_are_known_without_numbers(name, shape, project):
     assert counted - slack <= taken <= counted + (len(CODE_BITS) if name == "actnn" else 0)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bytes_are_those_of_the_page(shape):
+    """docs/memory.md, to the byte where it says no more."""
+    nodes, columns = shape
+    elements = nodes * columns
+
+    def kept(name, *, project=True, **fields):
+        x = torch.randn(*shape)
+        return sum(
+            tensor.nbytes for tensor in format_of(preset(name, **fields)).keep(x, seed=3, project=project).tensors
+        )
+
+    assert kept("dropit", kept_frac=0.3) == 8 * int(0.3 * elements)
+    width = min(8, columns)
+    assert kept("velora", group_size=8) == 4 * nodes * -(-columns // width) + 4 * width
+    assert kept("dropit", project=False) == kept("velora", project=False) == 4 * elements
+    groups = -(-elements // 32)
+    assert kept("hadamard", group_size=32, bits=4) == groups * 32 * 4 // 8 + 4 * groups + 32
+    width = min(64, columns)
+    groups = nodes * -(-columns // width)
+    limit = groups * width * 2 / 8 + 4 * groups + nodes / 4
+    assert limit - 3 * columns / 8 - 1 <= kept("actnn", group_size=64) <= limit + len(CODE_BITS)
+
+
 @pytest.mark.parametrize("project", [True, False])
 @pytest.mark.parametrize("name", ["actnn", "hadamard"])
 def test_rounding_formats_are_unbiased(name, project):

@@ -10,19 +10,21 @@ from iexact_runner.config import MODEL_CONFIGS
 from iexact_runner.config.presets import preset
 from iexact_runner.measure import PeakMemory, SavedTensors
 from iexact_runner.nn import MODELS, build_model
+from iexact_runner.training import forward
 
 NAMES = ("sage", "gcn", "gcn2", "gat", "graphconv", "deepergcn")
 RECOMPUTE, TWIN = preset("recompute"), projected(share_maps=True)
 
 
-def trained(name, compression, dataset, *, again=False, **fields):
+def trained(name, compression, dataset, *, again=False, precision="float32", **fields):
     """Scores, gradients and running statistics of one step."""
     sizes = {"num_layers": 4, "hidden_channels": 16, "dropout": 0.5, "input_dropout": 0.2, "residual": True}
     config = MODEL_CONFIGS[name](name=name, **(sizes | fields))
     torch.manual_seed(0)
     model = build_model(config, in_channels=13, out_channels=3, compression=compression).train()
-    scores = model(dataset.x, model.build_graph(dataset.edge_index, dataset.num_nodes), seed=5)
-    loss = torch.nn.functional.cross_entropy(scores, dataset.y)
+    graph = model.build_graph(dataset.edge_index, dataset.num_nodes)
+    scores = forward(model, dataset.x, graph, precision=precision, seed=5)
+    loss = torch.nn.functional.cross_entropy(scores.float(), dataset.y)
     if again:
         torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -51,6 +53,12 @@ def test_without_dropout_the_gradient_is_that_of_plain_modules(name, dataset):
     )
     assert_close(found, scores)
     assert_close(gradient, plain, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_second_computation_has_the_precision_of_the_first(name, dataset):
+    (_, twin, _), (_, found, _) = (trained(name, each, dataset, precision="bfloat16") for each in (TWIN, RECOMPUTE))
+    assert torch.equal(found, twin)
 
 
 def test_edges_dropped_on_the_graph_are_the_same_ones(dataset):
