@@ -73,6 +73,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compression/curves.py": _LEVELS,
     "compression/deferred.py": ("test_capture.py", *_SKETCH),
     "compression/directions.py": ("compression/test_directions.py", *_SKETCH),
+    **{
+        f"compression/formats/{name}.py": ("compression/test_formats.py",)
+        for name in ("actnn", "dropit", "hadamard", "velora")
+    },
+    "compression/host.py": ("schemes/test_offload.py", "sampling/test_samplers.py"),
     "compression/maps.py": ("compression/test_maps.py", *_SCHEMES),
     **{f"kernels/numba/{part}.py": _NUMBA for part in _PARTS},
     "kernels/levels.py": ("compression/test_coefficients.py", *_SKETCH),
@@ -103,6 +108,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "schemes/attention.py": ("schemes/test_aggregation.py",),
     "schemes/graph_linear.py": ("schemes/test_graph_linear.py", *_SCHEMES),
     "schemes/ownership.py": ("schemes/test_ownership.py",),
+    "schemes/offload.py": ("schemes/test_offload.py",),
+    "schemes/recompute.py": ("schemes/test_recompute.py",),
     "schemes/functions.py": (*_SCHEMES, "measure/test_out_of_memory.py"),
 }
 QUARTERED = ("kernels/numba/", "kernels/triton/", "kernels/parity")

@@ -69,7 +69,7 @@ def test_help_reads_as_documentation_and_is_quick(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("compression.bitz=3", "compression.bitz: no such field; did you mean bits? valid: scheme, bits"),
+        ("compression.bitz=3", "compression.bitz: no such field; did you mean bits? valid: scheme, format, bits"),
         ("compression.bits=3", "compression.bits=3: must be one of 1, 2, 4, 8"),
         ("compression.bits=two", "compression.bits=two: Value 'two' of type 'str' could not be converted"),
         ("+compression.bitz=3", "compression.bitz: no such field; did you mean bits?"),

@@ -204,9 +204,10 @@ def metrics_named(names: Sequence[str], runs: Sequence[Run]) -> list[Metric]:
     if not names:
         usual = [METRICS[name] for name in DEFAULT_METRICS] + _gradient_errors(runs)
         return [metric for metric in usual if any(_samples(run, metric) for run in runs)]
-    metrics = [METRICS.get(name) or Metric(name, name, name, digits=4) for name in names]
+    known = METRICS | {metric.name: metric for metric in _gradient_errors(runs)}
+    metrics = [known.get(name) or Metric(name, name, name, digits=4) for name in names]
     for metric in metrics:
-        if metric.name not in METRICS and not any(_samples(run, metric) for run in runs):
+        if metric.name not in known and not any(_samples(run, metric) for run in runs):
             valid = f"one of {', '.join(METRICS)}, or a number's dotted path in summary.json"
             raise ConfigError.of("--metric", metric.name, f"must be {valid}")
     return metrics

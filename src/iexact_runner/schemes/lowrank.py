@@ -52,9 +52,6 @@ class LowRank(Projected):
         directions: those of the model's maps, in the order of the pass; found or brought up to date here.
     """
 
-    # Features are referenced, and so may be their product.
-    uses_known_products = True
-
     def __init__(
         self,
         config: CompressionConfig,
@@ -65,6 +62,7 @@ class LowRank(Projected):
     ) -> None:
         super().__init__(config, seed=seed, map_seed=map_seed)
         self._config = config
+        self.uses_known_products = True  # features are referenced, and so may be their product
         form = blocks(config)
         self._coefficients: MapFormat | CoefficientFormat = form
         if config.map_bits is not None:
