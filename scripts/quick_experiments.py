@@ -63,7 +63,8 @@ def differences(markdown: str, folder: Path) -> Iterator[str]:
     jobs = sorted(folder.rglob("summary.json"), key=lambda path: int(path.parent.name))
     for summary in (json.loads(path.read_text()) for path in jobs):
         config = summary["config"]
-        key = [config["model"]["name"], config["dataset"]["name"], config["compression"], config.get("sampler")]
+        names = [config[group]["name"] for group in ("model", "dataset")]
+        key = [*names, config["compression"], config.get("sampler"), config["precision"]]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(summary)
     if len(rows) != len(groups):
         yield f"{len(rows)} rows for {len(groups)} configurations"

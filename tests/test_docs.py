@@ -254,3 +254,32 @@ def test_mini_batches_stand_in_the_committed_rows():
     speeds = f"{low['nodes_per_second']:,.0f} nodes/s under `lowrank` and {plain['nodes_per_second']:,.0f} in FP32"
     assert speeds in text and f"peaks at {low['step_peak_mib']:.2f} MiB, FP32 at {plain['step_peak_mib']:.2f}" in text
     assert f"needs {low['peak_resident_mib']:.2f} MiB" in text
+
+
+def test_alternatives_stand_in_the_committed_rows():
+    text = (REPOSITORY / "docs" / "guides" / "alternatives.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if " | " in line]
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "alternatives_amazon_computers_cpu.csv")
+    assert len(rows) == 18 and rows["option"].is_unique
+    for _, row in rows.iterrows():
+        errors = [row[f"fidelity.after.30.{part}relative_error_mean"] for part in ("both.", "")]
+        error = next(error for error in errors if error == error)
+        host = f" ({row['offloaded_mib']:.2f} on the host)" if row["offloaded_mib"] else ""
+        expected = [
+            "`" + row["option"].replace(", ", "`, `") + "`",
+            f"{100 * row['test_mean']:.2f} +- {100 * row['test_std']:.2f}",
+            f"{error:.3f}",
+            f"{row['saved_mib']:.2f}{host}",
+            *(f"{row[name]:.1f}" for name in ("step_peak_mib", "evaluation_peak_mib")),
+            f"{1 / row['epochs_per_second_median']:.2f}",
+        ]
+        assert expected in lines, expected
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "alternatives_by_hand_cpu.csv").set_index("preset")
+    shown = [line[1:] for line in lines if len(line) == 5 and line[0].startswith(("plain PyG", "`compression="))]
+    assert shown == [
+        [
+            *(f"{row.saved_mib:.2f}", f"{row.peak_mib:.1f}", f"{row.peak_ratio:.2f}"),
+            f"{row.ratio_median:.2f} ({row.ratio_p20:.2f} - {row.ratio_p80:.2f})",
+        ]
+        for row in rows.itertuples()
+    ]

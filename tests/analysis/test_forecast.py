@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,11 @@ def test_the_task_ends_with_a_command_and_leaves_its_table(tmp_path, monkeypatch
     need = {option["name"]: option["total_mib"] for option in advice["options"]}
     advice, text = told(f"advise.memory={(need['none'] + max(need['recompute'], need['lowrank'])) / 2:.2f}MiB")
     assert advice["recommended"] not in (None, "none") and f"compression={advice['recommended']}" in text
+    root = f"dataset.root={tmp_path / 'some where'}"
+    advice, text = told("advise.memory=1GiB", root, "sampler=cluster")
+    line = next(line for line in text.splitlines() if line.startswith("recommended: "))
+    words = ["iexact", "model=sage", "dataset=digits", root, "sampler=cluster", f"compression={advice['recommended']}"]
+    assert shlex.split(line)[1:] == words
     advice, text = told("advise.memory=0.1MiB")
     assert advice["recommended"] is None and "no option fits; mini-batches need less: iexact" in text
 

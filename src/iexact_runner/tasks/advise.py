@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+
 from rich.table import Table
 
 from iexact_runner.analysis.forecast import Forecast, forecasts, recommended
 from iexact_runner.compression.seeds import mix
+from iexact_runner.config import Config, DatasetConfig, FileConfig, ModuleConfig
 from iexact_runner.measure import MIB, out_of_memory, total_bytes
 from iexact_runner.tasks.context import Context
+from iexact_runner.untrusted.text import unmarked
 
 
 def run(context: Context) -> None:
@@ -35,13 +39,25 @@ def run(context: Context) -> None:
         "recommended": None if chosen is None else chosen.name,
     }
     context.console.print(_table(rows, model=config.model.name, dataset=config.dataset.name, available=available))
-    sampler = "" if config.sampler.name == "none" else f" sampler={config.sampler.name}"
-    command = f"iexact model={config.model.name} dataset={config.dataset.name}{sampler}"
     if chosen is None:
-        line = f"no option fits; mini-batches need less: {command} compression=lowrank sampler=cluster"
+        line = f"no option fits; mini-batches need less: {_command(config)} compression=lowrank sampler=cluster"
     else:
-        line = f"recommended: {command} {chosen.overrides}"
-    context.console.print(line, soft_wrap=True, highlight=False)
+        line = f"recommended: {_command(config)} {chosen.overrides}"
+    context.console.print(unmarked(line), soft_wrap=True)
+
+
+def _command(config: Config) -> str:
+    """What trains the same model on the same graph, but for fields of the model and of training."""
+    words = {"model": config.model.name, "dataset": config.dataset.name}
+    if isinstance(config.model, ModuleConfig):
+        words["model.target"] = config.model.target
+    if isinstance(config.dataset, FileConfig):
+        words["dataset.path"] = config.dataset.path
+    elif config.dataset.root != DatasetConfig.root:
+        words["dataset.root"] = config.dataset.root
+    if config.sampler.name != "none":
+        words["sampler"] = config.sampler.name
+    return shlex.join(["iexact", *(f"{name}={value}" for name, value in words.items())])
 
 
 def _table(rows: list[Forecast], *, model: str, dataset: str, available: float | None) -> Table:
