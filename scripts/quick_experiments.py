@@ -64,7 +64,7 @@ def differences(markdown: str, folder: Path) -> Iterator[str]:
     for summary in (json.loads(path.read_text()) for path in jobs):
         config = summary["config"]
         names = [config[group]["name"] for group in ("model", "dataset")]
-        key = [*names, config["compression"], config.get("sampler"), config["precision"]]
+        key = [*names, config["compression"], config.get("sampler"), config.get("precision")]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(summary)
     if len(rows) != len(groups):
         yield f"{len(rows)} rows for {len(groups)} configurations"

@@ -21,6 +21,13 @@ def test_repeats_are_pooled_over_folders(tmp_path):
     assert found.warnings == []
 
 
+def test_a_sweep_that_was_taken_up_has_no_rows_of_its_own(tmp_path):
+    first = {"sweep": {"skip_completed": False}, "checkpoint": {"every": "auto"}, "advise": {"nodes": 16384}}
+    again = {"sweep": {"skip_completed": True}, "checkpoint": {"every": 5}, "advise": {"nodes": 20000}, "seed": 1}
+    (row,) = results(tmp_path, first, again).rows
+    assert list(row.labels) == ["dataset", "model", "compression"]
+
+
 def test_rows_carry_the_fields_that_tell_them_apart_and_no_others(tmp_path):
     found = results(tmp_path, {"training": {"lr": 0.1}}, {"training": {"lr": 0.2}}, {"compression": FP32})
     assert [row.labels["training.lr"] for row in found.rows] == [0.1, 0.2, 0.01]

@@ -26,7 +26,7 @@ REPEAT_FIELDS = (
     "dataset.root",
     "compression.backend",
 )
-REPEAT_GROUPS = ("measure.", "fidelity.", "bins.")
+REPEAT_GROUPS = ("measure.", "fidelity.", "advise.", "bins.", "sweep.", "checkpoint.")
 # Fields of the environment that the figures of one table should share.
 ENVIRONMENT = (
     "device_name",
