@@ -75,7 +75,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compression/directions.py": ("compression/test_directions.py", *_SKETCH),
     **{
         f"compression/formats/{name}.py": ("compression/test_formats.py",)
-        for name in ("actnn", "dropit", "hadamard", "velora")
+        for name in ("actnn", "dropit", "hadamard", "of_inputs", "velora")
     },
     "compression/host.py": ("schemes/test_offload.py", "sampling/test_samplers.py"),
     "compression/maps.py": ("compression/test_maps.py", *_SCHEMES),

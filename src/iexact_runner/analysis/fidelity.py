@@ -139,7 +139,7 @@ def _on_batches(
     """
     kind, precision, device = config.training.loss, config.precision, device_of(model)
     whole = problem.of_batch(problem.training.to(device))
-    full = _joined(gradients(copy.deepcopy(model), whole, kind=kind, seed=mix(seed, epoch)))
+    full = joined(gradients(copy.deepcopy(model), whole, kind=kind, seed=mix(seed, epoch)))
     directions: list[Directions] = []
     sampling, both = Deviations(), Deviations()
     older = compared.refresh_on(device.type) - 1 if compared.scheme == "lowrank" else 0
@@ -155,8 +155,8 @@ def _on_batches(
             exact = gradients(probe, batch, kind=kind, seed=seeds)
             probe.compression, probe.directions = compared, directions
             estimate = gradients(probe, batch, kind=kind, precision=precision, seed=seeds, map_seed=mix(seeds, turn))
-            sampling.add(_joined(exact), full)
-            both.add(_joined(estimate), full)
+            sampling.add(joined(exact), full)
+            both.add(joined(estimate), full)
             yield estimate, exact
 
     figures = compare(pairs(), names=names)
@@ -222,7 +222,7 @@ def compare(draws: Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]], *, names
     """Figures of all parameters together, and in ``parameters`` of each, of gradients beside the exact ones."""
     whole, single = Deviations(), [Deviations() for _ in names]
     for drawn, exact in draws:
-        whole.add(_joined(drawn), _joined(exact))
+        whole.add(joined(drawn), joined(exact))
         for deviations, gradient, own in zip(single, drawn, exact, strict=True):
             deviations.add(gradient, own)
     parameters = {
@@ -246,5 +246,6 @@ def _listed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements (n,) of some tensors."""
     return torch.cat([tensor.flatten() for tensor in tensors])

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from iexact_runner.analysis.fidelity import Deviations, exact_twin, gradients
+from iexact_runner.analysis.fidelity import Deviations, exact_twin, gradients, joined
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
 from iexact_runner.config.presets import preset
-from iexact_runner.data.graph import Adjacency, Edges, Graph
+from iexact_runner.data.graph import Adjacency, Edges, Graph, training_subgraph
 from iexact_runner.errors import ConfigError
 from iexact_runner.measure import MIB, total_bytes
 from iexact_runner.measure.peak import PeakMemory
@@ -115,7 +115,7 @@ def forecasts(
         seconds = measured[0].seconds * size / counts[0]
         model = _model(problem, chosen, seed=seed)
         weights = total_bytes([*model.parameters(), *model.buffers()])
-        resident = (total_bytes(problem.tensors()) + (1 + OPTIMIZER_COPIES) * weights) / MIB
+        resident = (total_bytes(whole.tensors()) + (1 + OPTIMIZER_COPIES) * weights) / MIB
         total = resident + max(step_peak, evaluation)
         baseline = rows[0].seconds if rows else seconds
         overrides = {"compression": name} | fields
@@ -184,10 +184,8 @@ def part_of(problem: Problem, config: Config, nodes: int, *, seed: int) -> Probl
         chosen = near.nonzero().flatten()
         if chosen.numel() > nodes:
             chosen = chosen[torch.randperm(chosen.numel(), generator=generator)[:nodes].to(chosen.device)].sort().values
-        place = torch.full((count,), -1, dtype=torch.int64, device=full.x.device)
-        place[chosen] = torch.arange(chosen.numel(), device=full.x.device)
-        inside = (place[sources] >= 0) & (place[targets] >= 0) & (sources != targets)
-        edges = torch.stack([place[sources[inside]], place[targets[inside]]])
+        proper = sources != targets  # a model adds loops of its own
+        edges = training_subgraph(torch.stack([sources[proper], targets[proper]]), chosen, count)
         return _view(full, chosen, build(edges, chosen.numel()))
 
     return _problem(problem, view)
@@ -287,14 +285,10 @@ def _errors(problem: Problem, config: Config, *, device: torch.device, seed: int
                 true = gradients(probe, problem, kind=kind, seed=masks)
                 probe.compression, own = compared, mix(seed, draw)
                 found = gradients(probe, problem, kind=kind, precision=chosen.precision, seed=masks, map_seed=own)
-                deviations.add(_joined(found), _joined(true))
+                deviations.add(joined(found), joined(true))
         except ConfigError:
             continue
         error = deviations.figures(whole=0.0)["relative_error"]
         if error is not None:
             errors[name] = error
     return errors
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -162,7 +162,7 @@ def with_self_loops(edge_index: Tensor, num_nodes: int) -> Tensor:
 
 
 def training_subgraph(edge_index: Tensor, nodes: Tensor, num_nodes: int) -> Tensor:
-    """Edges between ``nodes``, renumbered by their position in ``nodes`` (inductive training)."""
+    """Edges between ``nodes``, renumbered by their position in ``nodes``."""
     position = torch.full((num_nodes,), -1, dtype=edge_index.dtype, device=edge_index.device)
     position[nodes] = torch.arange(nodes.numel(), dtype=edge_index.dtype, device=edge_index.device)
     source, target = position[edge_index.long()]

@@ -21,6 +21,7 @@ from iexact_runner.compression.codec import BITS, DTYPES, Quantized, dequantize,
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config.checks import check_choice
 from iexact_runner.kernels.reference import pack, unpack
+from iexact_runner.schemes.hooks import NestedHooks
 
 # Smaller tensors are kept as they are.
 LEAST_ELEMENTS = 1 << 12
@@ -95,7 +96,7 @@ class _Kept:
         self.restore = restore
 
 
-class Fallback:
+class Fallback(NestedHooks):
     """Hooks that compress what autograd saves while they are on.
 
     Args:
@@ -108,6 +109,7 @@ class Fallback:
     def __init__(
         self, *, bits: int | None, next_seed: Callable[[], int | Tensor], savings: Savings, backend: str = "auto"
     ) -> None:
+        super().__init__()
         self._bits = bits
         self._next_seed = next_seed
         self._savings = savings
@@ -116,8 +118,6 @@ class Fallback:
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, _Kept]] = {}
         self._function, self._largest = "an operation", 0
         self._off = 0
-        self._hooks: Any = None
-        self._outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Takes tensors as held anyway: nothing is saved by keeping them smaller."""
@@ -126,14 +126,8 @@ class Fallback:
                 storage = tensor.untyped_storage()
                 self._held[storage._cdata] = StorageWeakRef(storage)
 
-    def __enter__(self) -> Fallback:
-        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        self._hooks.__enter__()
-        return self
-
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+        super().__exit__(*error)
         self._known.clear()
 
     @contextmanager
@@ -163,14 +157,9 @@ class Fallback:
         return self._outside(tensor.detach()) if known is None else known
 
     def _unpack(self, held: Any) -> Tensor:
-        unpack_outer = (lambda part: part) if self._outer is None else self._outer[1]
         if isinstance(held, _Kept):
-            return held.restore([unpack_outer(part) for part in held.parts])
-        tensor: Tensor = unpack_outer(held)
-        return tensor
-
-    def _outside(self, tensor: Tensor) -> Any:
-        return tensor if self._outer is None else self._outer[0](tensor)
+            return held.restore([self._inside(part) for part in held.parts])
+        return self._inside(held)
 
     def _compressible(self, tensor: Tensor) -> bool:
         if self._off or type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_complex():

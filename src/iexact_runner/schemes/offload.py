@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from iexact_runner.compression.host import HostMap, cannot_hold
 from iexact_runner.config import CompressionConfig
+from iexact_runner.schemes.hooks import NestedHooks
 
 # Smaller tensors stay where they are.
 LEAST_BYTES = 1 << 14
@@ -42,7 +43,7 @@ def is_offloaded(tensor: Tensor) -> bool:
     return reference is not None and not reference.expired()
 
 
-class Offload:
+class Offload(NestedHooks):
     """Saved-tensor hooks that move what is saved while they are on.
 
     Args:
@@ -51,6 +52,7 @@ class Offload:
     """
 
     def __init__(self, held: Iterable[Tensor], *, folder: str | None) -> None:
+        super().__init__()
         self._folder = tempfile.gettempdir() if folder is None else folder
         self._held: set[int] = set()
         for tensor in held:
@@ -59,17 +61,9 @@ class Offload:
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, _Moved]] = {}
         self._last: _Moved | None = None
         self._stream: torch.cuda.Stream | None = None
-        self._hooks: Any = None
-        self._outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None = None
-
-    def __enter__(self) -> Offload:
-        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        self._hooks.__enter__()
-        return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+        super().__exit__(*error)
         self._known.clear()
         self._last = None
 
@@ -78,14 +72,7 @@ class Offload:
         return self._moved(tensor) if self._movable(tensor) else self._outside(tensor.detach())
 
     def _unpack(self, held: Any) -> Tensor:
-        unpack_outer = (lambda part: part) if self._outer is None else self._outer[1]
-        if not isinstance(held, _Moved):
-            there: Tensor = unpack_outer(held)
-            return there
-        return held.fetched(unpack_outer(held.kept))
-
-    def _outside(self, tensor: Tensor) -> Any:
-        return tensor if self._outer is None else self._outer[0](tensor)
+        return held.fetched(self._inside(held.kept)) if isinstance(held, _Moved) else self._inside(held)
 
     def _movable(self, tensor: Tensor) -> bool:
         if type(tensor) not in (Tensor, FakeTensor) or tensor.layout != torch.strided or is_offloaded(tensor):

@@ -12,36 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iexact_runner.compression.maps import DecodedLayout, Format, KeptMap, MapFormat
+from iexact_runner.compression.formats.of_inputs import InputFormat
+from iexact_runner.compression.maps import DecodedLayout, KeptMap, MapFormat
 from iexact_runner.config import CompressionConfig
 
 
 @dataclass(frozen=True)
-class DropIT:
+class DropIT(InputFormat):
     """The format.
 
     Args:
         kept_frac: share of the elements that are kept.
-        others: how other maps are kept.
     """
 
     kept_frac: float
-    others: Format
 
-    @property
-    def bits(self) -> int | None:
-        """Of the other maps."""
-        return self.others.bits
-
-    @property
-    def references_features(self) -> bool:
-        """As plain modules do."""
-        return True
-
-    def keep(self, x: Tensor, *, seed: int | Tensor, project: bool) -> KeptMap:
-        """Keeps a map (N, D)."""
-        if not project:
-            return self.others.keep(x, seed=seed, project=False)
+    def keep_input(self, x: Tensor) -> KeptMap:
+        """Keeps the input (N, D) of a product."""
         flat = x.flatten()
         positions = flat.abs().topk(int(self.kept_frac * flat.numel()), sorted=False).indices
         layout = DropITLayout(tuple(x.shape), "largest")
@@ -62,4 +49,4 @@ class DropITLayout(DecodedLayout):
 
 def make_format(config: CompressionConfig) -> DropIT:
     """From the fields of a configuration."""
-    return DropIT(config.kept_frac, MapFormat(config.bits, 1.0, 0, None, None, config.backend))
+    return DropIT(MapFormat(config.bits, 1.0, 0, None, None, config.backend), config.kept_frac)

@@ -14,36 +14,23 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from iexact_runner.compression.maps import DecodedLayout, Format, KeptMap, MapFormat
+from iexact_runner.compression.formats.of_inputs import InputFormat
+from iexact_runner.compression.maps import DecodedLayout, KeptMap, MapFormat
 from iexact_runner.config import CompressionConfig
 
 
 @dataclass(frozen=True)
-class VeLoRA:
+class VeLoRA(InputFormat):
     """The format.
 
     Args:
         group_size: M.
-        others: how other maps are kept.
     """
 
     group_size: int
-    others: Format
 
-    @property
-    def bits(self) -> int | None:
-        """Of the other maps."""
-        return self.others.bits
-
-    @property
-    def references_features(self) -> bool:
-        """As plain modules do."""
-        return True
-
-    def keep(self, x: Tensor, *, seed: int | Tensor, project: bool) -> KeptMap:
-        """Keeps a map (N, D)."""
-        if not project:
-            return self.others.keep(x, seed=seed, project=False)
+    def keep_input(self, x: Tensor) -> KeptMap:
+        """Keeps the input (N, D) of a product."""
         width = min(self.group_size, x.size(1))
         tokens = F.pad(x, (0, -x.size(1) % width)).view(-1, width)
         vector = F.normalize(tokens.float().mean(0), dim=0).to(x.dtype)
@@ -64,4 +51,4 @@ class VeLoRALayout(DecodedLayout):
 def make_format(config: CompressionConfig) -> VeLoRA:
     """From the fields of a configuration."""
     assert config.group_size is not None
-    return VeLoRA(config.group_size, MapFormat(config.bits, 1.0, 0, None, None, config.backend))
+    return VeLoRA(MapFormat(config.bits, 1.0, 0, None, None, config.backend), config.group_size)
