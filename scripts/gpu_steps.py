@@ -3,7 +3,7 @@
 python scripts/gpu_steps.py
 
 Dropout masks are the same on both. Estimated gradients differ from device to device, for sums of another order round
-otherwise; their error, over a few draws, must not.
+otherwise; their error, over a few draws, must not. Epochs of mini-batches are compared by their losses.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import functools
 import itertools
 import statistics
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +28,24 @@ from iexact_runner.config import CompressionConfig
 from iexact_runner.data import load_dataset
 from iexact_runner.nn import build_model
 from iexact_runner.problem import prepare
-from iexact_runner.training import training_loss
+from iexact_runner.sampling import with_batches
+from iexact_runner.training import Optimization, train_on_batches, training_loss
 
 MODELS = ("sage", "gcn", "gcn2", "gat", "deepergcn")
 SIZES = ("dataset=synthetic", "dataset.num_nodes=3000", "model.hidden_channels=64", "model.num_layers=3")
 # Between devices: of losses and of exact gradients, relative; the ratio of the errors of estimated ones.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, ERROR_RATIO = 1e-4, 1e-3, 1.3
 DRAWS = 4
+# The dropout of FP32 is PyTorch's own, which draws other masks on another device.
+COMPARED = {name: preset for name, preset in PRESETS.items() if name not in ("none", "offload")} | {
+    "int8, offloaded": ("compression=int8", "compression.offload=true"),
+    "recompute, offloaded": ("compression=recompute", "compression.offload=true"),
+    "int4, simulated": ("compression=int4", "compression.simulate=true"),
+    **{name: (f"compression={name}",) for name in ("actnn", "dropit", "velora", "hadamard", "prac")},
+}
+SAMPLERS = ("cluster", "saint_node", "saint_edge", "saint_rw", "neighbor")
+BATCH_PRESETS = ("exact", "lowrank", "recompute")
+EPOCHS = 2
 
 
 def main() -> None:
@@ -42,7 +54,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     arguments = parser.parse_args()
-    rows = compare_steps(torch.device(arguments.device), models=arguments.models)
+    device = torch.device(arguments.device)
+    rows = compare_steps(device, models=arguments.models) + compare_epochs(device)
     for row in rows:
         print(f"{row['model']} {row['preset']}: {row['problem'] or 'agrees'}")
     sys.exit(any(row["problem"] for row in rows))
@@ -50,24 +63,38 @@ def main() -> None:
 
 def compare_steps(device: torch.device, *, models: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each model and preset; ``problem`` says in what the devices differ and is empty if they do not."""
+    return [
+        _compared({"model": model, "preset": preset}, functools.partial(_figures, model, COMPARED[preset], device))
+        for model, preset in itertools.product(models, COMPARED)
+    ]
+
+
+def compare_epochs(device: torch.device) -> list[dict[str, Any]]:
+    """A row for each sampler and preset, with the loss of the second epoch of mini-batches on either device."""
     rows = []
-    # The dropout of FP32 is PyTorch's own, which draws other masks on another device.
-    for model, preset in itertools.product(models, [name for name in PRESETS if name != "none"]):
-        row: dict[str, Any] = {"model": model, "preset": preset}
-        try:
-            row |= _figures(model, PRESETS[preset], device)
-            row["problem"] = problem_of(row)
-        except Exception as error:  # the other presets are worth having
-            traceback.print_exc()
-            row["problem"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        rows.append(row)
+    for sampler, preset in itertools.product(SAMPLERS, BATCH_PRESETS):
+        row = {"model": "sage", "preset": f"{preset}, {sampler}"}
+        rows.append(_compared(row, functools.partial(_epochs, sampler, preset, device)))
     return rows
+
+
+def _compared(row: dict[str, Any], measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """The row with its figures, and in what they differ."""
+    try:
+        row |= measure()
+        row["problem"] = problem_of(row)
+    except Exception as error:  # the other rows are worth having
+        traceback.print_exc()
+        row["problem"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return row
 
 
 def problem_of(row: dict[str, Any]) -> str:
     """In what a step differs between the devices; empty if it does not."""
     if not abs(row["loss_gpu"] / row["loss_cpu"] - 1) <= LOSS_TOLERANCE:
         return f"loss {row['loss_gpu']:.6f} on the GPU, {row['loss_cpu']:.6f} on the CPU"
+    if "gradient_difference" not in row:
+        return ""
     if not row["gradient_difference"] <= GRADIENT_TOLERANCE:
         return f"exact gradients differ by {row['gradient_difference']:.2e}"
     errors = row["gradient_error_gpu"], row["gradient_error_cpu"]
@@ -103,6 +130,27 @@ def _gradients(model: str, compression: CompressionConfig, device: torch.device,
     value = loss.item()
     gradients = torch.autograd.grad(loss, list(built.parameters()))
     return value, torch.cat([gradient.flatten().cpu() for gradient in gradients])
+
+
+def _epochs(sampler: str, preset: str, device: torch.device) -> dict[str, float]:
+    """Losses of the last of a few epochs of mini-batches, on either device."""
+    root = f"dataset.root={tempfile.gettempdir()}"  # of partitions that are kept
+    config = compose_config(*SIZES, root, f"compression={preset}", f"sampler={sampler}")
+    whole = prepare(_dataset(), config.model, inductive=False, device=torch.device("cpu"))
+    losses = {}
+    for name, place in (("gpu", device), ("cpu", torch.device("cpu"))):
+        problem = with_batches(whole, config, _dataset(), device=place)
+        torch.manual_seed(0)
+        model = build_model(
+            config.model,
+            in_channels=problem.in_channels,
+            out_channels=problem.num_classes,
+            compression=config.compression,
+        ).to(place)
+        optimization = Optimization(model, config.training)
+        for epoch in range(1, EPOCHS + 1):
+            losses[f"loss_{name}"] = train_on_batches(model, optimization, problem, epoch, seed=0)[0]
+    return losses
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 python scripts/gpu_suite.py --out benchmarks
 
 1. gpu_parity.csv: every kernel against the reference, bit for bit.
-2. gpu_steps.csv: loss and gradient of every model and preset, on the GPU and on the CPU.
+2. gpu_steps.csv: loss and gradient of every model and preset, and losses of mini-batches, on the GPU and on the CPU.
 3. gpu_profile.csv, gpu_profile_kernels.csv: launches, copies, waits and the longest kernels of a training step.
 4. gpu_epochs.csv: a training step against plain PyG FP32 in the same process.
 5. gpu_graph.csv: training steps captured in a CUDA graph against the same steps without.
@@ -129,8 +129,8 @@ def _compared(kernels: Any, device: Any, share: int, of: int, max_seconds: float
 
 def check_steps(device: Any, out: Path) -> bool:
     """Compares a training step of every model and preset with the same on the CPU; whether all agree."""
-    with ProcessPoolExecutor(len(MODELS), mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = [row for found in pool.map(_steps_of, itertools.repeat(device), MODELS) for row in found]
+    with ProcessPoolExecutor(len(MODELS) + 1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = [row for found in pool.map(_steps_of, itertools.repeat(device), [*MODELS, ""]) for row in found]
     _write(rows, out / "gpu_steps.csv", device)
     problems = [row for row in rows if row["problem"]]
     for row in problems:
@@ -140,12 +140,13 @@ def check_steps(device: Any, out: Path) -> bool:
 
 
 def _steps_of(device: Any, model: str) -> list[dict[str, Any]]:
+    """Of steps of a model; of mini-batches if it is empty."""
     import torch
 
-    from gpu_steps import compare_steps
+    from gpu_steps import compare_epochs, compare_steps
 
     torch.set_num_threads(2)
-    return compare_steps(device, models=[model])
+    return compare_steps(device, models=[model]) if model else compare_epochs(device)
 
 
 def profile_steps(device: Any, out: Path, *, models: tuple[str, ...], deadline: float) -> bool:
@@ -232,7 +233,7 @@ def time_epochs(
     """A training step of every model and preset against plain PyG FP32."""
     from rich.console import Console
 
-    from bench_epoch import PRESETS, append_rows, show, time_presets
+    from bench_epoch import BY_HAND, PRESETS, append_rows, show, time_presets
     from iexact_runner.errors import UserError
 
     # What directions cost that are found anew in each pass, as on a CPU, instead of followed.
@@ -244,7 +245,7 @@ def time_epochs(
             print(f"{model} on {dataset}: left out, the time is up")
             continue
         try:
-            rows = time_presets(dataset, model, device, rounds=rounds, presets=presets)
+            rows = time_presets(dataset, model, device, rounds=rounds, presets=presets, by_hand=BY_HAND)
         except UserError as error:
             print(f"{model} on {dataset}: {error}")
             continue

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import types
 
@@ -125,6 +127,22 @@ def test_a_step_that_differs_between_devices_is_named(monkeypatch):
     for name, value in differing.items():
         for wrong in (value, float("nan")):
             assert gpu_steps.problem_of(agreeing | {name: wrong})
+    epoch = {"loss_gpu": 2.5, "loss_cpu": 2.50001}
+    assert gpu_steps.problem_of(epoch) == "" and gpu_steps.problem_of(epoch | {"loss_gpu": 2.51})
+
+
+def test_steps_and_epochs_of_mini_batches_are_compared_between_devices(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    import gpu_steps
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_steps, "COMPARED", {name: gpu_steps.COMPARED[name] for name in ("recompute, offloaded",)})
+    monkeypatch.setattr(gpu_steps, "SAMPLERS", ("cluster",))
+    monkeypatch.setattr(gpu_steps, "BATCH_PRESETS", ("exact",))
+    device = torch.device("cpu")
+    rows = gpu_steps.compare_steps(device, models=["sage"]) + gpu_steps.compare_epochs(device)
+    assert [(row["preset"], row["problem"]) for row in rows] == [("recompute, offloaded", ""), ("exact, cluster", "")]
+    assert all(math.isfinite(row["loss_gpu"]) for row in rows)
 
 
 def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys):
