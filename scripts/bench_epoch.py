@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from iexact_runner.cli import compose_config
@@ -231,6 +231,17 @@ def subject_of(config: Config, problem: Problem) -> Subject:
     )
 
 
+class _SaveOnCpu(saved_tensors_hooks):
+    """``save_on_cpu`` for what is dense; it fails to copy the graph, a CSR tensor, to pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        moving = save_on_cpu(pin_memory=device.type == "cuda")
+        super().__init__(
+            lambda tensor: moving.pack_hook(tensor) if tensor.layout == torch.strided else tensor,
+            lambda held: moving.unpack_hook(held) if isinstance(held, tuple) else held,
+        )
+
+
 def _baseline(config: Config, problem: Problem, *, by_hand: str | None = None) -> Subject:
     torch.manual_seed(0)
     model = build_baseline(config.model, in_channels=problem.in_channels, out_channels=problem.num_classes)
@@ -238,8 +249,7 @@ def _baseline(config: Config, problem: Problem, *, by_hand: str | None = None) -
     if by_hand == "checkpoint":
         assert isinstance(model, PyGBaseline)
         model.block = functools.partial(checkpoint, model.block, use_reentrant=False)
-    moving = functools.partial(save_on_cpu, pin_memory=problem.whole.x.is_cuda)
-    context = moving if by_hand == "save_on_cpu" else nullcontext
+    context = functools.partial(_SaveOnCpu, problem.whole.x.device) if by_hand == "save_on_cpu" else nullcontext
     optimization = Optimization(model, config.training)
     operator = baseline_graph(problem.training.graph, config.model)
 

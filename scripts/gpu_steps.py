@@ -35,6 +35,8 @@ MODELS = ("sage", "gcn", "gcn2", "gat", "deepergcn")
 SIZES = ("dataset=synthetic", "dataset.num_nodes=3000", "model.hidden_channels=64", "model.num_layers=3")
 # Between devices: of losses and of exact gradients, relative; the ratio of the errors of estimated ones.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, ERROR_RATIO = 1e-4, 1e-3, 1.3
+# Of losses after steps whose gradients were estimated by directions that each device finds in its own way.
+ESTIMATED_LOSS_TOLERANCE = 0.05
 DRAWS = 4
 # The dropout of FP32 is PyTorch's own, which draws other masks on another device.
 COMPARED = {name: preset for name, preset in PRESETS.items() if name not in ("none", "offload")} | {
@@ -91,7 +93,8 @@ def _compared(row: dict[str, Any], measure: Callable[[], dict[str, float]]) -> d
 
 def problem_of(row: dict[str, Any]) -> str:
     """In what a step differs between the devices; empty if it does not."""
-    if not abs(row["loss_gpu"] / row["loss_cpu"] - 1) <= LOSS_TOLERANCE:
+    estimated = "gradient_difference" not in row and row.get("preset", "").startswith("lowrank")
+    if not abs(row["loss_gpu"] / row["loss_cpu"] - 1) <= (ESTIMATED_LOSS_TOLERANCE if estimated else LOSS_TOLERANCE):
         return f"loss {row['loss_gpu']:.6f} on the GPU, {row['loss_cpu']:.6f} on the CPU"
     if "gradient_difference" not in row:
         return ""

@@ -56,6 +56,8 @@ def spmm(
     """
     matrix = csr_tensor(offsets, columns, values, column_scale=column_scale)
     matrix = matrix.to(x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32)
+    if columns.numel() > matrix.numel():  # entries that repeat others: cuSPARSE refuses more of them than places
+        matrix = _summed(matrix)
     dense = x.to(matrix.dtype)
     product = dense.new_empty(matrix.size(0), dense.size(1))
     # Written into place, for ``matrix @ dense`` makes a second map of zeros to add the product to.
@@ -67,6 +69,14 @@ def spmm(
     if out is None:
         return product.to(x.dtype)
     return out.add_(product) if add else out.copy_(product)
+
+
+def _summed(matrix: Tensor) -> Tensor:
+    """A CSR matrix as a dense one, entries of the same place added up."""
+    rows = torch.arange(matrix.size(0), device=matrix.device)
+    rows = rows.repeat_interleave(matrix.crow_indices().diff(), output_size=matrix.values().numel())
+    dense = matrix.values().new_zeros(matrix.shape)
+    return dense.index_put_((rows, matrix.col_indices()), matrix.values(), accumulate=True)
 
 
 def sampled_matmul(offsets: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
