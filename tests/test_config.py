@@ -65,7 +65,7 @@ def test_directions_are_found_less_often_on_a_gpu():
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("lowrnk", {}, "compression=lowrnk: no such choice; did you mean lowrank? valid: actnn, dropit, exact"),
+        ("lowrnk", {}, "compression=lowrnk: no such choice; did you mean lowrank? valid: actnn, auto, dropit, exact"),
         ("lowrank", {"rnk": 3}, "compression.rnk=3: no such field; did you mean rank? valid: scheme, format, bits"),
         ("lowrank", {"rank": 0}, "compression.rank=0: must be 1 or more"),
         ("lowrank", {"rank": "many"}, "compression.rank: Value 'many' of type 'str' could not be converted to Integer"),

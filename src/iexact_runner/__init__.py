@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iexact_runner.budget.calls import deal_budget
     from iexact_runner.config import CompressionConfig
     from iexact_runner.nn import compress, compressed_pass
     from iexact_runner.nn.saved_tensors import compressed_saved_tensors
 
 __version__ = "0.1.0"
-__all__ = ["CompressionConfig", "__version__", "compress", "compressed_pass", "compressed_saved_tensors"]
+__all__ = ["CompressionConfig", "__version__", "compress", "compressed_pass", "compressed_saved_tensors", "deal_budget"]
 
 # Imported when they are first asked for: torch takes seconds, which ``iexact --help`` has no use for.
 _HOMES = {
@@ -22,6 +23,7 @@ _HOMES = {
     "compress": "iexact_runner.nn",
     "compressed_pass": "iexact_runner.nn",
     "compressed_saved_tensors": "iexact_runner.nn.saved_tensors",
+    "deal_budget": "iexact_runner.budget.calls",
 }
 
 

@@ -202,6 +202,21 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def show_plan(console: Console, record: Mapping[str, Any]) -> None:
+    """Prints how the maps of a model are kept under a budget, and their shares of the error that is expected."""
+    budget = f"{record['budget_mib']:.2f} MiB may be kept, {record['saved_mib']:.2f} MiB are"
+    error = record["expected_error"]
+    expected = "errors are measured later" if error is None else f"expected gradient error {error:.4f}"
+    table = Table(title=f"{budget}; {expected}", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("kept")
+    for name in ("MiB", "share of error"):
+        table.add_column(name, justify="right")
+    for each in record["maps"]:
+        table.add_row(unmarked(each["layer"]), each["kept"], f"{each['mib']:.3f}", f"{each['error_share']:.3f}")
+    console.print(table)
+
+
 def show_fidelity(console: Console, record: Mapping[str, Any]) -> None:
     """Prints how far compressed gradients are from the exact one, overall and by parameter at the last epoch."""
     title = f"gradient against the exact one, {record['draws']} draws"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFold
 from iexact_runner.sampling import with_batches
 from iexact_runner.tasks import TASKS
 from iexact_runner.tasks.context import Context, Findings
+from iexact_runner.tasks.planner import Planner
 from iexact_runner.training import Scores
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,8 @@ class Experiment:
             config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings, sizes
         )
         self._step = context.largest_step()
+        if config.compression.scheme == "auto" and config.task not in ("inspect", "advise"):
+            context = replace(context, planner=Planner(config, self._step, self._console, self._findings.plans))
         if config.task in ("inspect", "advise"):
             TASKS[config.task](context)
             return
@@ -260,6 +263,7 @@ class Experiment:
             "distribution": found.distribution,
             "inspection": found.inspection,
             "advice": found.advice,
+            "plans": found.plans or None,
         }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import (
+    LOW_RANK,
     BatchSamplerConfig,
     Config,
     GATConfig,
@@ -170,7 +171,7 @@ def caches_first_aggregate(config: Config, dataset: NodeDataset, *, available: i
     """
     model, choice = config.model, config.training.cache_first_aggregate
     constant = isinstance(model, (SAGEConfig, GCNConfig, GraphConvConfig)) and model.input_dropout == 0
-    if choice == "true" and not (constant and config.compression.scheme in ("none", "lowrank")):
+    if choice == "true" and not (constant and config.compression.scheme in ("none", *LOW_RANK)):
         valid = "needs sage, gcn or graphconv, model.input_dropout=0, and compression=none or lowrank; use auto"
         raise ConfigError.of("training.cache_first_aggregate", choice, valid)
     if isinstance(config.sampler, BatchSamplerConfig):
@@ -179,7 +180,7 @@ def caches_first_aggregate(config: Config, dataset: NodeDataset, *, available: i
     if choice != "auto":
         return choice == "true"
     size = dataset.x.nbytes * (2 if config.dataset.inductive else 1)
-    return constant and config.compression.scheme == "lowrank" and available is not None and 10 * size <= available
+    return constant and config.compression.scheme in LOW_RANK and available is not None and 10 * size <= available
 
 
 def training_input(problem: Problem, *, seed: int | Tensor) -> tuple[Tensor, Tensor]:

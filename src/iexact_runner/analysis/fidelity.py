@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.config import LOW_RANK, CompressionConfig, Config
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import Model
 from iexact_runner.problem import Problem
@@ -89,12 +89,15 @@ class Deviations:
         }
 
 
-def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def checkpoints(
+    model: Model, problem: Problem, config: Config, *, seed: int, passed: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Trains ``model`` exactly and yields, after each of ``config.fidelity.epochs``, that epoch and its figures.
 
     Training and the exact gradient are in float32, the draws in ``config.precision``. FP32 maps are compared as their
     exact twin: an error of 0 in float32, for they are what the others are held against. Directions of the low-rank
     scheme are as old as they become in training, found ``refresh`` - 1 epochs ago, or as old as the model is.
+    ``passed`` is called after every epoch, and may have the model keep its maps in another way.
     """
     twin = exact_twin(config.compression)
     compared = twin if config.compression.scheme == "none" else config.compression
@@ -102,24 +105,28 @@ def checkpoints(model: Model, problem: Problem, config: Config, *, seed: int) ->
     model.compression = twin
     optimization = Optimization(model, config.training)
     names = [name for name, _ in model.named_parameters()]
-    directions: dict[int, list[Directions]] = {later: [] for later in config.fidelity.epochs}
+    directions: dict[int, list[Directions]] = {}
     train_epoch = epoch_trainer(model, optimization, problem, seed=seed)
     for epoch in range(config.fidelity.epochs[-1] + 1):
         if epoch > 0:
             train_epoch(epoch)
+            if passed is not None:
+                passed(epoch)
         if problem.batches is not None:
             if epoch in config.fidelity.epochs:
                 yield epoch, _on_batches(model, compared, problem, config, seed=seed, epoch=epoch + 1, names=names)
             continue
         for later in config.fidelity.epochs:
             if later + 1 - refresh <= epoch < later:
+                directions.setdefault(later, copy.deepcopy(model.directions))
                 _update(directions[later], model, compared, problem, config, seed=mix(seed, epoch + 1))
         if epoch in config.fidelity.epochs:
             # A copy, for a forward pass also moves the running statistics of BatchNorm.
             probe = copy.deepcopy(model)
             exact = gradients(probe, problem, kind=config.training.loss, seed=mix(seed, epoch + 1))
             probe.compression = compared
-            draws = _draws(probe, problem, config, directions[epoch], seeds=(seed, epoch + 1))
+            states = directions.get(epoch, model.directions)
+            draws = _draws(probe, problem, config, states, seeds=(seed, epoch + 1))
             yield epoch, compare(((drawn, exact) for drawn in draws), names=names)
 
 
@@ -140,9 +147,9 @@ def _on_batches(
     kind, precision, device = config.training.loss, config.precision, device_of(model)
     whole = problem.of_batch(problem.training.to(device))
     full = joined(gradients(copy.deepcopy(model), whole, kind=kind, seed=mix(seed, epoch)))
-    directions: list[Directions] = []
+    directions = copy.deepcopy(model.directions)
     sampling, both = Deviations(), Deviations()
-    older = compared.refresh_on(device.type) - 1 if compared.scheme == "lowrank" else 0
+    older = compared.refresh_on(device.type) - 1 if compared.scheme in LOW_RANK else 0
 
     def pairs() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         turns = itertools.islice(_batches(problem, seed=seed, epoch=epoch), older + config.fidelity.draws)

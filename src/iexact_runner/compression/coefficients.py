@@ -17,11 +17,19 @@ from iexact_runner.kernels import sketch_ops
 from iexact_runner.kernels.levels import lloyd_max
 from iexact_runner.kernels.reference import MOST_BITS
 
+# Directions that bits are dealt over, as a share of the bits: more of them would get none.
+DIRECTIONS_PER_BIT = 3 / 8
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def distortions() -> tuple[float, ...]:
     """D(b), the error of a standard normal value at 0 to 8 bits."""
     return tuple(lloyd_max(bits)[1] for bits in range(MOST_BITS + 1))
+
+
+def directions_for(total: int) -> int:
+    """Directions that so many bits a node are dealt over, if a map has as many."""
+    return max(1, int(total * DIRECTIONS_PER_BIT))
 
 
 def deal_bits(variances: Tensor, total: int) -> Tensor:

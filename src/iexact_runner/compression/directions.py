@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from iexact_runner.compression.choices import Choice
 from iexact_runner.compression.seeds import normal_draws
 from iexact_runner.compression.signs import Room
 
@@ -29,12 +30,20 @@ class Directions:
         age: training passes since they were found anew.
         bits: int32 (R,), dealt when they were found anew; None if all coefficients have as many.
         room: for the signs of the map, once it has any.
+        choice: how this map is kept, where each has its own; None for as the configuration says.
     """
 
     vectors: Tensor | None = None
     age: int = 0
     bits: Tensor | None = None
     room: Room | None = None
+    choice: Choice | None = None
+
+    def observe(self, z: Tensor, sample: Tensor, offset: Tensor) -> None:
+        """Told of a map (N, D), sampled rows (S, D) as they are sketched, and what is added before signs are taken."""
+
+    def observe_quantized(self, x: Tensor) -> None:
+        """Told of a map (N, D) that is quantized without a sketch."""
 
     def follow(self, vectors: Tensor) -> None:
         """Takes the directions that follow; in their place where a captured step is to read them again."""
@@ -46,13 +55,20 @@ class Directions:
 
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
-        return {"vectors": self.vectors, "age": self.age, "bits": self.bits, "room": self.room and self.room.state()}
+        return {
+            "vectors": self.vectors,
+            "age": self.age,
+            "bits": self.bits,
+            "room": self.room and self.room.state(),
+            "choice": self.choice and self.choice.state(),
+        }
 
     @classmethod
     def of(cls, state: Mapping[str, Any], device: torch.device) -> Directions:
         """What :meth:`state` was taken of."""
         vectors, bits = (None if part is None else part.to(device) for part in (state["vectors"], state["bits"]))
-        return cls(vectors, state["age"], bits, state["room"] and Room(**state["room"]))
+        room, choice = state["room"], state["choice"]
+        return cls(vectors, state["age"], bits, room and Room(**room), choice and Choice(**choice))
 
 
 def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None) -> Tensor:

@@ -18,7 +18,23 @@ from iexact_runner.kernels import sketch_ops
 from iexact_runner.kernels.reference import chunk_rows, stream_lengths
 
 # Room on a GPU for more signs than the pass before had, whose number is there without waiting.
-_SPARE, _LEAST_SPARE = 1.125, 4096
+SPARE, _LEAST_SPARE = 1.125, 4096
+# Rows that the share of sure signs is counted in.
+SHARE_ROWS = 512
+
+
+def sure_from(z: Tensor, missed: Tensor, *, threshold: float, share: float | None) -> Tensor:
+    """From which |z~| on (D,) a sign is sure, for z~ in sampled rows (S, D) and the deviation of z from it (D,).
+
+    ``threshold`` deviations, or less where only about ``share`` of the signs may be unsure.
+    """
+    if share is None:
+        return threshold * missed
+    certainty = (z[:: max(1, z.size(0) // SHARE_ROWS)].abs() / missed).flatten()
+    rank = max(1, int(share * certainty.numel()))
+    # A GPU sorts in parallel, and selects in one block of threads.
+    kth = certainty.sort().values[rank - 1] if certainty.is_cuda else certainty.kthvalue(rank).values
+    return kth.clamp(max=threshold) * missed
 
 
 @dataclass
@@ -75,7 +91,7 @@ class Room:
         """Bytes for as large a share as the pass before had, and a reserve."""
         assert self.bytes is not None
         expected = self.bytes * most / self.most if self.most else self.bytes
-        return min(most, int(expected * _SPARE) + _LEAST_SPARE)
+        return min(most, int(expected * SPARE) + _LEAST_SPARE)
 
 
 @dataclass

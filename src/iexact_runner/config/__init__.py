@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
-from iexact_runner.config.compression import BACKENDS, BITS, CompressionConfig
+from iexact_runner.config.compression import BACKENDS, BITS, LOW_RANK, CompressionConfig
 from iexact_runner.config.dataset import (
     DATASET_PREFIXES,
     DatasetConfig,
@@ -66,6 +66,7 @@ __all__ = [
     "GCN2Config",
     "GCNConfig",
     "GraphConvConfig",
+    "LOW_RANK",
     "MODEL_CONFIGS",
     "MeasureConfig",
     "ModelConfig",

@@ -11,7 +11,9 @@ from iexact_runner.config.checks import check, check_at_least, check_choice
 
 BITS = (1, 2, 4, 8)
 BACKENDS = ("auto", "torch", "numba", "triton")
-SCHEMES = ("none", "projected", "lowrank", "recompute")
+SCHEMES = ("none", "projected", "lowrank", "recompute", "auto")
+# Those that keep sketches.
+LOW_RANK = ("lowrank", "auto")
 # Formats of a map, and which fields each reads beside ``bits``.
 FORMATS = {
     "blocks": ("kept_frac", "col_size", "alpha", "levels", "max_block_size"),
@@ -35,8 +37,8 @@ class CompressionConfig:
 
     Args:
         scheme: ``none`` keeps FP32 maps; ``projected`` keeps each map in a ``format``, as EXACT and i-EXACT do;
-            ``lowrank`` keeps coefficients in adaptive directions; ``recompute`` keeps the inputs of the blocks in FP32
-            and computes the rest again.
+            ``lowrank`` keeps coefficients in adaptive directions; ``auto`` does so with bits for each map that make the
+            most of a budget; ``recompute`` keeps the inputs of the blocks in FP32 and computes the rest again.
         format: of a map under ``projected``: ``blocks`` (EXACT, i-EXACT), ``actnn``, ``dropit``, ``velora`` or
             ``hadamard``.
         bits: bits of a code [b]; null keeps the (projected) map in FP32. Of ``dropit`` and ``velora``, those of the
@@ -68,6 +70,11 @@ class CompressionConfig:
         sample_rows: rows that new directions are found from.
         residual: columns [k] of each of two random sketches of what the directions miss, which make ``lowrank``
             unbiased and noisy; 0 leaves it out of the gradient.
+        budget_mib: MiB that a step may keep under ``auto``.
+        budget: the same as a share of what FP32 keeps, or ``fit`` for what the device has room for; null where
+            ``budget_mib`` says it.
+        interval: epochs from one measurement of what each map needs to the next, under ``auto``; null measures after
+            5 epochs, 20, 80 and so on, as long as that takes about 3 % of the time of training.
         offload: move what is kept to the host until the backward pass needs it: from a GPU to pinned memory, on a CPU
             to files without a name.
         offload_folder: where these files are; null for the system's folder of temporary files.
@@ -96,6 +103,9 @@ class CompressionConfig:
     refresh: int | None = None
     sample_rows: int = 4096
     residual: int = 0
+    budget_mib: float | None = None
+    budget: Any = None  # a number or a word
+    interval: int | None = None
     offload: bool = False
     offload_folder: str | None = None
     simulate: bool = False
@@ -115,12 +125,14 @@ class CompressionConfig:
         check_choice("compression.format", self.format, FORMATS)
         self._check_levels()
         if self.share_maps is None:
-            self.share_maps = self.scheme == "lowrank"
+            self.share_maps = self.scheme in LOW_RANK
         cap = self.max_block_size
         check(cap is None or cap >= 1, "compression.max_block_size", cap, "must be 1 or more, or null for no cap")
         folder = self.offload_folder
         known = folder is None or (self.offload and folder != "")
         check(known, "compression.offload_folder", folder, "must be a folder, with compression.offload=true; or null")
+        if self.scheme != "auto":
+            self._check_unused("is of compression=auto", *_BUDGET)
         if self.scheme == "none":
             self._check_unused("compression=none keeps FP32; use exact or iexact", *_QUANTIZED, *_LOW_RANK)
         elif self.scheme == "recompute":
@@ -130,7 +142,10 @@ class CompressionConfig:
             self._check_format()
         else:
             self._check_unused("is for schemes that keep map by map; use exact or iexact", *_MAP_BY_MAP)
-            self._check_low_rank()
+            if self.scheme == "auto":
+                self._check_budget()
+            else:
+                self._check_low_rank()
 
     def optimal_levels(self) -> bool:
         """Whether each map's levels are chosen for the size of its blocks."""
@@ -173,6 +188,33 @@ class CompressionConfig:
         if self.format == "hadamard" and size is not None:
             check(size.bit_count() == 1 and size >= 2, "compression.group_size", size, "must be a power of two")
 
+    def _check_budget(self) -> None:
+        chosen = ("map_bits", "rank", "energy", "sign_threshold", "sign_share", "signs", "residual")
+        unused = [(name, value) for name, value in (*_LOW_RANK, *_QUANTIZED) if name in (*chosen, "bits", "col_size")]
+        self._check_unused("compression=auto chooses it for each map; use lowrank to say it", *unused)
+        if self.budget_mib is self.budget is None:
+            self.budget = "fit"
+        size, share = self.budget_mib, self.budget
+        one = size is None or share is None
+        check(one, "compression.budget", share, "give compression.budget or compression.budget_mib, one of the two")
+        check(size is None or 0.0 < size < float("inf"), "compression.budget_mib", size, "must be above 0")
+        number = type(share) in (int, float) and 0.0 < share <= 1.0
+        valid = "must be above 0 and at most 1, a share of what FP32 keeps, or fit"
+        check(share is None or number or share == "fit", "compression.budget", share, valid)
+        if self.interval is not None:
+            check_at_least("compression.interval", self.interval, 1)
+        self._check_sketches()
+
+    def _check_sketches(self) -> None:
+        check_choice("compression.rounding", self.rounding, ROUNDINGS)
+        if self.refresh is not None:
+            check_at_least("compression.refresh", self.refresh, 1)
+        check_at_least("compression.sample_rows", self.sample_rows, 1)
+        shared, unused = bool(self.share_maps), (("kept_frac", 1.0), ("store_dropout_mask", False))
+        check(shared, "compression.share_maps", "false", f"compression={self.scheme} shares its maps; leave it at true")
+        valid = f"compression={self.scheme} has directions and regenerated masks instead"
+        self._check_unused(valid, *unused)
+
     def _check_low_rank(self) -> None:
         rank, energy = self.rank, self.energy
         if rank is energy is self.map_bits is self.bits is None:
@@ -186,7 +228,6 @@ class CompressionConfig:
         check(one, "compression.rank", "null" if rank is None else rank, both)
         if self.map_bits is not None:
             self._check_dealt_bits(self.map_bits)
-        check_choice("compression.rounding", self.rounding, ROUNDINGS)
         check(
             dealt or self.rounding == "nearest",
             "compression.rounding",
@@ -194,14 +235,8 @@ class CompressionConfig:
             "is for compression.map_bits, which is null here; compression.bits always rounds stochastically",
         )
         self._check_signs()
-        if self.refresh is not None:
-            check_at_least("compression.refresh", self.refresh, 1)
-        check_at_least("compression.sample_rows", self.sample_rows, 1)
         check_at_least("compression.residual", self.residual, 0)
-        shared = bool(self.share_maps)
-        check(shared, "compression.share_maps", "false", "compression=lowrank shares its maps; leave it at true")
-        unused = (("kept_frac", 1.0), ("store_dropout_mask", False))
-        self._check_unused("compression=lowrank has directions and regenerated masks instead", *unused)
+        self._check_sketches()
 
     def refresh_on(self, device: str) -> int:
         """Training passes from one eigenproblem of a map to the next on a type of device."""
@@ -259,6 +294,7 @@ _LOW_RANK = (
     ("sample_rows", 4096),
     ("residual", 0),
 )
+_BUDGET = (("budget_mib", None), ("budget", None), ("interval", None))
 _OF_FORMATS = (
     ("kept_frac", 1.0),
     ("col_size", 0),

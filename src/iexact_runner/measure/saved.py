@@ -7,7 +7,7 @@ reference tells which of them the graph still holds when the model returns. Each
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -86,6 +86,11 @@ class SavedTensors:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def layer(self) -> str:
+        """Name of the module whose forward pass runs."""
+        return self._stack[-1]
+
     def kept(self, output: Tensor, *, beside: Tensor | None = None) -> list[TensorRecord]:
         """What the graph behind ``output`` keeps at this moment, ``beside`` another one, in forward order."""
         # What no node admits to (an operation in C++ without attributes) still counts, as "unknown".
@@ -142,6 +147,17 @@ class SavedTensors:
 
     def _leave_layer(self, module: nn.Module, args: Any, output: Any) -> None:
         self._stack.pop()
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors in arguments, and in lists, tuples and dictionaries among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:

@@ -14,7 +14,8 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.utils._trim_to_layer import TrimToLayer
 
-from iexact_runner.config import CompressionConfig
+from iexact_runner.budget.calls import plan_call
+from iexact_runner.config import LOW_RANK, CompressionConfig
 from iexact_runner.config.checks import check_choice
 from iexact_runner.config.presets import check_names, preset
 from iexact_runner.errors import ConfigError
@@ -100,7 +101,13 @@ class Compressed(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # every pass has a seed of its own
     def _call_in_pass(self, *args: Any, **kwargs: Any) -> Any:
-        with self._compression.running((*args, *kwargs.values())):
+        shared = self._compression
+        planned = shared.plan is not None or shared.directions is not None or shared.current() is not None
+        if shared.config.scheme == "auto" and not planned and torch.is_grad_enabled():
+            shared.directions = []  # while it is planned
+            shared.plan = plan_call(self, args, kwargs, budget_mib=shared.config.budget_mib or 0.0)
+            shared.directions = None
+        with shared.running((*args, *kwargs.values())):
             return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -147,8 +154,10 @@ def compress(
             keeps plain maps, or the model is compressed already or on more than one device.
     """
     config = _chosen(compression, fields)
-    if config.scheme not in ("projected", "lowrank"):
-        valid = "must be projected or lowrank to compress a model"
+    if config.scheme == "auto" and config.budget_mib is None:
+        raise ConfigError.of("compression.budget_mib", "null", "must be given to compress a model with auto")
+    if config.scheme not in ("projected", *LOW_RANK):
+        valid = "must be projected, lowrank or auto to compress a model"
         if config.scheme == "recompute":
             valid += "; torch.utils.checkpoint computes parts of any model again"
         raise ConfigError.of("compression.scheme", config.scheme, valid)

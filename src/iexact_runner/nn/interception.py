@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from iexact_runner.budget.plan import Plan
 from iexact_runner.compression.codec import DTYPES
+from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import TrainingError
+from iexact_runner.measure.saved import tensors_in
 from iexact_runner.nn.graph_cache import GraphCache, written
-from iexact_runner.nn.saved_tensors import Fallback, Savings, tensors_in
+from iexact_runner.nn.saved_tensors import Fallback, Savings
 from iexact_runner.schemes import Activation, Projected, start_pass
 from iexact_runner.schemes.activation import Kept, Resident
 from iexact_runner.schemes.offload import offloading
@@ -52,6 +55,9 @@ class Compression:
         self.graphs = GraphCache()
         self.functions: Counter[str] = Counter()
         self.left: set[str] = set()
+        # Of maps that each have a choice of their own: the plan, or states that go on from pass to pass.
+        self.plan: Plan | None = None
+        self.directions: list[Directions] | None = None
 
     def running(self, inputs: Iterable[Any] = ()) -> AbstractContextManager[Any]:
         """The pass that runs already, else a new one; ``inputs`` are what the model is called with."""
@@ -83,7 +89,8 @@ class Pass(TorchFunctionMode):
         super().__init__()
         self.model = model
         seed, map_seed = model.seeds or (mix(model.seed, model.passes), None)
-        ops = start_pass(model.config, training=True, seed=seed, map_seed=map_seed)
+        directions = model.directions if model.plan is None else model.plan.directions()
+        ops = start_pass(model.config, training=True, seed=seed, map_seed=map_seed, directions=directions)
         assert isinstance(ops, Projected)
         ops.references_inputs = model.fallback
         self._fallback = Fallback(

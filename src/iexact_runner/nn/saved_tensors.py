@@ -21,6 +21,7 @@ from iexact_runner.compression.codec import BITS, DTYPES, Quantized, dequantize,
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config.checks import check_choice
 from iexact_runner.kernels.reference import pack, unpack
+from iexact_runner.measure.saved import tensors_in
 from iexact_runner.schemes.hooks import NestedHooks
 
 # Smaller tensors are kept as they are.
@@ -294,14 +295,3 @@ def _narrowed(tensor: Tensor) -> Tensor:
         if limits.min <= low and high <= limits.max:
             return tensor.to(kind)
     return tensor
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors in arguments, and in lists, tuples and dictionaries among them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
-        elif isinstance(value, dict):
-            yield from tensors_in(value.values())

@@ -25,6 +25,10 @@ def compression_label(config: Mapping[str, Any]) -> str:
     usual: dict[str, Any] = {}
     if scheme in ("none", "recompute"):
         words = ["FP32" if scheme == "none" else "FP32, recomputed"]
+    elif scheme == "auto":
+        size, share = config.get("budget_mib"), config.get("budget")
+        words = [f"auto, {'what fits' if share == 'fit' else f'{share} of FP32' if size is None else f'{size:g} MiB'}"]
+        usual = {"rounding": "nearest", "refresh": None, "interval": None}
     elif scheme == "lowrank":
         dealt, usual = config.get("map_bits"), _LOW_RANK
         words = [maps, "low rank"] if dealt is None else ["low rank", f"{dealt} bits a node"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from iexact_runner.compression.directions import Directions
-from iexact_runner.config import CompressionConfig
+from iexact_runner.config import LOW_RANK, CompressionConfig
 from iexact_runner.schemes.activation import Activation
 from iexact_runner.schemes.evaluation import Evaluation
 from iexact_runner.schemes.lowrank import LowRank
@@ -30,7 +30,7 @@ def start_pass(
     ``map_seed`` lets projections and rounding vary while ``seed`` holds the dropout masks fixed; ``directions`` are
     those of the model's earlier passes, which the low-rank scheme renews.
     """
-    if training and config.scheme == "lowrank":
+    if training and config.scheme in LOW_RANK:
         return LowRank(config, seed=seed, map_seed=map_seed, directions=[] if directions is None else directions)
     if training and config.scheme == "projected":
         return Projected(config, seed=seed, map_seed=map_seed)

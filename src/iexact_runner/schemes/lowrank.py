@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits
+from iexact_runner.compression.choices import UNPLANNED, Choice
+from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits, directions_for
 from iexact_runner.compression.directions import (
     Directions,
     followed_directions,
@@ -21,7 +22,7 @@ from iexact_runner.compression.directions import (
 )
 from iexact_runner.compression.formats import blocks
 from iexact_runner.compression.maps import KeptMap, MapFormat
-from iexact_runner.compression.signs import Room
+from iexact_runner.compression.signs import Room, sure_from
 from iexact_runner.compression.sketch import (
     ProductLayout,
     ResidentLayout,
@@ -36,10 +37,6 @@ from iexact_runner.schemes.projected import Projected, momentum_of
 
 # Bits of an element of the maps that have no sketch, where the coefficients of sketches have bits of their own.
 OTHER_BITS = 4
-# Rows that the share of sure signs is counted in.
-SHARE_ROWS = 512
-# Directions that bits are dealt over, as a share of the bits: more of them would get none.
-DIRECTIONS_PER_BIT = 3 / 8
 
 
 class LowRank(Projected):
@@ -63,16 +60,14 @@ class LowRank(Projected):
         super().__init__(config, seed=seed, map_seed=map_seed)
         self._config = config
         self.uses_known_products = True  # features are referenced, and so may be their product
-        form = blocks(config)
-        self._coefficients: MapFormat | CoefficientFormat = form
-        if config.map_bits is not None:
-            stochastic = config.rounding == "stochastic"
-            self._coefficients = CoefficientFormat(config.map_bits, stochastic, config.backend)
-            self._format = replace(form, bits=OTHER_BITS)
-        # A compiler would keep the decoded coefficients between the passes, which are larger than all signs.
-        self._sign_threshold = None if torch.compiler.is_compiling() else config.sign_threshold
+        self._form = blocks(config)
+        self._common = Choice(config.map_bits, config.sign_threshold, config.sign_share)
+        if config.scheme == "auto":
+            self._common = UNPLANNED
+        if self._common.bits is not None:
+            self._format = replace(self._form, bits=OTHER_BITS)
         self._directions = directions
-        self._sketches = 0
+        self._maps = 0
         self._normalized: KeptMap | None = None
 
     def input(self, features: Tensor, *, dropout: float) -> Activation:
@@ -226,30 +221,30 @@ class LowRank(Projected):
 
         ``offset`` (D,) is what is added to the sketched map before its sign is taken.
         """
-        if self._sketches == len(self._directions):
-            self._directions.append(Directions())
-        state = self._directions[self._sketches]
-        self._sketches += 1
-        config = self._config
+        state = self._next_map()
+        config, choice = self._config, state.choice or self._common
+        # A compiler would keep the decoded coefficients between the passes, which are larger than all signs.
+        threshold = None if torch.compiler.is_compiling() else choice.sign_threshold
         rows = sampled_rows(z.size(0), config.sample_rows, device=z.device)
         sample = z[rows].float().sub_(mean).mul_(scale)  # written over: of a mini-batch these may be all rows
+        state.observe(z, sample, offset)
         self._renew(state, sample)
         directions, residual = state.vectors, config.residual
         assert directions is not None
         if residual:
             halves = [self._residual_directions(directions) for _ in range(2)]
             directions = torch.cat([directions, *halves], dim=1)
-        form, seed = self._coefficients, self.next_map_seed()
+        form, seed = self._coefficients_of(choice), self.next_map_seed()
         (coefficients, tensors), deviation = keep_coefficients(
             z, mean, scale, directions, form, bits=state.bits, seed=seed
         )
         scaled, limit = directions * deviation, []
-        if self._sign_threshold is not None:
-            state.room = state.room or Room(share=config.sign_share or 1.0)
+        if threshold is not None:
+            state.room = state.room or Room(share=choice.sign_share or 1.0)
             own, parts = encode_coefficients(sample @ (directions / deviation), form, bits=state.bits, seed=seed)
             known = own.stored(parts[: own.parts]).float() @ scaled.T
             missed = sample.sub_(known).square_().mean(0).sqrt()
-            limit = [self._limit(known.add_(offset), missed)]
+            limit = [sure_from(known.add_(offset), missed, threshold=threshold, share=choice.sign_share)]
         if residual:
             scaled[:, -2 * residual :] /= 2  # the mean of two estimates
         layout = SketchLayout(
@@ -262,29 +257,39 @@ class LowRank(Projected):
         )
         return layout, (*tensors[: coefficients.parts], scaled, mean, *limit)
 
-    def _limit(self, z: Tensor, missed: Tensor) -> Tensor:
-        """From which |z~| on (D,) a sign is sure, for z~ in sampled rows (S, D) and the deviation of z from it (D,)."""
-        threshold, share = self._sign_threshold or 0.0, self._config.sign_share
-        if share is None:
-            return threshold * missed
-        certainty = (z[:: max(1, z.size(0) // SHARE_ROWS)].abs() / missed).flatten()
-        rank = max(1, int(share * certainty.numel()))
-        # A GPU sorts in parallel, and selects in one block of threads.
-        kth = certainty.sort().values[rank - 1] if certainty.is_cuda else certainty.kthvalue(rank).values
-        return kth.clamp(max=threshold) * missed
+    def _next_map(self) -> Directions:
+        """What is known of the next map of the pass."""
+        if self._maps == len(self._directions):
+            self._directions.append(Directions())
+        self._maps += 1
+        return self._directions[self._maps - 1]
+
+    def _coefficients_of(self, choice: Choice) -> MapFormat | CoefficientFormat:
+        if choice.bits is None:  # as the configuration says, or FP32
+            return self._form
+        return CoefficientFormat(choice.bits, self._config.rounding == "stochastic", self._config.backend)
+
+    def _keep(self, value: Tensor, *, project: bool) -> KeptMap:
+        """A map without a sketch."""
+        if self._config.scheme != "auto":
+            return super()._keep(value, project=project)
+        state = self._next_map()
+        state.observe_quantized(value)
+        form = self._format if state.choice is None else replace(self._form, bits=state.choice.bits)
+        return form.keep(value.detach(), seed=self.next_map_seed(), project=project)
 
     def _renew(self, state: Directions, sample: Tensor) -> None:
         """Finds the directions of a map from sampled rows (S, D), or has them follow; deals bits over new ones."""
-        config = self._config
+        config, choice = self._config, state.choice or self._common
         if state.vectors is not None and state.age < config.refresh_on(sample.device.type):
             state.follow(followed_directions(sample, state.vectors))
             return
         rank = config.rank
-        if config.map_bits is not None and rank is None and config.energy is None:
-            rank = max(1, int(config.map_bits * DIRECTIONS_PER_BIT))
+        if state.choice is not None or (choice.bits is not None and rank is None and config.energy is None):
+            rank = sample.size(1) if choice.bits is None else directions_for(choice.bits)
         state.vectors, state.age = leading_directions(sample, rank=rank, energy=config.energy), 1
-        if config.map_bits is not None:
-            state.bits = deal_bits((sample @ state.vectors).square().mean(0), config.map_bits)
+        if choice.bits is not None:
+            state.bits = deal_bits((sample @ state.vectors).square().mean(0), choice.bits)
 
     def _residual_directions(self, directions: Tensor) -> Tensor:
         return residual_directions(directions, self._config.residual, seed=self.next_map_seed())

@@ -18,6 +18,7 @@ from iexact_runner.nn import Model, build_model
 from iexact_runner.problem import Problem
 from iexact_runner.runs.locks import DeviceLock
 from iexact_runner.runs.records import RunFolder
+from iexact_runner.tasks.planner import Planner
 from iexact_runner.training import BatchWork, Scores
 
 
@@ -43,6 +44,7 @@ class Findings:
         energy: of the timed epochs.
         inspection: facts about the graph, of ``task=inspect``.
         advice: options of ``task=advise``.
+        plans: how maps were kept under ``compression=auto``, each with the run and the epoch after which it was made.
     """
 
     metric: str | None = None
@@ -62,6 +64,7 @@ class Findings:
     energy: dict[str, Any] | None = None
     inspection: dict[str, Any] | None = None
     advice: dict[str, Any] | None = None
+    plans: list[dict[str, Any]] = field(default_factory=list)
 
     def timed(self) -> measure.Throughput | None:
         """Throughput as it stands."""
@@ -95,6 +98,7 @@ class Context:
         logger: what is told of every epoch beside the records.
         findings: filled by the task as it goes on; its ``memory`` is there already.
         sizes: of the mini-batches, if there are any.
+        planner: of ``compression=auto``.
     """
 
     config: Config
@@ -106,6 +110,7 @@ class Context:
     logger: Logger
     findings: Findings
     sizes: BatchSizes | None = None
+    planner: Planner | None = None
 
     def largest_step(self) -> Problem:
         """The problem of the step that needs most: on the largest batch, or on the whole graph."""
@@ -122,4 +127,7 @@ class Context:
             out_channels=self.problem.num_classes,
             compression=self.config.compression,
         )
-        return model.to(self.device), seed
+        model = model.to(self.device)
+        if self.planner is not None:
+            self.planner.start(model, run=run, seed=seed)
+        return model, seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from iexact_runner.analysis.fidelity import checkpoints, pooled
 from iexact_runner.display import show_fidelity
 from iexact_runner.tasks.context import Context
@@ -14,8 +16,11 @@ def run(context: Context) -> None:
         model, seed = context.new_model(run)
         findings.fidelities.append({})
         name = f"run {run + 1}/{config.runs}"
+        passed = None
+        if context.planner is not None:
+            passed = partial(context.planner.passed, model, run, seed)
         with console.status(f"{name}: training, then drawing gradients"):
-            for epoch, figures in checkpoints(model, context.problem, config, seed=seed):
+            for epoch, figures in checkpoints(model, context.problem, config, seed=seed, passed=passed):
                 findings.fidelities[-1][epoch] = figures
                 line = f"{name}  after epoch {epoch}  relative error {figures['relative_error']:.4f}"
                 console.print(line, highlight=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from iexact_runner.display import Display
 from iexact_runner.nn import Model
+from iexact_runner.phases import is_out_of_memory
 from iexact_runner.runs.checkpoint import Checkpoints
 from iexact_runner.runs.interrupts import Interrupts
 from iexact_runner.runs.records import RunFolder
@@ -40,9 +41,7 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
         while True:
             display.start_run(progress.run)
             begun = progress.epoch
-            for epoch in train_epochs(
-                progress.model, problem, progress.optimization, seed=progress.seed, done=progress.epoch
-            ):
+            for epoch in _epochs(context, progress):
                 interrupts.wait = checkpoints.enabled
                 record(context.folder, progress.run, epoch)
                 progress.passed(epoch)
@@ -52,6 +51,8 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
                         findings.work.append((epoch.seconds, epoch.work))
                 context.logger.log(progress.run, epoch)
                 display.show(progress.run, epoch, saved_mib=findings.memory["saved_mib"])
+                if context.planner is not None and epoch.number < config.training.epochs:
+                    context.planner.passed(progress.model, progress.run, progress.seed, epoch.number)
                 if checkpoints.enabled and (interrupts.pending or checkpoints.due(epoch.number)):
                     save()
                 if interrupts.pending:
@@ -66,6 +67,21 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
             if progress.run + 1 == config.runs:
                 return
             progress = Progress(context, progress.run + 1)
+
+
+def _epochs(context: Context, progress: Progress) -> Iterator[Epoch]:
+    """Epochs of a run; one that runs out of memory is tried again with less, if the budget is what fits."""
+    while True:
+        epochs = train_epochs(
+            progress.model, context.problem, progress.optimization, seed=progress.seed, done=progress.epoch
+        )
+        try:
+            yield from epochs
+            return
+        except (MemoryError, RuntimeError) as error:
+            if context.planner is None or not context.planner.fits or not is_out_of_memory(error):
+                raise
+        context.planner.shrink(progress.model, run=progress.run, seed=progress.seed, epoch=progress.epoch)
 
 
 def start(context: Context, checkpoints: Checkpoints) -> Progress:

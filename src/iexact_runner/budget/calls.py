@@ -1,0 +1,108 @@
+"""Plans for a compressed model of the user's own, from what it is called with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iexact_runner.budget.plan import Plan
+from iexact_runner.budget.planner import make_plan
+from iexact_runner.compression.directions import Directions
+from iexact_runner.errors import ConfigError
+from iexact_runner.measure import MIB, SavedTensors
+from iexact_runner.measure.saved import tensors_in
+
+Loss = Callable[[Any], Tensor]
+# The budget of a library user.
+FIELD = "compression.budget_mib"
+
+
+class CallTrial:
+    """Gradients of a loss of what a compressed model returns, computed on a copy of it.
+
+    Args:
+        model: compressed under ``auto``.
+        args: that it is called with.
+        kwargs: likewise.
+        loss: of what it returns; None if only bytes are asked for.
+    """
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, loss: Loss | None) -> None:
+        self._model: Any = copy.deepcopy(model).train()
+        self._args = args
+        self._kwargs = kwargs
+        self._loss = loss
+        self._saved: SavedTensors | None = None
+
+    def gradient(self, directions: list[Directions]) -> tuple[Tensor, int]:
+        """The gradient as one vector, and the bytes that were kept."""
+        assert self._loss is not None
+        output, kept = self._forward(directions)
+        parameters = [each for each in self._model.parameters() if each.requires_grad]
+        found = torch.autograd.grad(self._loss(output), parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in found]), kept
+
+    def saved(self, directions: list[Directions]) -> int:
+        """The bytes that are kept."""
+        return self._forward(directions)[1]
+
+    def layer(self) -> str:
+        """The layer that runs."""
+        return "" if self._saved is None else self._saved.layer
+
+    def _forward(self, directions: list[Directions]) -> tuple[Any, int]:
+        """What the model returns, and the bytes that are kept, under the same masks each time."""
+        shared = self._model._compression
+        shared.plan, shared.directions, shared.seeds = None, directions, (shared.seed, None)
+        held = [tensor for tensor in tensors_in((self._args, self._kwargs)) if tensor.layout != torch.sparse_coo]
+        with SavedTensors(self._model, excluded=held) as self._saved:
+            output = self._model(*self._args, **self._kwargs)
+            scores = [tensor for tensor in tensors_in([output]) if tensor.requires_grad]
+            records = [record for tensor in scores[:1] for record in self._saved.kept(tensor)]
+        return output, sum(record.bytes for record in records)
+
+
+def plan_call(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    budget_mib: float,
+    loss: Loss | None = None,
+) -> Plan:
+    """The plan for a compressed model that is called so; without a loss, all maps count the same.
+
+    Raises:
+        ConfigError: if the budget is less than the least that the model keeps.
+    """
+    trial = CallTrial(model, args, kwargs, loss=loss)
+    return make_plan(trial, budget=budget_mib * MIB, field=FIELD, trials=0 if loss is None else None)
+
+
+def deal_budget(model: nn.Module, inputs: Sequence[Any], loss: Loss) -> Plan:
+    """Measures what each map of a model means for a gradient, and deals the budget of ``compress`` accordingly.
+
+    A model that :func:`compress` was given with ``"auto"`` deals its budget in its first pass by what its maps are
+    like; this deals it anew by measurement, best after a few epochs. It computes two gradients a map.
+
+    Args:
+        model: what :func:`compress` was given, with ``"auto"`` and ``budget_mib``.
+        inputs: that the model is called with.
+        loss: of what it returns.
+
+    Raises:
+        ConfigError: a ValueError of one line, if the model is not compressed under ``auto``, or its budget is less than
+            the least that it keeps.
+    """
+    shared = getattr(model, "_compression", None)
+    if shared is None or shared.config.scheme != "auto":
+        raise ConfigError.of(
+            "model", type(model).__name__, 'must be compressed by compress(model, "auto", budget_mib=N)'
+        )
+    plan = plan_call(model, inputs, {}, budget_mib=shared.config.budget_mib, loss=loss)
+    shared.plan = plan
+    return plan

@@ -1,0 +1,157 @@
+"""Measures what each map means for the gradient, and deals a budget of bytes accordingly.
+
+A map that is kept with less error moves the gradient by what its error was worth. One trial keeps all maps as the
+preset ``lowrank`` does, two more for each map, or group of maps, keep it with hardly any error and with nearly all of
+its signs. What lies between follows from what sampled rows say that each option misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from iexact_runner.budget.allocation import Option, allocate, hull
+from iexact_runner.budget.plan import Plan, PlannedMap
+from iexact_runner.budget.sites import Site, Sites, Way
+from iexact_runner.compression.choices import Choice
+from iexact_runner.compression.directions import Directions
+from iexact_runner.errors import ConfigError
+from iexact_runner.measure import MIB
+
+# Trials of a map: kept with less error, and with more signs.
+TRIALS = 2
+# A map is tried with so small a share of what it misses as it is.
+NEARLY_EXACT = 0.1
+# A plan that keeps more than it may, or much less, is made anew, at most so often.
+ATTEMPTS, FULL = 6, 0.97
+
+
+class Trial(Protocol):
+    """A training step that is not taken, under the same masks each time."""
+
+    def gradient(self, directions: list[Directions]) -> tuple[Tensor, int]:
+        """Its gradient as one vector, and the bytes that were kept, with maps in these states."""
+
+    def saved(self, directions: list[Directions]) -> int:
+        """The bytes that are kept, from a forward pass alone."""
+
+    def layer(self) -> str:
+        """The layer that runs."""
+
+
+@dataclass
+class _Effect:
+    """What errors of a map are worth: of a missed share of its energy, of a share of wrong signs; and sign bytes."""
+
+    missed: float = 1.0
+    wrong: float = 1.0
+    sign_bytes: float = 1.0
+
+
+def make_plan(trial: Trial, *, budget: float, field: str, trials: int | None = None, reserve: float = 1.0) -> Plan:
+    """The plan of least expected error that keeps at most ``budget`` bytes.
+
+    Args:
+        trial: computes gradients.
+        budget: bytes that a step may keep.
+        field: of the configuration that says so, for the error.
+        trials: gradients that may be computed for all maps together, two for each group of maps; None for two a map.
+            Of fewer than two no gradient is computed, and a share that is missed of any map counts the same.
+        reserve: what stored signs are multiplied by, where later passes reserve more than they need.
+
+    Raises:
+        ConfigError: if the least that the maps can be kept in is more.
+    """
+    sites, measured = Sites(trial.layer), trials is None or trials >= TRIALS
+    gradient, saved = trial.gradient(sites) if measured else (None, trial.saved(sites))
+    maps = [site for site in sites if isinstance(site, Site)]
+    effects, count = [_Effect() for _ in maps], 0
+    if gradient is not None:
+        groups = _groups(len(maps), None if trials is None else trials // TRIALS)
+        effects = [effect for group in groups for effect in _effects(trial, maps, group, gradient, saved)]
+        count = 1 + TRIALS * len(groups)
+    options = [[_option(way, effect, reserve) for way in site.ways] for site, effect in zip(maps, effects, strict=True)]
+    usual = [_option(site.usual, effect, 1.0).bytes for site, effect in zip(maps, effects, strict=True)]
+    beside = saved - sum(usual)
+    target = budget - beside
+    found: Plan | None = None
+    for _ in range(ATTEMPTS):
+        chosen = allocate(options, target)
+        if chosen is None and found is not None:
+            break
+        if chosen is None:
+            least = beside + sum(each[hull(each)[0]].bytes for each in options)
+            raise ConfigError.of(field, f"{budget / MIB:.2f} MiB", f"a step keeps at least {least / MIB:.2f} MiB")
+        planned = tuple(
+            PlannedMap(site.layer, site.shape, site.sketched, site.ways[at].choice, each[at].bytes, each[at].error)
+            for site, each, at in zip(maps, options, chosen, strict=True)
+        )
+        saved = trial.saved([Directions(choice=each.choice) for each in planned])
+        if saved <= budget:
+            better = found is None or saved > found.saved
+            norm = None if gradient is None else gradient.norm().item()
+            found = Plan(planned, budget, saved, norm, count) if better else found
+            if not better or saved >= FULL * budget or all(each.choice.bits is None for each in planned):
+                break
+        target += (1.0 if saved <= budget else 1.5) * (budget - saved)
+    if found is None:
+        valid = f"no plan of {ATTEMPTS} kept less than {saved / MIB:.2f} MiB"
+        raise ConfigError.of(field, f"{budget / MIB:.2f} MiB", valid)
+    return found
+
+
+def _groups(count: int, most: int | None) -> list[range]:
+    """Maps that are tried together: each alone, or as many at once as it takes."""
+    size = 1 if most is None else -(-count // max(1, most))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _effects(trial: Trial, maps: Sequence[Site], group: range, gradient: Tensor, saved: int) -> list[_Effect]:
+    """What errors of the maps of a group are worth, of each the same."""
+
+    def tried(ways: dict[int, Way]) -> tuple[float, int]:
+        chosen = [ways.get(index, site.usual).choice for index, site in enumerate(maps)]
+        moved, kept = trial.gradient([Directions(choice=choice) for choice in chosen])
+        return (moved - gradient).square().sum().item(), kept - saved
+
+    signed = {index: _with_signs(maps[index]) for index in group}
+    moved, added = tried(signed)
+    fewer = sum(maps[index].usual.wrong - way.wrong for index, way in signed.items())
+    expected = sum(way.sign_bytes - maps[index].usual.sign_bytes for index, way in signed.items())
+    wrong = moved / fewer if fewer > 0 else 0.0
+    sign_bytes = min(1.0, max(0.0, added / expected)) if expected > 0 else 0.0
+    better = {index: _nearly_exact(maps[index]) for index in group}
+    moved, _ = tried(better)
+    moved -= wrong * sum(maps[index].usual.wrong - way.wrong for index, way in better.items())
+    less = sum(maps[index].usual.missed - way.missed for index, way in better.items())
+    missed = max(0.0, moved) / less if less > 0 else 0.0
+    return [_Effect(missed, wrong, sign_bytes) for _ in group]
+
+
+def _with_signs(site: Site) -> Way:
+    """As it is usually kept, but with as many signs as possible from a sketch."""
+    usual = site.usual
+    if not site.sketched:
+        return usual
+    stored = [way for way in site.ways if way.choice.bits is not None and way.choice.sign_threshold is not None]
+    nearest = min(stored, key=lambda way: abs((way.choice.bits or 0) - (usual.choice.bits or 0)))
+    level = max(way.choice.sign_threshold or 0.0 for way in stored)
+    alike = next(way for way in stored if (way.choice.bits, way.choice.sign_threshold) == (nearest.choice.bits, level))
+    choice = Choice(usual.choice.bits, level, alike.choice.sign_share)
+    return Way(choice, usual.bytes, alike.sign_bytes, usual.missed, alike.wrong)
+
+
+def _nearly_exact(site: Site) -> Way:
+    """The first option that misses next to nothing."""
+    usual = site.usual
+    near = (way for way in site.ways if way.missed <= NEARLY_EXACT * usual.missed and way.wrong <= usual.wrong)
+    return next(near, site.ways[-1])
+
+
+def _option(way: Way, effect: _Effect, reserve: float) -> Option:
+    signs = effect.sign_bytes * way.sign_bytes
+    reserved = signs if way.choice.sign_threshold is None else signs * reserve
+    return Option(way.bytes + reserved, effect.missed * way.missed + effect.wrong * way.wrong)

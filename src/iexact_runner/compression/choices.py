@@ -1,0 +1,39 @@
+"""How one map is kept, where each map of a model has a choice of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one map is kept.
+
+    Args:
+        bits: of a node for the coefficients of a sketch, of an element for a map without one; None keeps it in FP32.
+        sign_threshold: from how many deviations on a sketch gives a sign; None stores every sign.
+        sign_share: about the most signs that are stored; None for as many as the threshold says.
+    """
+
+    bits: int | None
+    sign_threshold: float | None = None
+    sign_share: float | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, which make it again."""
+        return asdict(self)
+
+    def label(self, *, sketched: bool) -> str:
+        """What it is, for people."""
+        if not sketched:
+            return "FP32" if self.bits is None else f"INT{self.bits}"
+        kept = "FP32" if self.bits is None else f"{self.bits} bits a node"
+        if self.sign_threshold is None:
+            return f"{kept}, all signs"
+        return f"{kept}, signs below {self.sign_threshold:g} deviations"
+
+
+# Of every map of a model whose budget has not been dealt yet: that of the preset ``lowrank``.
+UNPLANNED_BITS = 48
+UNPLANNED = Choice(UNPLANNED_BITS, 2.0, 0.33)

@@ -1,0 +1,107 @@
+"""When the budget of ``compression=auto`` is dealt: before training, at intervals, and when memory ran out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from typing import Any
+
+from rich.console import Console
+
+from iexact_runner.budget import TRIALS, Plan
+from iexact_runner.budget.training import plan_training
+from iexact_runner.compression.seeds import mix
+from iexact_runner.config import Config
+from iexact_runner.display import show_plan
+from iexact_runner.measure import MIB
+from iexact_runner.nn import Model
+from iexact_runner.problem import Problem
+
+logger = logging.getLogger(__name__)
+
+# What is left of a budget once memory ran out under it.
+SHRINKAGE = 0.7
+# Of the time of all epochs, about what may be spent on plans: as many trials, each as long as an epoch.
+TIME_SHARE = 0.03
+# What a plan takes beside its trials, in trials.
+OVERHEAD = 2
+# Maps change fast at first: after how many epochs they are measured first, and how much later each time.
+FIRST, LATER = 5, 4
+# Stream of a step's seed that trials draw their masks from.
+_TRIAL = 1 << 20
+
+
+class Planner:
+    """The plans of a run, each frozen until the next one.
+
+    Args:
+        config: of the run.
+        problem: of the step that needs most.
+        console: where a plan is shown.
+        plans: records of all plans; filled here.
+    """
+
+    def __init__(self, config: Config, problem: Problem, console: Console, plans: list[dict[str, Any]]) -> None:
+        self._config = config
+        self._problem = problem
+        self._console = console
+        self._plans = plans
+        self._scale = 1.0
+        self._first: Plan | None = None
+        self._trials = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the budget is what fits, and may be lowered."""
+        return bool(self._config.compression.budget == "fit")
+
+    def start(self, model: Model, *, run: int, seed: int) -> None:
+        """Has a new model keep its maps as planned before the first run."""
+        if self._first is None:
+            self._first = self._planned(model, run=run, seed=seed, epoch=0, trials=0)
+        self._trials = OVERHEAD
+        model.directions[:] = self._first.directions()
+
+    def passed(self, model: Model, run: int, seed: int, epoch: int) -> None:
+        """Makes a new plan if it is due after an epoch."""
+        due, trials = self._due(epoch)
+        if due:
+            plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=trials)
+            self._trials += plan.evaluations + OVERHEAD
+            model.directions[:] = plan.directions()
+
+    def shrink(self, model: Model, *, run: int, seed: int, epoch: int) -> None:
+        """Makes a plan with less, after a step ran out of memory."""
+        gc.collect()
+        self._scale *= SHRINKAGE
+        self._first = plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=0)
+        model.directions[:] = plan.directions()
+        place = f"epoch {epoch + 1} of run {run + 1}"
+        logger.warning(f"out of memory in {place}: takes it again with {plan.saved / MIB:.2f} MiB of maps")
+
+    def _due(self, epoch: int) -> tuple[bool, int | None]:
+        """Whether maps are measured after an epoch, and how many gradients may be computed."""
+        interval = self._config.compression.interval
+        if interval is not None:
+            return epoch % interval == 0, None
+        due = FIRST
+        while due < epoch:
+            due *= LATER
+        rest = int(TIME_SHARE * self._config.training.epochs) - self._trials - OVERHEAD - 1
+        return due == epoch and rest >= TRIALS, rest
+
+    def _planned(self, model: Model, *, run: int, seed: int, epoch: int, trials: int | None) -> Plan:
+        config, start = self._config, time.perf_counter()
+        plan = plan_training(
+            model,
+            self._problem,
+            config,
+            seed=mix(seed, epoch, _TRIAL),
+            scale=self._scale,
+            trials=trials,
+        )
+        seconds = time.perf_counter() - start
+        self._plans.append({"run": run, "epoch": epoch, "seconds": seconds, **plan.record()})
+        show_plan(self._console, self._plans[-1])
+        return plan
