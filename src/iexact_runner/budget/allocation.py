@@ -42,7 +42,7 @@ def hull(options: Sequence[Option]) -> list[int]:
 def allocate(maps: Sequence[Sequence[Option]], budget: float) -> list[int] | None:
     """Which option each map takes, for at most ``budget`` bytes; None if not even the smallest ones fit.
 
-    After the last step that fits, smaller steps of other maps follow as far as they do.
+    After the last step that fits, what is left goes to the options, on a hull or not, that remove most with it.
     """
     hulls = [hull(options) for options in maps]
     place = [0] * len(maps)
@@ -60,7 +60,24 @@ def allocate(maps: Sequence[Sequence[Option]], budget: float) -> list[int] | Non
             spent += added
             place[index] += 1
             _push(steps, options, kept, place[index], index)
-    return [kept[at] for kept, at in zip(hulls, place, strict=True)]
+    chosen = [kept[at] for kept, at in zip(hulls, place, strict=True)]
+    return _filled(maps, chosen, budget - spent)
+
+
+def _filled(maps: Sequence[Sequence[Option]], chosen: list[int], rest: float) -> list[int]:
+    """Options that take the rest of a budget as well, the one that removes most first."""
+    while True:
+        best, least = None, 0.0
+        for index, options in enumerate(maps):
+            now = options[chosen[index]]
+            for at, option in enumerate(options):
+                if option.bytes - now.bytes <= rest and now.error - option.error > least:
+                    best, least = (index, at), now.error - option.error
+        if best is None:
+            return chosen
+        index, at = best
+        rest -= maps[index][at].bytes - maps[index][chosen[index]].bytes
+        chosen[index] = at
 
 
 def _push(steps: list[tuple[float, int]], options: Sequence[Option], kept: list[int], at: int, index: int) -> None:

@@ -55,9 +55,13 @@ class Plan:
         total: float = sum(each.error for each in self.maps)
         return total**0.5 / self.gradient_norm if self.gradient_norm else None
 
+    def choices(self) -> list[Choice]:
+        """How each map is kept."""
+        return [each.choice for each in self.maps]
+
     def directions(self) -> list[Directions]:
         """States of the maps for a model that is to keep them so."""
-        return [Directions(choice=each.choice) for each in self.maps]
+        return [Directions(choice=choice) for choice in self.choices()]
 
     def record(self) -> dict[str, Any]:
         """Plain values for a summary."""

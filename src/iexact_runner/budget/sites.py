@@ -13,7 +13,9 @@ from torch import Tensor
 from iexact_runner.compression.choices import UNPLANNED, UNPLANNED_BITS, Choice
 from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits, directions_for
 from iexact_runner.compression.directions import Directions, leading_directions
+from iexact_runner.compression.maps import MapFormat
 from iexact_runner.compression.signs import sure_from
+from iexact_runner.compression.sketch import Coefficients
 from iexact_runner.kernels.reference import MOST_BITS
 from iexact_runner.schemes.lowrank import OTHER_BITS
 
@@ -21,8 +23,11 @@ from iexact_runner.schemes.lowrank import OTHER_BITS
 GROWTH = 1.25
 # From how many deviations a sketch gives a sign, and the most signs that are stored; None stores all of them.
 SIGNS = ((1.5, 0.15), (2.0, 0.33), (2.5, 0.5), (3.0, 0.7), (3.0, 0.999), (None, None))
+# Bits of an element in blocks of a node.
+BLOCK_BITS = (2, 4, 8)
 # Of a map without a sketch; None is FP32.
 ELEMENT_BITS = (2, 4, 8, None)
+Signs = tuple[float | None, float | None]
 # Rows that options are compared on.
 ROWS = 1024
 # At most so much more of the signs is stored than the sampled rows ask for.
@@ -74,10 +79,11 @@ class Site(Directions):
         rows = sample[:: max(1, sample.size(0) // ROWS)]
         vectors = leading_directions(sample, rank=sample.size(1), energy=None)
         variances = (sample @ vectors).square().mean(0)
-        parts = (rows, offset, vectors, variances)
-        [self.usual] = self._ways(*parts, UNPLANNED_BITS, [(UNPLANNED.sign_threshold, UNPLANNED.sign_share)])
+        missing = Missing(z.size(0), rows, offset, vectors, variances)
+        [self.usual] = missing.dealt(UNPLANNED_BITS, [(UNPLANNED.sign_threshold, UNPLANNED.sign_share)])
         self.usual = replace(self.usual, choice=UNPLANNED)
-        self.ways = [way for bits in grid(z.size(1)) for way in self._ways(*parts, bits, SIGNS)]
+        self.ways = [way for bits in grid(z.size(1)) for way in missing.dealt(bits, SIGNS)]
+        self.ways += [way for bits in BLOCK_BITS for way in missing.blockwise(bits, SIGNS)]
         self.ways.append(Way(Choice(None), 4.0 * z.numel(), z.numel() / 8, 0.0, 0.0))
 
     def observe_quantized(self, x: Tensor) -> None:
@@ -90,36 +96,65 @@ class Site(Directions):
         ]
         self.usual = self.ways[ELEMENT_BITS.index(OTHER_BITS)]
 
-    def _ways(
-        self,
-        rows: Tensor,
-        offset: Tensor,
-        vectors: Tensor,
-        variances: Tensor,
-        bits: int,
-        levels: Sequence[tuple[float | None, float | None]],
-    ) -> list[Way]:
-        """Options with so many bits a node: one for each threshold, and share, of the signs."""
-        nodes, width = self.shape
+
+@dataclass
+class Missing:
+    """What sketches of a map would miss.
+
+    Args:
+        nodes: N.
+        rows: sampled rows (S, D), centred and scaled as they are sketched.
+        offset: (D,), added before signs are taken.
+        vectors: all directions (D, D), the leading one first.
+        variances: of the rows along them.
+    """
+
+    nodes: int
+    rows: Tensor
+    offset: Tensor
+    vectors: Tensor
+    variances: Tensor
+
+    def dealt(self, bits: int, signs: Sequence[Signs]) -> list[Way]:
+        """Options with so many bits a node, dealt over the leading directions."""
+        width = self.rows.size(1)
         rank = min(directions_for(bits), width)
-        directions, deviation = vectors[:, :rank], variances[:rank].sqrt().clamp_min(1e-12)
-        dealt = deal_bits(variances[:rank], bits)
-        layout, tensors = CoefficientFormat(bits, False, "auto").encode(rows @ (directions / deviation), dealt, seed=0)
-        known = layout.stored(tensors).float() @ (directions * deviation).T
+        dealt = deal_bits(self.variances[:rank], bits)
+        form = CoefficientFormat(bits, False, "auto")
+        known = self._known(rank, lambda coefficients: form.encode(coefficients, dealt, seed=0))
+        kept = self.nodes * min(bits, MOST_BITS * rank) / 8 + 4.0 * width * (rank + 2)
+        return self._ways(known, Choice(bits), kept, signs)
+
+    def blockwise(self, bits: int, signs: Sequence[Signs]) -> list[Way]:
+        """Options with so many bits an element of each node's block."""
+        width = self.rows.size(1)
+        form = MapFormat(bits, 1.0, 0, None, None, "auto")
+        known = self._known(width, lambda coefficients: form.encode(coefficients, seed=0))
+        kept = self.nodes * (8 + width * bits / 8) + 4.0 * width * (width + 2)
+        return self._ways(known, Choice(bits, blockwise=True), kept, signs)
+
+    def _known(self, rank: int, encode: Callable[[Tensor], tuple[Coefficients, tuple[Tensor, ...]]]) -> Tensor:
+        """The rows as a sketch of so many directions gives them."""
+        directions, deviation = self.vectors[:, :rank], self.variances[:rank].sqrt().clamp_min(1e-12)
+        layout, tensors = encode(self.rows @ (directions / deviation))
+        return layout.stored(tensors[: layout.parts]).float() @ (directions * deviation).T
+
+    def _ways(self, known: Tensor, choice: Choice, kept: float, signs: Sequence[Signs]) -> list[Way]:
+        rows, elements = self.rows, self.nodes * self.rows.size(1)
         error = (rows - known).square().mean(0)
         missed = (error.sum() / rows.square().mean(0).sum().clamp_min(1e-30)).item()
-        kept = nodes * min(bits, MOST_BITS * rank) / 8 + 4.0 * width * (rank + 2)
-        known, true = known + offset, rows + offset > 0
+        known, true = known + self.offset, rows + self.offset > 0
         ways = []
-        for threshold, share in levels:
+        for threshold, share in signs:
             if threshold is None:
-                ways.append(Way(Choice(bits), kept, nodes * width / 8, missed, 0.0))
+                ways.append(Way(choice, kept, elements / 8, missed, 0.0))
                 continue
             sure = known.abs() >= sure_from(known, error.sqrt(), threshold=threshold, share=share)
             stored = 1 - sure.float().mean().item()
             wrong = (sure & ((known > 0) != true)).float().mean().item()
             cap = min(share or 0.999, max(1e-3, SHARE_MARGIN * stored))
-            ways.append(Way(Choice(bits, threshold, cap), kept, nodes * width / 8 * stored, missed, wrong))
+            asked = replace(choice, sign_threshold=threshold, sign_share=cap)
+            ways.append(Way(asked, kept, elements / 8 * stored, missed, wrong))
         return ways
 
 

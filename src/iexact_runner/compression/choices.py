@@ -11,14 +11,17 @@ class Choice:
     """How one map is kept.
 
     Args:
-        bits: of a node for the coefficients of a sketch, of an element for a map without one; None keeps it in FP32.
+        bits: of a node, dealt over the coefficients of a sketch; of an element, if ``blockwise`` or without a sketch;
+            None keeps the map in FP32.
         sign_threshold: from how many deviations on a sketch gives a sign; None stores every sign.
         sign_share: about the most signs that are stored; None for as many as the threshold says.
+        blockwise: coefficients in all directions, each node's with a range of its own, which outliers do not leave.
     """
 
     bits: int | None
     sign_threshold: float | None = None
     sign_share: float | None = None
+    blockwise: bool = False
 
     def state(self) -> dict[str, Any]:
         """Plain values, which make it again."""
@@ -28,7 +31,7 @@ class Choice:
         """What it is, for people."""
         if not sketched:
             return "FP32" if self.bits is None else f"INT{self.bits}"
-        kept = "FP32" if self.bits is None else f"{self.bits} bits a node"
+        kept = "FP32" if self.bits is None else f"INT{self.bits}" if self.blockwise else f"{self.bits} bits a node"
         if self.sign_threshold is None:
             return f"{kept}, all signs"
         return f"{kept}, signs below {self.sign_threshold:g} deviations"

@@ -212,6 +212,26 @@ class Map(Struct):
             raise ValueError("observed and clipped_normal must be of the same length")
 
 
+class PlannedMap(Struct):
+    """How one map was kept under a budget."""
+
+    layer: str
+    kept: str
+    mib: Amount
+    error_share: Score
+
+
+class Plan(Struct):
+    """How a budget was dealt over the maps of a model."""
+
+    run: Count
+    epoch: Count
+    budget_mib: Amount
+    saved_mib: Amount
+    maps: Annotated[list[PlannedMap], Meta(max_length=_MOST)]
+    expected_error: Amount | None = None
+
+
 class Summary(Struct):
     """``summary.json``."""
 
@@ -225,6 +245,7 @@ class Summary(Struct):
     energy: Energy | None = None
     fidelity: Fidelity | None = None
     distribution: list[Annotated[list[Map], Meta(max_length=_MOST)]] | None = None
+    plans: Annotated[list[Plan], Meta(max_length=_MOST)] | None = None
 
 
 class Epoch(Struct):

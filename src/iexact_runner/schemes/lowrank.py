@@ -267,6 +267,8 @@ class LowRank(Projected):
     def _coefficients_of(self, choice: Choice) -> MapFormat | CoefficientFormat:
         if choice.bits is None:  # as the configuration says, or FP32
             return self._form
+        if choice.blockwise:
+            return replace(self._form, bits=choice.bits)
         return CoefficientFormat(choice.bits, self._config.rounding == "stochastic", self._config.backend)
 
     def _keep(self, value: Tensor, *, project: bool) -> KeptMap:
@@ -286,9 +288,9 @@ class LowRank(Projected):
             return
         rank = config.rank
         if state.choice is not None or (choice.bits is not None and rank is None and config.energy is None):
-            rank = sample.size(1) if choice.bits is None else directions_for(choice.bits)
+            rank = sample.size(1) if choice.bits is None or choice.blockwise else directions_for(choice.bits)
         state.vectors, state.age = leading_directions(sample, rank=rank, energy=config.energy), 1
-        if choice.bits is not None:
+        if choice.bits is not None and not choice.blockwise:
             state.bits = deal_bits((sample @ state.vectors).square().mean(0), choice.bits)
 
     def _residual_directions(self, directions: Tensor) -> Tensor:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from iexact_runner.budget import TRIALS, Plan
 from iexact_runner.budget.training import plan_training
+from iexact_runner.compression.choices import Choice
+from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
 from iexact_runner.display import show_plan
 from iexact_runner.measure import MIB
 from iexact_runner.nn import Model
 from iexact_runner.problem import Problem
+from iexact_runner.runs.records import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ class Planner:
         self._console = console
         self._plans = plans
         self._scale = 1.0
-        self._first: Plan | None = None
+        self._first: list[Choice] = []
         self._trials = 0
 
     @property
@@ -58,10 +63,10 @@ class Planner:
 
     def start(self, model: Model, *, run: int, seed: int) -> None:
         """Has a new model keep its maps as planned before the first run."""
-        if self._first is None:
-            self._first = self._planned(model, run=run, seed=seed, epoch=0, trials=0)
+        if not self._first:
+            self._first = self._planned(model, run=run, seed=seed, epoch=0, trials=0).choices()
         self._trials = OVERHEAD
-        model.directions[:] = self._first.directions()
+        model.directions[:] = [Directions(choice=choice) for choice in self._first]
 
     def passed(self, model: Model, run: int, seed: int, epoch: int) -> None:
         """Makes a new plan if it is due after an epoch."""
@@ -75,10 +80,22 @@ class Planner:
         """Makes a plan with less, after a step ran out of memory."""
         gc.collect()
         self._scale *= SHRINKAGE
-        self._first = plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=0)
+        plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=0)
+        self._first = plan.choices()
         model.directions[:] = plan.directions()
         place = f"epoch {epoch + 1} of run {run + 1}"
         logger.warning(f"out of memory in {place}: takes it again with {plan.saved / MIB:.2f} MiB of maps")
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        first = [choice.state() for choice in self._first]
+        return {"scale": self._scale, "trials": self._trials, "first": first, "plans": to_json(self._plans)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state`."""
+        self._scale, self._trials = state["scale"], state["trials"]
+        self._first = [Choice(**choice) for choice in state["first"]]
+        self._plans[:] = json.loads(state["plans"])
 
     def _due(self, epoch: int) -> tuple[bool, int | None]:
         """Whether maps are measured after an epoch, and how many gradients may be computed."""

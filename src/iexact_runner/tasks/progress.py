@@ -106,6 +106,7 @@ class Progress:
             "epoch_seconds": findings.epoch_seconds,
             "work": [[seconds, *work] for seconds, work in findings.work],
             "distribution": to_json(findings.distribution),
+            "planner": self._context.planner and self._context.planner.state(),
             "model": self.model.state_dict(),
             "directions": [kept.state() for kept in self.model.directions],
             "optimizer": self.optimization.optimizer.state_dict(),
@@ -135,6 +136,8 @@ class Progress:
         findings.epoch_seconds[:] = state["epoch_seconds"]
         findings.work[:] = [(seconds, BatchWork(*work)) for seconds, *work in state["work"]]
         findings.resumed = state["resumed"]
+        if self._context.planner is not None:
+            self._context.planner.restore(state["planner"])
         if findings.distribution is not None:
             findings.distribution[:] = json.loads(state["distribution"])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from iexact_runner.report.figures.activations import draw_activations
 from iexact_runner.report.figures.kept import draw_memory
 from iexact_runner.report.figures.looks import NEEDS_MATPLOTLIB, can_draw, style
+from iexact_runner.report.figures.planned import draw_plans
 from iexact_runner.report.figures.tradeoffs import draw_cost, draw_pareto
 from iexact_runner.report.figures.training import draw_curves, draw_throughput
 from iexact_runner.report.grouping import Row
@@ -27,6 +28,7 @@ TITLES = {
     "pareto": "Score and gradient error against memory",
     "cost": "Time, peak and gradient error",
     "memory": "What is kept for the backward pass",
+    "plan": "A budget, dealt over the maps",
     "curves": "Loss and score over the epochs",
     "throughput": "Epochs per second",
     "activations": "Observed activations",
@@ -63,6 +65,7 @@ def draw(report: Report) -> dict[str, Figure]:
         "pareto": draw_pareto,
         "cost": draw_cost,
         "memory": draw_memory,
+        "plan": draw_plans,
         "curves": draw_curves,
         "throughput": draw_throughput,
         "activations": draw_activations,
