@@ -332,6 +332,8 @@ def _sparse_cases(quick: bool) -> Iterator[Case]:
         yield Case("sampled_matmul", (firsts, once[:, 1].to(index), x, other), {}, label)
         options = {"values": values, **scales, "bias": bias}
         yield Case("spmm", (offsets, columns, x), {**options, "out": other, "add": True}, label)
+        if nodes > 1:  # rows of some nodes, as a part of the graph is evaluated
+            yield Case("spmm", (offsets[:-1], columns[: int(offsets[-2])], x), {}, f"{label} but the last node's")
         if not quick:
             yield Case("spmm", (offsets, columns, x), {}, label)
             yield Case("spmm", (offsets, columns, x), {**options, "out": other}, label)

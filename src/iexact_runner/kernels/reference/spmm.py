@@ -16,12 +16,13 @@ def csr_tensor(
     columns: Tensor,
     values: Tensor | None,
     *,
+    width: int | None = None,
     row_scale: Tensor | None = None,
     column_scale: Tensor | None = None,
 ) -> Tensor:
     """A matrix from its parts as a torch CSR tensor, its rows and columns scaled by (N, 1) each.
 
-    Without values (E,), all entries are ones.
+    Without values (E,), all entries are ones; ``width`` is the number of columns, that of the rows if it is None.
     """
     if column_scale is not None:
         gathered = column_scale.flatten()[columns]
@@ -35,7 +36,8 @@ def csr_tensor(
     with warnings.catch_warnings():  # torch tells of CSR at its first use what is no news to a user
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
-        return torch.sparse_csr_tensor(offsets, columns, values, size=(nodes, nodes), check_invariants=False)
+        size = (nodes, nodes if width is None else width)
+        return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
 
 
 def spmm(
@@ -52,9 +54,10 @@ def spmm(
 ) -> Tensor:
     """diag(row_scale) A diag(column_scale) x + bias for x (N, D), written into ``out`` or added to it.
 
-    On a CPU half types are computed in float32, for torch's CSR product knows none there.
+    A has a row for each row of the product, which may be fewer than N. On a CPU half types are computed in float32, for
+    torch's CSR product knows none there.
     """
-    matrix = csr_tensor(offsets, columns, values, column_scale=column_scale)
+    matrix = csr_tensor(offsets, columns, values, width=x.size(0), column_scale=column_scale)
     matrix = matrix.to(x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32)
     if columns.numel() > matrix.numel():  # entries that repeat others: cuSPARSE refuses more of them than places
         matrix = _summed(matrix)
@@ -83,7 +86,7 @@ def sampled_matmul(offsets: Tensor, columns: Tensor, left: Tensor, right: Tensor
     """Dot products (E,) of row i of ``left`` with row j of ``right``, (N, D) each, for each entry (i, j)."""
     if not columns.numel():  # which torch refuses
         return left.new_empty(0)
-    pattern = csr_tensor(offsets, columns, left.new_zeros(columns.numel(), dtype=torch.float32))
+    pattern = csr_tensor(offsets, columns, left.new_zeros(columns.numel(), dtype=torch.float32), width=right.size(0))
     # The half types have no such product everywhere; the entries are few beside the maps.
     products: Tensor = torch.sparse.sampled_addmm(pattern, left.float(), right.float().T, beta=0.0).values()
     return products.to(left.dtype)
