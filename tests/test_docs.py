@@ -163,8 +163,12 @@ def test_figures_of_a_gpu_are_those_of_the_rows():
     parity = pd.read_csv(rows / "gpu_parity.csv").iloc[0]
     assert f"{parity.compared} of {parity.of} cases" in text and f": {parity.differences} differences" in text
     steps = pd.read_csv(rows / "gpu_steps.csv")
-    assert steps["problem"].isna().all() and len(steps) == 35
+    epochs = steps["gradient_difference"].isna()
+    assert (len(steps), epochs.sum(), steps["preset"][~epochs].nunique()) == (100, 15, 17)
+    assert steps["problem"][~epochs].isna().all()
     assert f"at most {steps.gradient_difference.max():.1e} of their norm" in text
+    apart = (steps["loss_gpu"] / steps["loss_cpu"] - 1).abs()
+    assert apart[~steps["preset"].str.startswith("lowrank, ")].max() < 1e-4 and 0.01 < apart.max() < 0.02
     kernels = pd.read_csv(rows / "gpu_kernels.csv")
     large = kernels[kernels["rows"] == kernels["rows"].max()]
     shown = [row for _, row in large.iterrows() if f"| {row.kernel} |" in text]
@@ -274,12 +278,26 @@ def test_alternatives_stand_in_the_committed_rows():
             f"{1 / row['epochs_per_second_median']:.2f}",
         ]
         assert expected in lines, expected
-    rows = pd.read_csv(REPOSITORY / "benchmarks" / "alternatives_by_hand_cpu.csv").set_index("preset")
-    shown = [line[1:] for line in lines if len(line) == 5 and line[0].startswith(("plain PyG", "`compression="))]
-    assert shown == [
-        [
-            *(f"{row.saved_mib:.2f}", f"{row.peak_mib:.1f}", f"{row.peak_ratio:.2f}"),
-            f"{row.ratio_median:.2f} ({row.ratio_p20:.2f} - {row.ratio_p80:.2f})",
+    rows = pd.read_csv(REPOSITORY / "benchmarks" / "alternatives_synthetic_arxiv_gpu.csv")
+    assert len(rows) == 17 and rows["option"].is_unique
+    for _, row in rows.iterrows():
+        host = f" ({row['offloaded_mib']:.2f} on the host)" if row["offloaded_mib"] else ""
+        expected = [
+            "`" + row["option"].replace(", ", "`, `") + "`",
+            f"{100 * row['test_mean']:.2f} +- {100 * row['test_std']:.2f}",
+            f"{row['gradient_error_30_mean']:.3f}",
+            f"{row['saved_mib']:.2f}{host}",
+            *(f"{row[name]:.1f}" for name in ("step_peak_mib", "evaluation_peak_mib")),
+            f"{1000 / row['epochs_per_second_median']:.1f}",
         ]
-        for row in rows.itertuples()
-    ]
+        assert expected in lines, expected
+    shown = [line[1:] for line in lines if len(line) == 5 and line[0].startswith(("plain PyG", "`compression="))]
+    for device, left_out in (("cpu", ()), ("gpu", ("exact", "iexact", "_v1", "_small", "_fine", "refresh"))):
+        rows = pd.read_csv(REPOSITORY / "benchmarks" / f"alternatives_by_hand_{device}.csv")
+        for row in rows[[not any(name in preset for name in left_out) for preset in rows["preset"]]].itertuples():
+            expected = [
+                *(f"{row.saved_mib:.2f}", f"{row.peak_mib:.1f}", f"{row.peak_ratio:.2f}"),
+                f"{row.ratio_median:.2f} ({row.ratio_p20:.2f} - {row.ratio_p80:.2f})",
+            ]
+            assert shown.pop(0) == expected
+    assert not shown
