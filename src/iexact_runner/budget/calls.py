@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from iexact_runner.budget.plan import Plan
 from iexact_runner.budget.planner import make_plan
 from iexact_runner.compression.directions import Directions
+from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import ConfigError
 from iexact_runner.measure import MIB, SavedTensors
 from iexact_runner.measure.saved import tensors_in
@@ -66,6 +67,17 @@ class CallTrial:
         return output, sum(record.bytes for record in records)
 
 
+def budget_of(config: CompressionConfig) -> float:
+    """MiB that a model of the user's may keep.
+
+    Raises:
+        ConfigError: if they are not given; what FP32 keeps, and what fits, is known in a run alone.
+    """
+    if config.budget_mib is None:
+        raise ConfigError.of(FIELD, "null", "must be given to compress a model with auto")
+    return config.budget_mib
+
+
 def plan_call(
     model: nn.Module,
     args: Sequence[Any],
@@ -103,6 +115,6 @@ def deal_budget(model: nn.Module, inputs: Sequence[Any], loss: Loss) -> Plan:
         raise ConfigError.of(
             "model", type(model).__name__, 'must be compressed by compress(model, "auto", budget_mib=N)'
         )
-    plan = plan_call(model, inputs, {}, budget_mib=shared.config.budget_mib, loss=loss)
+    plan = plan_call(model, inputs, {}, budget_mib=budget_of(shared.config), loss=loss)
     shared.plan = plan
     return plan

@@ -14,7 +14,7 @@ from torch_geometric import nn as pyg
 from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.utils._trim_to_layer import TrimToLayer
 
-from iexact_runner.budget.calls import plan_call
+from iexact_runner.budget.calls import budget_of, plan_call
 from iexact_runner.config import LOW_RANK, CompressionConfig
 from iexact_runner.config.checks import check_choice
 from iexact_runner.config.presets import check_names, preset
@@ -105,7 +105,7 @@ class Compressed(nn.Module):
         planned = shared.plan is not None or shared.directions is not None or shared.current() is not None
         if shared.config.scheme == "auto" and not planned and torch.is_grad_enabled():
             shared.directions = []  # while it is planned
-            shared.plan = plan_call(self, args, kwargs, budget_mib=shared.config.budget_mib or 0.0)
+            shared.plan = plan_call(self, args, kwargs, budget_mib=budget_of(shared.config))
             shared.directions = None
         with shared.running((*args, *kwargs.values())):
             return super().__call__(*args, **kwargs)
@@ -154,8 +154,8 @@ def compress(
             keeps plain maps, or the model is compressed already or on more than one device.
     """
     config = _chosen(compression, fields)
-    if config.scheme == "auto" and config.budget_mib is None:
-        raise ConfigError.of("compression.budget_mib", "null", "must be given to compress a model with auto")
+    if config.scheme == "auto" and isinstance(compression, str):
+        budget_of(config)
     if config.scheme not in ("projected", *LOW_RANK):
         valid = "must be projected, lowrank or auto to compress a model"
         if config.scheme == "recompute":
