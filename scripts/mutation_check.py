@@ -61,7 +61,7 @@ _NUMBA = ("kernels/test_numba.py",)
 _PARTS = ("blocks", "coefficients", "common", "elementwise", "product", "quantizer", "signs", "spmm")
 _REFERENCE = (*_QUANTIZER, *_SCHEMES, *_NUMBA)
 _TRITON = ("kernels/test_triton_interpreter.py",)
-_SAVED = ("measure/test_saved.py", "measure/test_memory_formulas.py")
+_SAVED = ("test_kept.py", "measure/test_memory_formulas.py")
 # The tests that mirror a module first, then those of what it serves.
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/backends.py": ("kernels/test_backends.py", "compression/test_codec.py"),
@@ -92,6 +92,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "layerwise.py": ("sampling/test_samplers.py",),
     "loss.py": ("test_loss.py", "test_training.py", "sampling/test_samplers.py"),
     "measure/batches.py": ("test_experiment.py",),
+    "compression/choices.py": ("budget/test_budget.py",),
     "budget/allocation.py": ("budget/test_allocation.py",),
     "budget/planner.py": ("budget/test_budget.py",),
     "budget/sites.py": ("budget/test_budget.py",),
@@ -99,7 +100,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "measure/environment.py": ("measure/test_environment.py",),
     "measure/out_of_memory.py": ("measure/test_out_of_memory.py",),
     "measure/peak.py": ("measure/test_peak.py", *_SAVED, "test_experiment.py"),
-    "measure/saved.py": _SAVED,
+    "kept.py": _SAVED,
     "measure/step.py": (*_SAVED, "measure/test_out_of_memory.py", "test_experiment.py"),
     "measure/throughput.py": _SAVED,
     "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),

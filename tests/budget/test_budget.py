@@ -17,9 +17,9 @@ from torch import nn
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
 from iexact_runner import compress, deal_budget
+from iexact_runner.analysis.budgets import TrainingTrial, plan_training
 from iexact_runner.budget import make_plan
 from iexact_runner.budget.sites import ELEMENT_BITS, Site, grid
-from iexact_runner.budget.training import TrainingTrial, plan_training
 from iexact_runner.cli import compose_config
 from iexact_runner.compression.choices import UNPLANNED, Choice
 from iexact_runner.compression.directions import Directions
@@ -161,12 +161,12 @@ def test_what_a_sketch_would_miss_is_what_it_misses():
     site = Site()
     sample = z - z.mean(0)
     site.observe(z, sample, z.mean(0))
-    for way in (way for way in site.ways if way.choice.sign_threshold is None):
-        misses = way.missed
-        assert 0 <= misses <= 1
-    stored = [way.missed for way in site.ways if way.choice.sign_threshold is None]
+    assert all(0 <= way.missed <= 1 and 0 <= way.wrong <= 1 for way in site.ways)
+    blocks = {way.choice.bits: way.missed for way in site.ways if way.choice.blockwise}
+    assert blocks[2] > blocks[4] > blocks[8] > 0
+    stored = [way.missed for way in site.ways if way.choice.sign_threshold is None and not way.choice.blockwise]
     assert stored == sorted(stored, reverse=True) and stored[-1] == 0 and stored[-2] < 1e-3
-    sure = [way for way in site.ways if way.choice.sign_threshold == 1.5]
+    sure = [way for way in site.ways if way.choice.sign_threshold == 1.5 and not way.choice.blockwise]
     assert sure[0].wrong > sure[-1].wrong
 
 
@@ -244,7 +244,7 @@ def test_a_resumed_run_keeps_its_plan(tmp_path, monkeypatch):
 
 
 def test_what_fits_is_planned_with_less_when_memory_runs_out(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("iexact_runner.budget.training.out_of_memory.available_bytes", lambda device: 2 * 2**20)
+    monkeypatch.setattr("iexact_runner.analysis.budgets.out_of_memory.available_bytes", lambda device: 2 * 2**20)
     from iexact_runner import training
 
     step, failures = training.step, iter([False, False, True])
@@ -397,3 +397,26 @@ def test_a_plan_that_is_never_small_enough_says_so():
 
     with pytest.raises(ConfigError, match="a step keeps at least"):
         make_plan(Swelling(), budget=10_500, field="compression.budget_mib", trials=0)
+
+
+@pytest.mark.parametrize("target", ["GraphSAGE", "GIN"])
+def test_a_run_with_a_model_of_pygs_keeps_a_share_of_fp32(tmp_path, target):
+    # PyG copies the normalisation, which tensors without memory cannot be.
+    fields = ("model=module", f"model.target=torch_geometric.nn:{target}", "+model.kwargs={norm:batch_norm}")
+    folder, config = (
+        RunFolder(tmp_path / "a"),
+        compose_config(
+            "dataset=synthetic",
+            "dataset.num_nodes=600",
+            "compression=auto",
+            "compression.budget=0.1",
+            "compression.interval=2",
+            "training.epochs=3",
+            *fields,
+        ),
+    )
+    Experiment(config, folder, Console(file=io.StringIO())).run(yaml.safe_dump(asdict(config)))
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    memory, plans = summary["memory"], summary["plans"]
+    assert memory["saved_mib"] <= plans[0]["budget_mib"] == pytest.approx(0.1 * memory["saved_mib_fp32"], rel=1e-3)
+    assert [plan["epoch"] for plan in plans] == [0, 2] and plans[1]["expected_error"] > 0

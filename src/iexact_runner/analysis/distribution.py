@@ -26,7 +26,7 @@ from iexact_runner.compression.bins import (
 )
 from iexact_runner.compression.curves import Array
 from iexact_runner.compression.maps import MapLayout
-from iexact_runner.measure.saved import graph_nodes
+from iexact_runner.kept import graph_nodes
 from iexact_runner.nn import Model
 from iexact_runner.problem import Problem, training_input
 

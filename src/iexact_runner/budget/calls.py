@@ -14,8 +14,7 @@ from iexact_runner.budget.planner import make_plan
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import ConfigError
-from iexact_runner.measure import MIB, SavedTensors
-from iexact_runner.measure.saved import tensors_in
+from iexact_runner.kept import MIB, SavedTensors, tensors_in
 
 Loss = Callable[[Any], Tensor]
 # The budget of a library user.

@@ -7,7 +7,7 @@ from typing import Any
 
 from iexact_runner.compression.choices import Choice
 from iexact_runner.compression.directions import Directions
-from iexact_runner.measure import MIB
+from iexact_runner.kept import MIB
 
 
 @dataclass(frozen=True)

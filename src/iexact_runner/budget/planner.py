@@ -19,7 +19,7 @@ from iexact_runner.budget.sites import Site, Sites, Way
 from iexact_runner.compression.choices import Choice
 from iexact_runner.compression.directions import Directions
 from iexact_runner.errors import ConfigError
-from iexact_runner.measure import MIB
+from iexact_runner.kept import MIB
 
 # Trials of a map: kept with less error, and with more signs.
 TRIALS = 2

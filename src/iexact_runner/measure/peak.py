@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-MIB = 1024**2
+from iexact_runner.kept import MIB
+
 # torch's number for the severity of errors: information is 0, a warning 1.
 _LOG_ERRORS = 2
 

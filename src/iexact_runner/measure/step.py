@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -178,12 +180,17 @@ def kept_tensors(
         graph = Plain(training=True, seed=0).drop_edges(graph, config.edge_dropout)
         config = replace(config, edge_dropout=0.0)
     # A kernel that torch has no rule of shapes for would run on real zeros.
-    with FakeTensorMode(allow_fallback_kernels=False) as fake:
-        features, graph = fake.from_tensor(features), graph.map(fake.from_tensor)
-        with torch.device(features.device):
+    fake = FakeTensorMode(allow_fallback_kernels=False)
+    with nullcontext() if isinstance(config, ModuleConfig) else fake, torch.random.fork_rng(devices=[]):
+        # A module of the user's is made of real weights, for it may copy them, which is not possible without memory.
+        with torch.device("cpu" if isinstance(config, ModuleConfig) else features.device):
             model = build_model(
                 config, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=compression
             )
+    if isinstance(config, ModuleConfig):
+        _give_up_memory(model, fake, features.device)
+    with fake:
+        features, graph = fake.from_tensor(features), graph.map(fake.from_tensor)
         try:
             with SavedTensors(model, excluded=[features, *graph.tensors()]) as saved:
                 return saved.kept(forward(model, features, graph, precision=precision))
@@ -191,3 +198,22 @@ def kept_tensors(
             if not isinstance(config, ModuleConfig):
                 raise
             return None
+
+
+def _give_up_memory(model: nn.Module, fake: FakeTensorMode, device: torch.device) -> None:
+    """Puts tensors without memory in place of the weights and statistics of a model; what is shared stays shared."""
+    known: dict[int, Tensor] = {}
+
+    def faked(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            without = fake.from_tensor(tensor.detach()).to(device)
+            is_weight = isinstance(tensor, nn.Parameter)
+            known[id(tensor)] = nn.Parameter(without, tensor.requires_grad) if is_weight else without
+        return known[id(tensor)]
+
+    originals = [*model.parameters(), *model.buffers()]  # held, so that no other tensor takes an id of theirs
+    for module in model.modules():
+        held: Any
+        for held in (module._parameters, module._buffers):
+            held.update({name: faked(tensor) for name, tensor in held.items() if tensor is not None})
+    del originals

@@ -27,7 +27,7 @@ from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import TrainingError
-from iexact_runner.measure.saved import tensors_in
+from iexact_runner.kept import tensors_in
 from iexact_runner.nn.graph_cache import GraphCache, written
 from iexact_runner.nn.saved_tensors import Fallback, Savings
 from iexact_runner.schemes import Activation, Projected, start_pass

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from iexact_runner.compression.codec import BITS, DTYPES, Quantized, dequantize, quantize
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.config.checks import check_choice
+from iexact_runner.kept import tensors_in
 from iexact_runner.kernels.reference import pack, unpack
-from iexact_runner.measure.saved import tensors_in
 from iexact_runner.schemes.hooks import NestedHooks
 
 # Smaller tensors are kept as they are.

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from iexact_runner.analysis.budgets import plan_training
 from iexact_runner.budget import TRIALS, Plan
-from iexact_runner.budget.training import plan_training
 from iexact_runner.compression.choices import Choice
 from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from iexact_runner.schemes.offload import is_offloaded
 
+MIB = 1024**2
+
 
 @dataclass(frozen=True)
 class TensorRecord:
