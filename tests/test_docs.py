@@ -301,3 +301,27 @@ def test_alternatives_stand_in_the_committed_rows():
             ]
             assert shown.pop(0) == expected
     assert not shown
+
+
+def test_budgets_are_those_of_the_rows():
+    """Each row of ``auto``, beside the best preset of at most as many bytes; all rows of the table are some."""
+    text = (REPOSITORY / "docs" / "guides" / "budget.md").read_text()
+    shown = [line for line in text.splitlines() if line.startswith("| ") and " / " in line and "error" not in line]
+    for path in sorted((REPOSITORY / "benchmarks").glob("budget_*.csv")):
+        rows = pd.read_csv(path)
+        for (dataset, model), found in rows.groupby(["dataset.name", "model.name"]):
+            planned = found["compression.scheme"] == "auto"
+            for row in found[planned].to_dict("records"):
+                budget = row["compression.budget"] * row["saved_mib_fp32"]
+                assert row["saved_mib"] <= budget
+                fixed = found[~planned & (found["saved_mib"] <= budget)]
+                errors = [f"gradient_error_{epochs}_mean" for epochs in (5, 30)]
+                own, best = (
+                    " / ".join(f"{each:.4f}" for each in part) for part in (map(row.get, errors), fixed[errors].min())
+                )
+                best = "none fits / none fits" if fixed.empty else best
+                share = f"{100 * row['compression.budget']:.0f}"
+                line = f"| {dataset} | {model} | {share} | {budget:.2f} | {row['saved_mib']:.2f} | {own} | {best} |"
+                assert line in shown, line
+                shown.remove(line)
+    assert not shown

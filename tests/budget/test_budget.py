@@ -31,6 +31,8 @@ from iexact_runner.measure import MIB, SavedTensors
 from iexact_runner.measure.step import saved_mib
 from iexact_runner.nn import build_model
 from iexact_runner.problem import prepare
+from iexact_runner.report import figures
+from iexact_runner.report.reading import read_report
 from iexact_runner.runs.labels import compression_label
 from iexact_runner.runs.records import RunFolder, read_run
 from iexact_runner.tasks import planner, train
@@ -203,6 +205,9 @@ def test_a_run_records_its_plans_and_shows_them(tmp_path):
     assert summary["memory"]["saved_mib"] <= 0.05 * summary["memory"]["saved_mib_fp32"]
     assert "expected gradient error" in shown and "bits a node" in shown
     assert read_run(tmp_path / "a") is not None
+    figures.write(read_report([tmp_path / "a"]), tmp_path / "figures")
+    drawn = (tmp_path / "figures" / "plan.svg").read_text()
+    assert "blocks.0: " in drawn and "squared error, expected" in drawn and "after epoch 16" in drawn
 
 
 def test_trials_take_a_small_share_of_the_epochs(tmp_path):

@@ -29,7 +29,7 @@ BLOCK_BITS = (2, 4, 8)
 ELEMENT_BITS = (2, 4, 8, None)
 Signs = tuple[float | None, float | None]
 # Rows that options are compared on.
-ROWS = 1024
+ROWS = 512
 # At most so much more of the signs is stored than the sampled rows ask for.
 SHARE_MARGIN = 1.1
 

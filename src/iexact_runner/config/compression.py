@@ -74,7 +74,7 @@ class CompressionConfig:
         budget: the same as a share of what FP32 keeps, or ``fit`` for what the device has room for; null where
             ``budget_mib`` says it.
         interval: epochs from one measurement of what each map needs to the next, under ``auto``; null measures after
-            5 epochs, 20, 80 and so on, as long as that takes about 3 % of the time of training.
+            5 epochs, 20, 80 and so on, as long as trials are about 3 % of the epochs.
         offload: move what is kept to the host until the backward pass needs it: from a GPU to pinned memory, on a CPU
             to files without a name.
         offload_folder: where these files are; null for the system's folder of temporary files.

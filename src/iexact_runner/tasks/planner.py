@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # What is left of a budget once memory ran out under it.
 SHRINKAGE = 0.7
-# Of the time of all epochs, about what may be spent on plans: as many trials, each as long as an epoch.
+# Of the epochs, what may be spent on trials, which take about as long each.
 TIME_SHARE = 0.03
 # What a plan takes beside its trials, in trials.
 OVERHEAD = 2
