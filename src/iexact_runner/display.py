@@ -205,9 +205,10 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
 def show_plan(console: Console, record: Mapping[str, Any]) -> None:
     """Prints how the maps of a model are kept under a budget, and their shares of the error that is expected."""
     budget = f"{record['budget_mib']:.2f} MiB may be kept, {record['saved_mib']:.2f} MiB are"
-    error = record["expected_error"]
-    expected = "errors are measured later" if error is None else f"expected gradient error {error:.4f}"
-    table = Table(title=f"{budget}; {expected}", title_justify="left")
+    error, expected = record["measured_error"], record["expected_error"]
+    text = "errors are measured later" if expected is None else f"gradient error {expected:.4f} expected"
+    text += "" if error is None else f", {error:.4f} measured"
+    table = Table(title=f"{budget}; {text}", title_justify="left")
     table.add_column("layer", no_wrap=True)
     table.add_column("kept")
     for name in ("MiB", "share of error"):

@@ -99,8 +99,9 @@ def test_more_bytes_mean_less_error(name):
 def test_the_error_is_about_the_expected_one(name):
     model, problem, config = prepared(f"model={name}", "model.dropout=0.2")
     plan = plan_training(model, problem, config, seed=1)
-    assert plan.evaluations == 1 + 2 * len(plan.maps)
+    assert plan.evaluations == 4 + 2 * len(plan.maps)
     actual = gradient_error(model, problem, config, plan.directions(), seed=1)
+    assert plan.measured_error == pytest.approx(actual, rel=1e-3)
     assert 0.4 * plan.error < actual < 2.5 * plan.error
 
 
@@ -139,7 +140,7 @@ def test_groups_of_maps_are_tried_together_where_gradients_are_few():
     plans = {trials: plan_training(model, problem, config, seed=1, trials=trials) for trials in (0, 2, 4, None)}
     count = len(plans[0].maps)
     assert count > 5
-    assert [plan.evaluations for plan in plans.values()] == [0, 3, 5, 1 + 2 * count]
+    assert [plan.evaluations for plan in plans.values()] == [0, 6, 8, 4 + 2 * count]
     assert plans[0].error is None and all(plans[trials].error for trials in (2, 4, None))
     assert all(plan.saved <= plan.budget for plan in plans.values())
 
@@ -203,7 +204,8 @@ def test_a_run_records_its_plans_and_shows_them(tmp_path):
         assert [each["layer"] for each in plan["maps"]] == ["blocks.0", "blocks.1"]
     assert summary["memory"]["saved_mib"] == pytest.approx(plans[0]["saved_mib"], rel=0.02)
     assert summary["memory"]["saved_mib"] <= 0.05 * summary["memory"]["saved_mib_fp32"]
-    assert "expected gradient error" in shown and "bits a node" in shown
+    assert all(plan["measured_error"] > 0 for plan in plans[1:])
+    assert "gradient error 0." in shown and "bits a node" in shown
     assert read_run(tmp_path / "a") is not None
     figures.write(read_report([tmp_path / "a"]), tmp_path / "figures")
     drawn = (tmp_path / "figures" / "plan.svg").read_text()
@@ -213,7 +215,7 @@ def test_a_run_records_its_plans_and_shows_them(tmp_path):
 def test_trials_take_a_small_share_of_the_epochs(tmp_path):
     config = compose_config(*SIZES, "compression=auto", "training.epochs=1000")
     made = planner.Planner(config, None, Console(), [])
-    made._trials = planner.OVERHEAD
+    made._trials = planner.START
     spent = [made._due(epoch) for epoch in (5, 6, 20, 80)]
     assert [due for due, _ in spent] == [True, False, True, True]
     assert all(trials <= 30 for due, trials in spent if due)
@@ -425,3 +427,35 @@ def test_a_run_with_a_model_of_pygs_keeps_a_share_of_fp32(tmp_path, target):
     memory, plans = summary["memory"], summary["plans"]
     assert memory["saved_mib"] <= plans[0]["budget_mib"] == pytest.approx(0.1 * memory["saved_mib_fp32"], rel=1e-3)
     assert [plan["epoch"] for plan in plans] == [0, 2] and plans[1]["expected_error"] > 0
+
+
+def test_of_two_plans_the_nearer_to_the_exact_gradient_is_taken(monkeypatch):
+    model, problem, config = prepared()
+    tried = []
+    real = TrainingTrial.gradient
+
+    def gradient(self, directions):
+        found = real(self, directions)
+        tried.append((found[0], [state.choice for state in directions]))
+        return found
+
+    monkeypatch.setattr(TrainingTrial, "gradient", gradient)
+    plan = plan_training(model, problem, config, seed=1)
+    (exact, _), *plans = tried[-3:]
+    errors = {tuple(choices): ((found - exact).norm() / exact.norm()).item() for found, choices in plans}
+    assert plan.measured_error == pytest.approx(min(errors.values()))
+    assert errors[tuple(plan.choices())] == min(errors.values())
+
+
+def test_without_room_on_the_host_the_expected_error_decides(monkeypatch, caplog):
+    model, problem, config = prepared()
+
+    def exact(self, maps):
+        raise ConfigError.of(
+            "compression.offload_folder", "/tmp", "cannot hold a file of 9 MiB: No space left on device"
+        )
+
+    monkeypatch.setattr(TrainingTrial, "exact", exact)
+    plan = plan_training(model, problem, config, seed=1)
+    assert plan.measured_error is None and plan.error > 0 and plan.saved <= plan.budget
+    assert "takes the plan of the least expected error: compression.offload_folder=/tmp: cannot hold" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from iexact_runner.budget.plan import Plan
 from iexact_runner.budget.planner import make_plan
+from iexact_runner.compression.choices import Choice
 from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.signs import SPARE
 from iexact_runner.config import CompressionConfig, Config
@@ -50,6 +52,15 @@ class TrainingTrial:
         loss = node_loss(scores, view.y, nodes, kind=config.training.loss, weights=loss_weights(view, nodes))
         gradients = torch.autograd.grad(loss, list(self._model.parameters()))
         return torch.cat([gradient.flatten() for gradient in gradients]), kept
+
+    def exact(self, maps: int) -> Tensor:
+        """The gradient with so many maps in FP32, on the host meanwhile."""
+        usual = self._model.compression
+        self._model.compression = replace(usual, offload=True)
+        try:
+            return self.gradient([Directions(choice=Choice(None)) for _ in range(maps)])[0]
+        finally:
+            self._model.compression = usual
 
     def saved(self, directions: list[Directions]) -> int:
         """The bytes that are kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from iexact_runner.budget.plan import Plan
 from iexact_runner.budget.planner import make_plan
+from iexact_runner.compression.choices import Choice
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import ConfigError
@@ -45,6 +47,15 @@ class CallTrial:
         parameters = [each for each in self._model.parameters() if each.requires_grad]
         found = torch.autograd.grad(self._loss(output), parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([gradient.flatten() for gradient in found]), kept
+
+    def exact(self, maps: int) -> Tensor:
+        """The gradient with so many maps in FP32, on the host meanwhile."""
+        shared = self._model._compression
+        usual, shared.config = shared.config, replace(shared.config, offload=True)
+        try:
+            return self.gradient([Directions(choice=Choice(None)) for _ in range(maps)])[0]
+        finally:
+            shared.config = usual
 
     def saved(self, directions: list[Directions]) -> int:
         """The bytes that are kept."""

@@ -40,14 +40,16 @@ class Plan:
         budget: bytes that a step may keep.
         saved: bytes that a step kept when the plan was tried.
         gradient_norm: of a step; None if no gradient was computed, and errors are in no unit.
+        measured_error: relative error of that gradient under the plan.
         evaluations: gradients that were computed to find it.
     """
 
     maps: tuple[PlannedMap, ...]
     budget: float
     saved: int
-    gradient_norm: float | None
-    evaluations: int
+    gradient_norm: float | None = None
+    measured_error: float | None = None
+    evaluations: int = 0
 
     @property
     def error(self) -> float | None:
@@ -70,6 +72,7 @@ class Plan:
             "budget_mib": self.budget / MIB,
             "saved_mib": self.saved / MIB,
             "expected_error": self.error,
+            "measured_error": self.measured_error,
             "evaluations": self.evaluations,
             "maps": [
                 {

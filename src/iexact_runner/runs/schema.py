@@ -230,6 +230,7 @@ class Plan(Struct):
     saved_mib: Amount
     maps: Annotated[list[PlannedMap], Meta(max_length=_MOST)]
     expected_error: Amount | None = None
+    measured_error: Amount | None = None
 
 
 class Summary(Struct):

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 SHRINKAGE = 0.7
 # Of the epochs, what may be spent on trials, which take about as long each.
 TIME_SHARE = 0.03
-# What a plan takes beside its trials, in trials.
-OVERHEAD = 2
+# What a plan takes beside its trials, in trials: before training, and where plans are held against the exact gradient.
+START, OVERHEAD = 2, 7
 # Maps change fast at first: after how many epochs they are measured first, and how much later each time.
 FIRST, LATER = 5, 4
 # Stream of a step's seed that trials draw their masks from.
@@ -65,7 +65,7 @@ class Planner:
         """Has a new model keep its maps as planned before the first run."""
         if not self._first:
             self._first = self._planned(model, run=run, seed=seed, epoch=0, trials=0).choices()
-        self._trials = OVERHEAD
+        self._trials = START
         model.directions[:] = [Directions(choice=choice) for choice in self._first]
 
     def passed(self, model: Model, run: int, seed: int, epoch: int) -> None:
@@ -73,7 +73,7 @@ class Planner:
         due, trials = self._due(epoch)
         if due:
             plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=trials)
-            self._trials += plan.evaluations + OVERHEAD
+            self._trials += (trials or 0) // TRIALS * TRIALS + OVERHEAD
             model.directions[:] = plan.directions()
 
     def shrink(self, model: Model, *, run: int, seed: int, epoch: int) -> None:
@@ -105,7 +105,7 @@ class Planner:
         due = FIRST
         while due < epoch:
             due *= LATER
-        rest = int(TIME_SHARE * self._config.training.epochs) - self._trials - OVERHEAD - 1
+        rest = int(TIME_SHARE * self._config.training.epochs) - self._trials - OVERHEAD
         return due == epoch and rest >= TRIALS, rest
 
     def _planned(self, model: Model, *, run: int, seed: int, epoch: int, trials: int | None) -> Plan:
