@@ -63,6 +63,7 @@ def test_records_of_a_training_run(tmp_path):
         "distribution",
         "inspection",
         "advice",
+        "plans",
     }
     assert (summary["schema_version"], summary["status"], summary["error"]) == (1, "completed", None)
     assert summary["config"]["compression"]["bits"] == 2 and summary["config"]["seed"] == 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -139,3 +141,15 @@ def test_a_product_is_written_to_columns_of_a_wider_map(name):
     kernels.spmm(OFFSETS, COLUMNS, X, out=wide[:, 5:68])
     assert torch.equal(wide[:, 5:68], expected)
     assert not wide[:, :5].any() and not wide[:, 68:].any()
+
+
+def test_entries_of_the_same_place_are_added_up():
+    offsets, columns = torch.tensor([0, 9, 9, 12]), torch.tensor([0, 1, 1, 0, 0, 2, 1, 1, 1, 2, 2, 0])
+    values = torch.arange(12.0)
+    spmm = import_module("iexact_runner.kernels.reference.spmm")  # whose name the function has
+    matrix = spmm.csr_tensor(offsets, columns, values, width=4)
+    dense = spmm.summed(matrix)
+    expected = torch.zeros(3, 4)
+    for row, column, value in zip([0] * 9 + [2] * 3, columns.tolist(), values.tolist(), strict=True):
+        expected[row, column] += value
+    assert torch.equal(dense, expected) and dense.dtype == torch.float32

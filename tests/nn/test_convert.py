@@ -367,7 +367,7 @@ def test_what_is_no_preset_is_refused_and_the_model_stays_as_it_is():
 
 
 def test_plain_schemes_and_two_devices_are_refused():
-    with pytest.raises(ConfigError, match="^compression.scheme=none: must be projected or lowrank to compress"):
+    with pytest.raises(ConfigError, match="^compression.scheme=none: must be projected, lowrank or auto to compress"):
         compress(OneReLU(), FP32)
     with pytest.raises(ConfigError, match="^compression.refresh=2: must be 1 or null to compress a model"):
         compress(OneReLU(), low_rank(refresh=2))

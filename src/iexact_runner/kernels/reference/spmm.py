@@ -59,8 +59,8 @@ def spmm(
     """
     matrix = csr_tensor(offsets, columns, values, width=x.size(0), column_scale=column_scale)
     matrix = matrix.to(x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32)
-    if columns.numel() > matrix.numel():  # entries that repeat others: cuSPARSE refuses more of them than places
-        matrix = _summed(matrix)
+    if x.is_cuda and columns.numel() > matrix.numel():  # cuSPARSE refuses more entries than places
+        matrix = summed(matrix)
     dense = x.to(matrix.dtype)
     product = dense.new_empty(matrix.size(0), dense.size(1))
     # Written into place, for ``matrix @ dense`` makes a second map of zeros to add the product to.
@@ -74,12 +74,13 @@ def spmm(
     return out.add_(product) if add else out.copy_(product)
 
 
-def _summed(matrix: Tensor) -> Tensor:
+def summed(matrix: Tensor) -> Tensor:
     """A CSR matrix as a dense one, entries of the same place added up."""
     rows = torch.arange(matrix.size(0), device=matrix.device)
     rows = rows.repeat_interleave(matrix.crow_indices().diff(), output_size=matrix.values().numel())
-    dense = matrix.values().new_zeros(matrix.shape)
-    return dense.index_put_((rows, matrix.col_indices()), matrix.values(), accumulate=True)
+    dense = torch.zeros(matrix.shape, dtype=torch.float64, device=matrix.device)
+    dense.index_put_((rows, matrix.col_indices()), matrix.values().double(), accumulate=True)
+    return dense.to(matrix.dtype)
 
 
 def sampled_matmul(offsets: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
