@@ -325,3 +325,5 @@ def test_budgets_are_those_of_the_rows():
                 assert line in shown, line
                 shown.remove(line)
     assert not shown
+    planning = pd.read_csv(REPOSITORY / "benchmarks" / "planning_cpu.csv").iloc[0]
+    assert f"Planning took {100 * planning.share:.1f} % of the time of {planning.epochs} epochs of GCN" in text
