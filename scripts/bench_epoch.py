@@ -36,7 +36,7 @@ from iexact_runner.kernels import backends
 from iexact_runner.loss import loss_per_node
 from iexact_runner.measure import MIB, SavedTensors, environment, total_bytes
 from iexact_runner.measure.peak import PeakMemory
-from iexact_runner.nn import build_model
+from iexact_runner.nn import Model, build_model
 from iexact_runner.nn.baseline import PyGBaseline, baseline_graph, build_baseline
 from iexact_runner.problem import Problem, evaluation_input, prepare, training_input
 from iexact_runner.training import Optimization, clock, evaluate, forward, stepper
@@ -210,15 +210,20 @@ def append_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
-def subject_of(config: Config, problem: Problem) -> Subject:
-    """The step of a configuration."""
+def seeded_model(config: Config, problem: Problem, device: torch.device) -> Model:
+    """The model of a configuration, the same weights each time."""
     torch.manual_seed(0)
-    model = build_model(
+    return build_model(
         config.model,
         in_channels=problem.in_channels,
         out_channels=problem.num_classes,
         compression=config.compression,
-    ).to(problem.whole.x.device)
+    ).to(device)
+
+
+def subject_of(config: Config, problem: Problem) -> Subject:
+    """The step of a configuration."""
+    model = seeded_model(config, problem, problem.whole.x.device)
     optimization = Optimization(model, config.training)
     view = problem.training
     take_step = stepper(model, optimization, problem)

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from bench_epoch import append_rows, subjects
+from bench_epoch import append_rows, seeded_model, subjects
 from gpu_profile import provenance
 from iexact_runner.cli import compose_config
 from iexact_runner.config import Config
 from iexact_runner.data import load_dataset
-from iexact_runner.nn import build_model
 from iexact_runner.problem import Problem, prepare
 from iexact_runner.training import Optimization, clock, stepper
 
@@ -118,13 +117,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def _take(config: Config, problem: Problem, *, cuda_graph: bool) -> Callable[..., float]:
-    torch.manual_seed(0)
-    model = build_model(
-        config.model,
-        in_channels=problem.in_channels,
-        out_channels=problem.num_classes,
-        compression=config.compression,
-    ).to(problem.whole.x.device)
+    model = seeded_model(config, problem, problem.whole.x.device)
     training = dataclasses.replace(config.training, cuda_graph=cuda_graph)
     return stepper(model, Optimization(model, training), problem)
 

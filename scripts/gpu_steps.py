@@ -9,6 +9,7 @@ otherwise; their error, over a few draws, must not. Epochs of mini-batches are c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -21,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench_epoch import PRESETS
+from bench_epoch import PRESETS, seeded_model
 from iexact_runner.analysis.fidelity import exact_twin
 from iexact_runner.cli import compose_config
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data import load_dataset
-from iexact_runner.nn import build_model
 from iexact_runner.problem import prepare
 from iexact_runner.sampling import with_batches
 from iexact_runner.training import Optimization, train_on_batches, training_loss
@@ -122,12 +122,9 @@ def _figures(model: str, preset: tuple[str, ...], device: torch.device) -> dict[
 
 def _gradients(model: str, compression: CompressionConfig, device: torch.device, *, draw: int) -> tuple[float, Tensor]:
     """Loss of a training step with fixed masks, and its gradients as one vector on the CPU."""
-    config = compose_config(*SIZES, f"model={model}")
+    config = dataclasses.replace(compose_config(*SIZES, f"model={model}"), compression=compression)
     problem = prepare(_dataset(), config.model, inductive=False, device=device)
-    torch.manual_seed(0)
-    built = build_model(
-        config.model, in_channels=problem.in_channels, out_channels=problem.num_classes, compression=compression
-    ).to(device)
+    built = seeded_model(config, problem, device)
     kind = config.training.loss
     loss = training_loss(built.train(), problem, kind=kind, precision="float32", seed=1, map_seed=draw)
     value = loss.item()
@@ -143,13 +140,7 @@ def _epochs(sampler: str, preset: str, device: torch.device) -> dict[str, float]
     losses = {}
     for name, place in (("gpu", device), ("cpu", torch.device("cpu"))):
         problem = with_batches(whole, config, _dataset(), device=place)
-        torch.manual_seed(0)
-        model = build_model(
-            config.model,
-            in_channels=problem.in_channels,
-            out_channels=problem.num_classes,
-            compression=config.compression,
-        ).to(place)
+        model = seeded_model(config, problem, place)
         optimization = Optimization(model, config.training)
         for epoch in range(1, EPOCHS + 1):
             losses[f"loss_{name}"] = train_on_batches(model, optimization, problem, epoch, seed=0)[0]

@@ -459,3 +459,13 @@ def test_without_room_on_the_host_the_expected_error_decides(monkeypatch, caplog
     plan = plan_training(model, problem, config, seed=1)
     assert plan.measured_error is None and plan.error > 0 and plan.saved <= plan.budget
     assert "takes the plan of the least expected error: compression.offload_folder=/tmp: cannot hold" in caplog.text
+
+
+def test_a_plan_stays_where_memory_runs_out_while_maps_are_measured(tmp_path, monkeypatch, caplog):
+    def exact(self, maps):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(TrainingTrial, "exact", exact)
+    summary, _ = run(tmp_path / "a", "compression.interval=8", "runs=1")
+    assert summary["status"] == "completed" and [plan["epoch"] for plan in summary["plans"]] == [0]
+    assert "keeps its plan after epoch 8: out of memory while maps were measured" in caplog.text

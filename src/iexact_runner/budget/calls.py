@@ -109,7 +109,7 @@ def deal_budget(model: nn.Module, inputs: Sequence[Any], loss: Loss) -> Plan:
     """Measures what each map of a model means for a gradient, and deals the budget of ``compress`` accordingly.
 
     A model that :func:`compress` was given with ``"auto"`` deals its budget in its first pass by what its maps are
-    like; this deals it anew by measurement, best after a few epochs. It computes two gradients a map.
+    like; this deals it anew by measurement, best after a few epochs. It computes two gradients a map, and four more.
 
     Args:
         model: what :func:`compress` was given, with ``"auto"`` and ``budget_mib``.

@@ -20,6 +20,7 @@ from iexact_runner.config import Config
 from iexact_runner.display import show_plan
 from iexact_runner.measure import MIB
 from iexact_runner.nn import Model
+from iexact_runner.phases import is_out_of_memory
 from iexact_runner.problem import Problem
 from iexact_runner.runs.records import to_json
 
@@ -71,10 +72,17 @@ class Planner:
     def passed(self, model: Model, run: int, seed: int, epoch: int) -> None:
         """Makes a new plan if it is due after an epoch."""
         due, trials = self._due(epoch)
-        if due:
+        if not due:
+            return
+        self._trials += (trials or 0) // TRIALS * TRIALS + OVERHEAD
+        try:
             plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=trials)
-            self._trials += (trials or 0) // TRIALS * TRIALS + OVERHEAD
-            model.directions[:] = plan.directions()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning(f"keeps its plan after epoch {epoch}: out of memory while maps were measured")
+            return
+        model.directions[:] = plan.directions()
 
     def shrink(self, model: Model, *, run: int, seed: int, epoch: int) -> None:
         """Makes a plan with less, after a step ran out of memory."""
