@@ -469,3 +469,11 @@ def test_a_plan_stays_where_memory_runs_out_while_maps_are_measured(tmp_path, mo
     summary, _ = run(tmp_path / "a", "compression.interval=8", "runs=1")
     assert summary["status"] == "completed" and [plan["epoch"] for plan in summary["plans"]] == [0]
     assert "keeps its plan after epoch 8: out of memory while maps were measured" in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_bytes_of_the_maps_are_nearly_all_that_is_kept(share):
+    # Of many nodes, beside whose maps directions and statistics are small.
+    model, problem, config = prepared("model.dropout=0.5", f"compression.budget={share}", "dataset.num_nodes=3000")
+    plan = plan_training(model, problem, config, seed=1)
+    assert sum(each.bytes for each in plan.maps) == pytest.approx(plan.saved, rel=0.1)

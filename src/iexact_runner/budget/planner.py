@@ -218,6 +218,6 @@ def _nearly_exact(site: Site) -> Way:
 
 
 def _option(way: Way, effect: _Effect, reserve: float) -> Option:
-    signs = effect.sign_bytes * way.sign_bytes
-    reserved = signs if way.choice.sign_threshold is None else signs * reserve
-    return Option(way.bytes + reserved, effect.missed * way.missed + effect.wrong * way.wrong)
+    # All signs are kept, those of dropped elements too, where a map has any.
+    share = float(effect.sign_bytes > 0) if way.choice.sign_threshold is None else effect.sign_bytes * reserve
+    return Option(way.bytes + share * way.sign_bytes, effect.missed * way.missed + effect.wrong * way.wrong)
