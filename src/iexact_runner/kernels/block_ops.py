@@ -10,26 +10,42 @@ from torch import Tensor
 
 from iexact_runner.kernels import reference
 from iexact_runner.kernels.backends import select
-from iexact_runner.kernels.ops import operator, packed_bytes, seed_tensor
+from iexact_runner.kernels.ops import RowSeed, operator, packed_bytes, quantize, row_offset, seed_tensor
 
 
 @operator(
     "normalize_relu_dropout",
-    "(Tensor h, Tensor mean, Tensor inverse_std, Tensor weight, Tensor bias, Tensor seed, float p, str backend)"
-    " -> (Tensor, Tensor)",
+    "(Tensor h, Tensor mean, Tensor inverse_std, Tensor weight, Tensor bias, Tensor seed, float p, SymInt offset,"
+    " str backend) -> (Tensor, Tensor)",
 )
 def _normalize_relu_dropout(
-    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, p: float, backend: str
+    h: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor,
+    p: float,
+    offset: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     finished: tuple[Tensor, Tensor] = select(backend, h.device).normalize_relu_dropout(
-        h, mean, inverse_std, weight, bias, p=p, seed=seed
+        h, mean, inverse_std, weight, bias, p=p, seed=seed, offset=offset
     )
     return finished
 
 
 @_normalize_relu_dropout.register_fake
 def _(
-    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, p: float, backend: str
+    h: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor,
+    p: float,
+    offset: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), packed_bytes(h, h.numel())
 
@@ -38,13 +54,23 @@ def _(
     "iexact::normalize_relu_dropout_",
     mutates_args=("h",),
     schema="(Tensor(a!) h, Tensor mean, Tensor inverse_std, Tensor weight, Tensor bias, Tensor seed, float p,"
-    " str backend) -> Tensor",
+    " SymInt offset, str backend) -> Tensor",
 )
 def _normalize_relu_dropout_(
-    h: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, p: float, backend: str
+    h: Tensor,
+    mean: Tensor,
+    inverse_std: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor,
+    p: float,
+    offset: int,
+    backend: str,
 ) -> Tensor:
     kernels = select(backend, h.device)
-    mask: Tensor = kernels.normalize_relu_dropout(h, mean, inverse_std, weight, bias, p=p, seed=seed, out=h)[1]
+    mask: Tensor = kernels.normalize_relu_dropout(
+        h, mean, inverse_std, weight, bias, p=p, seed=seed, offset=offset, out=h
+    )[1]
     return mask
 
 
@@ -66,7 +92,7 @@ def normalize_relu_dropout(
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm from its statistics, ReLU and dropout in one pass, and the packed mask of ReLU."""
-    options = (mean, inverse_std, weight, bias, seed_tensor(seed, h.device), p, backend)
+    options = (mean, inverse_std, weight, bias, seed_tensor(seed, h.device), p, row_offset(seed, h), backend)
     if overwrite and h.is_contiguous():
         mask: Tensor = _normalize_relu_dropout_(h, *options)
         return h, mask
@@ -122,25 +148,49 @@ def decode_relu_dropout(
 ) -> Tensor:
     """Rows of dropout(mask(c V^T + shift)) in one pass."""
     decoded: Tensor = _decode_relu_dropout(
-        coefficients.contiguous(), directions, shift, mask, seed_tensor(seed, coefficients.device), p, offset, backend
+        coefficients.contiguous(),
+        directions,
+        shift,
+        mask,
+        seed_tensor(seed, coefficients.device),
+        p,
+        offset + row_offset(seed, directions.T),
+        backend,
     )
     return decoded
 
 
 @operator(
     "gated_sums",
-    "(Tensor grad, Tensor mask, Tensor coefficients, Tensor directions, Tensor seed, float p, str backend) -> Tensor",
+    "(Tensor grad, Tensor mask, Tensor coefficients, Tensor directions, Tensor seed, float p, SymInt offset,"
+    " str backend) -> Tensor",
 )
 def _gated_sums(
-    grad: Tensor, mask: Tensor, coefficients: Tensor, directions: Tensor, seed: Tensor, p: float, backend: str
+    grad: Tensor,
+    mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    seed: Tensor,
+    p: float,
+    offset: int,
+    backend: str,
 ) -> Tensor:
-    sums: Tensor = select(backend, grad.device).gated_sums(grad, mask, coefficients, directions, p=p, seed=seed)
+    sums: Tensor = select(backend, grad.device).gated_sums(
+        grad, mask, coefficients, directions, p=p, seed=seed, offset=offset
+    )
     return sums
 
 
 @_gated_sums.register_fake
 def _(
-    grad: Tensor, mask: Tensor, coefficients: Tensor, directions: Tensor, seed: Tensor, p: float, backend: str
+    grad: Tensor,
+    mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    seed: Tensor,
+    p: float,
+    offset: int,
+    backend: str,
 ) -> Tensor:
     return grad.new_empty(2, grad.size(1), dtype=torch.float32)
 
@@ -157,7 +207,14 @@ def gated_sums(
 ) -> Tensor:
     """Sums over the nodes of g and of g (c V^T), (2, D), with g the gradient behind ReLU and dropout."""
     sums: Tensor = _gated_sums(
-        grad.contiguous(), mask, coefficients.contiguous(), directions, seed_tensor(seed, grad.device), p, backend
+        grad.contiguous(),
+        mask,
+        coefficients.contiguous(),
+        directions,
+        seed_tensor(seed, grad.device),
+        p,
+        row_offset(seed, grad),
+        backend,
     )
     return sums
 
@@ -165,7 +222,7 @@ def gated_sums(
 @operator(
     "gated_gradient",
     "(Tensor grad, Tensor mask, Tensor coefficients, Tensor directions, Tensor factor, Tensor shift, Tensor seed,"
-    " float p, str backend) -> Tensor",
+    " float p, SymInt offset, str backend) -> Tensor",
 )
 def _gated_gradient(
     grad: Tensor,
@@ -176,10 +233,11 @@ def _gated_gradient(
     shift: Tensor,
     seed: Tensor,
     p: float,
+    offset: int,
     backend: str,
 ) -> Tensor:
     result: Tensor = select(backend, grad.device).gated_gradient(
-        grad, mask, coefficients, directions, factor, shift, p=p, seed=seed
+        grad, mask, coefficients, directions, factor, shift, p=p, seed=seed, offset=offset
     )
     return result
 
@@ -194,6 +252,7 @@ def _(
     shift: Tensor,
     seed: Tensor,
     p: float,
+    offset: int,
     backend: str,
 ) -> Tensor:
     return grad.new_empty(grad.shape)
@@ -203,7 +262,7 @@ def _(
     "iexact::gated_gradient_",
     mutates_args=("grad",),
     schema="(Tensor(a!) grad, Tensor mask, Tensor coefficients, Tensor directions, Tensor factor, Tensor shift,"
-    " Tensor seed, float p, str backend) -> ()",
+    " Tensor seed, float p, SymInt offset, str backend) -> ()",
 )
 def _gated_gradient_(
     grad: Tensor,
@@ -214,10 +273,11 @@ def _gated_gradient_(
     shift: Tensor,
     seed: Tensor,
     p: float,
+    offset: int,
     backend: str,
 ) -> None:
     select(backend, grad.device).gated_gradient(
-        grad, mask, coefficients, directions, factor, shift, p=p, seed=seed, out=grad
+        grad, mask, coefficients, directions, factor, shift, p=p, seed=seed, offset=offset, out=grad
     )
 
 
@@ -240,8 +300,8 @@ def gated_gradient(
     overwrite: bool = False,
 ) -> Tensor:
     """Gradient factor g + (c V^T + shift) in one pass, with g that of :func:`gated_sums`."""
-    seed = seed_tensor(seed, grad.device)
-    options = (mask, coefficients.contiguous(), directions, factor, shift, seed, p, backend)
+    drawing = (seed_tensor(seed, grad.device), p, row_offset(seed, grad))
+    options = (mask, coefficients.contiguous(), directions, factor, shift, *drawing, backend)
     if overwrite and grad.is_contiguous():
         _gated_gradient_(grad, *options)
         return grad
@@ -299,6 +359,9 @@ def quantize_product(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, zero and scale of z M + shift."""
+    if isinstance(seed, RowSeed):  # the fused pass draws from the first element on
+        form = dict(bits=bits, block_size=block_size, levels=levels, seed=seed, backend=backend)
+        return quantize(torch.addmm(shift, z, matrix), **form)  # type: ignore[arg-type]
     table = None if levels is None else list(levels)
     kept: tuple[Tensor, Tensor, Tensor] = _quantize_product(
         z.contiguous(), matrix.contiguous(), shift, seed_tensor(seed, z.device), bits, block_size, table, backend

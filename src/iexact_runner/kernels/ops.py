@@ -26,6 +26,28 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
+class RowSeed(int):
+    """A seed for a run of rows of a larger map: rows here draw what the same rows draw there.
+
+    Args:
+        first_row: of the run; its place in the map, times the width, must be a multiple of 8 elements.
+    """
+
+    first_row: int
+
+    @classmethod
+    def of(cls, seed: int, first_row: int) -> RowSeed:
+        """The seed of the rows from ``first_row`` on."""
+        made = cls(seed)
+        made.first_row = first_row
+        return made
+
+
+def row_offset(seed: int | Tensor, x: Tensor) -> int:
+    """Elements of a larger map, as wide as ``x``, before the rows that the seed is for."""
+    return seed.first_row * x.size(-1) if isinstance(seed, RowSeed) else 0
+
+
 def packed_bytes(x: Tensor, count: int, bits: int = 1) -> Tensor:
     """Room for the packed codes of ``count`` elements, where ``x`` is."""
     return x.new_empty((count * bits + 7) // 8, dtype=torch.uint8)
@@ -68,7 +90,7 @@ def quantize(
     """Packed codes, zero and scale of a map."""
     table = None if levels is None else list(levels)
     kept: tuple[Tensor, Tensor, Tensor] = _quantize(
-        x, seed_tensor(seed, x.device), bits, block_size, table, offset, backend
+        x, seed_tensor(seed, x.device), bits, block_size, table, offset + row_offset(seed, x), backend
     )
     return kept
 
@@ -177,7 +199,7 @@ def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
 
 def dropout(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Dropout, and its own backward."""
-    dropped: Tensor = _dropout(x.contiguous(), seed_tensor(seed, x.device), p, offset, backend)
+    dropped: Tensor = _dropout(x.contiguous(), seed_tensor(seed, x.device), p, offset + row_offset(seed, x), backend)
     return dropped
 
 
@@ -195,7 +217,7 @@ def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
 
 def dropout_mask(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Packed mask of what :func:`dropout` keeps of ``x``, of which only size and device are used."""
-    mask: Tensor = _dropout_mask(x, seed_tensor(seed, x.device), p, offset, backend)
+    mask: Tensor = _dropout_mask(x, seed_tensor(seed, x.device), p, offset + row_offset(seed, x), backend)
     return mask
 
 
@@ -245,7 +267,7 @@ def leaky_relu_dropout(
 ) -> tuple[Tensor, Tensor]:
     """LeakyReLU and dropout in one pass, and the packed mask of the former."""
     dropped: tuple[Tensor, Tensor] = _leaky_relu_dropout(
-        x.contiguous(), seed_tensor(seed, x.device), negative_slope, p, offset, backend
+        x.contiguous(), seed_tensor(seed, x.device), negative_slope, p, offset + row_offset(seed, x), backend
     )
     return dropped
 
@@ -279,6 +301,7 @@ def leaky_relu_dropout_backward(
     offset: int = 0,
 ) -> Tensor:
     """Gradient of :func:`leaky_relu_dropout`."""
+    offset += row_offset(seed, grad)
     seed = seed_tensor(seed, grad.device)
     result: Tensor = _leaky_relu_dropout_backward(grad.contiguous(), mask, seed, negative_slope, p, offset, backend)
     return result

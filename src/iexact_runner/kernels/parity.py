@@ -240,17 +240,18 @@ def _block_cases(quick: bool) -> Iterator[Case]:
         vectors = [filled("normal", (width,), torch.float32, seed=number) for number in range(4)]
         coefficients = filled("normal", (nodes, rank), torch.float32, seed=4)
         directions = filled("normal", (width, rank), torch.float32, seed=5)
-        random, label = {"p": p, "seed": seed}, f"{_label(h, fill)} rank {rank}"
+        # Rows of a larger map: a multiple of 8 elements come before them.
+        random, label = {"p": p, "seed": seed, "offset": 8 * width}, f"{_label(h, fill)} rank {rank}"
         yield Case("normalize_relu_dropout", (h, *vectors), random, label)
         mask = reference.leaky_relu(filled("normal", (nodes, width), dtype, seed=6), negative_slope=0.0)[1]
         factors = (coefficients, directions)
-        yield Case("decode_relu_dropout", (*factors, vectors[0], mask), {**random, "offset": 8 * width}, label)
+        yield Case("decode_relu_dropout", (*factors, vectors[0], mask), random, label)
         if not quick or fill == "zeros":  # the values that are decoded have nothing to do with those of h
             yield Case("decode_relu_dropout", (*factors, vectors[0], None), {**random, "offset": OFFSETS[3]}, label)
         yield Case("gated_gradient", (h, mask, *factors, *vectors[:2]), random, label)
         if fill in ("zeros", "normal"):
             whole = [_integers(part) for part in (filled("normal", (nodes, width), dtype), *factors)]
-            exact = {"p": 0.5 if p else 0.0, "seed": seed}
+            exact = {**random, "p": 0.5 if p else 0.0}
             yield Case("gated_sums", (whole[0], mask, *whole[1:]), exact, f"integers {label}")
             gradient = filled("normal", (nodes, width), dtype)
             yield Case("gated_sums", (gradient, mask, *factors), random, label, tolerance=SUM_TOLERANCE)
@@ -300,7 +301,7 @@ def _sign_cases(quick: bool) -> Iterator[Case]:
         z = reference.combine(coefficients, directions, shift) + 0.3 * filled("normal", (nodes, width), torch.float32)
         mask = reference.leaky_relu(z, negative_slope=0.0)[1]
         sketch = (coefficients, directions, shift, torch.full((width,), limit))
-        options: dict[str, Any] = {"exact": exact, "p": p, "seed": next(seeds)}
+        options: dict[str, Any] = {"exact": exact, "p": p, "seed": next(seeds), "offset": 8 * width}
         label = f"{nodes}x{width} rank {rank} limit {limit}"
         yield Case("pack_signs", (mask, *sketch), options, label)
         streams, counts = reference.pack_signs(mask, *sketch, **options)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iexact_runner.kernels.backends import select
 from iexact_runner.kernels.levels import level_table
-from iexact_runner.kernels.ops import operator, packed_bytes, seed_tensor
+from iexact_runner.kernels.ops import operator, packed_bytes, row_offset, seed_tensor
 from iexact_runner.kernels.reference import chunk_bytes, chunk_rows
 
 
@@ -61,7 +61,7 @@ def dequantize_coefficients(packed: Tensor, bits: Tensor, *, backend: str) -> Te
 @operator(
     "pack_signs",
     "(Tensor mask, Tensor coefficients, Tensor directions, Tensor shift, Tensor limit, Tensor seed, bool exact,"
-    " float p, str backend) -> (Tensor, Tensor)",
+    " float p, SymInt offset, str backend) -> (Tensor, Tensor)",
 )
 def _pack_signs(
     mask: Tensor,
@@ -72,10 +72,11 @@ def _pack_signs(
     seed: Tensor,
     exact: bool,
     p: float,
+    offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     streams: tuple[Tensor, Tensor] = select(backend, mask.device).pack_signs(
-        mask, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed
+        mask, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed, offset=offset
     )
     return streams
 
@@ -90,6 +91,7 @@ def _(
     seed: Tensor,
     exact: bool,
     p: float,
+    offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     width = directions.size(0)
@@ -111,9 +113,8 @@ def pack_signs(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The stream of each chunk of rows (chunks, room), and its bits and gaps (2, chunks)."""
-    streams: tuple[Tensor, Tensor] = _pack_signs(
-        mask, coefficients, directions, shift, limit, seed_tensor(seed, mask.device), exact, p, backend
-    )
+    drawing = (seed_tensor(seed, mask.device), exact, p, row_offset(seed, directions.T))
+    streams: tuple[Tensor, Tensor] = _pack_signs(mask, coefficients, directions, shift, limit, *drawing, backend)
     return streams
 
 
@@ -137,7 +138,7 @@ def join_streams(streams: Tensor, counts: Tensor, *, capacity: int, backend: str
 @operator(
     "unpack_signs",
     "(Tensor stream, Tensor counts, Tensor coefficients, Tensor directions, Tensor shift, Tensor limit, Tensor seed,"
-    " bool exact, float p, str backend) -> (Tensor, Tensor)",
+    " bool exact, float p, SymInt offset, str backend) -> (Tensor, Tensor)",
 )
 def _unpack_signs(
     stream: Tensor,
@@ -149,10 +150,11 @@ def _unpack_signs(
     seed: Tensor,
     exact: bool,
     p: float,
+    offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     unpacked: tuple[Tensor, Tensor] = select(backend, stream.device).unpack_signs(
-        stream, counts, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed
+        stream, counts, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed, offset=offset
     )
     return unpacked
 
@@ -168,6 +170,7 @@ def _(
     seed: Tensor,
     exact: bool,
     p: float,
+    offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     count = coefficients.size(0) * directions.size(0)
@@ -188,7 +191,8 @@ def unpack_signs(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """All signs, 0 where dropout drops, and of how many chunks the bits stored are not those found."""
+    drawing = (seed_tensor(seed, stream.device), exact, p, row_offset(seed, directions.T))
     unpacked: tuple[Tensor, Tensor] = _unpack_signs(
-        stream, counts, coefficients, directions, shift, limit, seed_tensor(seed, stream.device), exact, p, backend
+        stream, counts, coefficients, directions, shift, limit, *drawing, backend
     )
     return unpacked

@@ -37,7 +37,7 @@ from iexact_runner.kernels.numba.elementwise import (
 from iexact_runner.kernels.reference import DROPOUT
 
 # Threshold of the draws, factor of what stays, and Philox key.
-Drawing = tuple[np.uint16, np.float32, np.uint64, np.uint64]
+Drawing = tuple[np.uint16, np.float32, np.uint64, np.uint64, int]
 _ZERO = np.float32(0.0)
 # Parts of a map whose sums are taken one by one: a fixed number, so that they do not depend on that of the threads.
 _PARTS = 64
@@ -107,11 +107,11 @@ def _scale_and_add(gated: Array, factor: Array, combined: Array, out: Array) -> 
 @jit
 def _dropped(x: Array, first: int, drawing: Drawing, out: Array) -> None:
     """Dropout of the elements from number ``first`` on; a threshold of 0 drops none."""
-    threshold, factor, key0, key1 = drawing
+    threshold, factor, key0, key1, offset = drawing
     if threshold == 0:
         out[:] = x
     else:
-        drop(x, draw16(first, len(x), DROPOUT, key0, key1), threshold, factor, out)
+        drop(x, draw16(offset + first, len(x), DROPOUT, key0, key1), threshold, factor, out)
 
 
 @parallel
@@ -205,7 +205,6 @@ def _decode_relu_dropout_kernel(
     shift: Array,
     mask: Array | None,
     drawing: Drawing,
-    offset: int,
     rows: int,
     out: Array,
 ) -> None:
@@ -223,7 +222,7 @@ def _decode_relu_dropout_kernel(
             codes = np.empty((stop - start + 7) // 8 * 8, np.uint8)
             unpack(mask[start // 8 : -(-stop // 8)], 1, codes)
             gate(combined, codes, _ZERO, gated)
-        _dropped(gated, offset + start, drawing, out[start:stop])
+        _dropped(gated, start, drawing, out[start:stop])
 
 
 def normalize_relu_dropout(
@@ -235,16 +234,17 @@ def normalize_relu_dropout(
     *,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`iexact_runner.kernels.reference.normalize_relu_dropout`."""
     if h.dtype != torch.float32:  # then the normalised map is rounded before its sign is looked at
         normalised = (h.float() - mean) * inverse_std * weight + bias
-        y, mask = leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed)
+        y, mask = leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed, offset=offset)
         return (y if out is None else out.copy_(y)), mask
     y, mask = torch.empty(h.shape, dtype=torch.float32) if out is None else out, empty_mask(h.numel())
     vectors = [flat32(vector) for vector in (mean, inverse_std, weight, bias)]
-    numbers = ((*dropout_numbers(p), *keys(seed)), _rows(h.size(1)))
+    numbers = ((*dropout_numbers(p), *keys(seed), offset), _rows(h.size(1)))
     if h.numel():
         with torch_threads():
             _normalize_relu_dropout_kernel(flat32(h).reshape(h.shape), *vectors, *numbers, flat32(y), mask.numpy())
@@ -265,18 +265,25 @@ def decode_relu_dropout(
     out = torch.empty(coefficients.size(0), directions.size(0), dtype=torch.float32)
     mask = None if packed_mask is None else packed_mask.numpy()
     arrays = (*factors(coefficients, directions), flat32(shift))
-    numbers = ((*dropout_numbers(p), *keys(seed)), offset, _rows(directions.size(0)))
+    numbers = ((*dropout_numbers(p), *keys(seed), offset), _rows(directions.size(0)))
     with torch_threads():
         _decode_relu_dropout_kernel(*arrays, mask, *numbers, flat32(out))
     return out
 
 
 def gated_sums(
-    grad: Tensor, packed_mask: Tensor, coefficients: Tensor, directions: Tensor, *, p: float, seed: int | Tensor
+    grad: Tensor,
+    packed_mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    *,
+    p: float,
+    seed: int | Tensor,
+    offset: int = 0,
 ) -> Tensor:
     """See :func:`iexact_runner.kernels.reference.gated_sums`."""
     sums = np.zeros((_PARTS, 2, directions.size(0)))
-    numbers = ((*dropout_numbers(p), *keys(seed)), _rows(directions.size(0)))
+    numbers = ((*dropout_numbers(p), *keys(seed), offset), _rows(directions.size(0)))
     arrays = factors(coefficients, directions)
     with torch_threads():
         _gated_sums_kernel(flat32(grad), packed_mask.numpy(), *arrays, *numbers, sums)
@@ -293,13 +300,14 @@ def gated_gradient(
     *,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     """See :func:`iexact_runner.kernels.reference.gated_gradient`."""
     direct = out is not None and out.dtype == torch.float32
     result = out if out is not None and direct else torch.empty(grad.shape, dtype=torch.float32)
     arrays = (*factors(coefficients, directions), flat32(factor), flat32(shift))
-    numbers = ((*dropout_numbers(p), *keys(seed)), _rows(directions.size(0)))
+    numbers = ((*dropout_numbers(p), *keys(seed), offset), _rows(directions.size(0)))
     with torch_threads():
         _gated_gradient_kernel(flat32(grad), packed_mask.numpy(), *arrays, *numbers, result.numpy())
     if out is None:

@@ -19,8 +19,8 @@ from iexact_runner.kernels.reference import DROPOUT
 from iexact_runner.kernels.reference.signs import ESCAPE, chunk_bytes, chunk_rows, stream_lengths
 
 _ZERO, _WORD = np.float32(0.0), np.uint64(32)
-# Threshold of the draws and Philox key.
-Draws = tuple[np.uint16, np.uint64, np.uint64]
+# Threshold of the draws, Philox key, and place of the first element.
+Draws = tuple[np.uint16, np.uint64, np.uint64, int]
 
 
 def _tables() -> tuple[Array, Array, Array]:
@@ -47,7 +47,7 @@ def _classify(
     coefficients: Array, directions: Array, shift: Array, limit: Array, first: int, drawing: Draws
 ) -> tuple[Array, Array, Array]:
     """Of z~ = c V^T + shift, a bit an element: whether z~ > 0, whether it is sure, whether dropout keeps it."""
-    threshold, key0, key1 = drawing
+    threshold, key0, key1, offset = drawing
     rows, width = len(coefficients), directions.shape[1]
     count = rows * width
     size = (count + 7) // 8
@@ -63,7 +63,7 @@ def _classify(
         codes[index] = np.uint8(flat[index] > _ZERO)
     pack(codes, 1, positive)
     if threshold:
-        draws = draw16(first, count, DROPOUT, key0, key1)
+        draws = draw16(offset + first, count, DROPOUT, key0, key1)
         for index in range(count):
             codes[index] = np.uint8(draws[index] >= threshold)
     else:
@@ -268,6 +268,7 @@ def pack_signs(
     exact: bool,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`iexact_runner.kernels.reference.pack_signs`."""
     width = directions.size(0)
@@ -277,7 +278,14 @@ def pack_signs(
     arrays = (packed_mask.numpy(), *factors(coefficients, directions), flat32(shift), flat32(limit))
     with torch_threads():
         _pack_signs_kernel(
-            *arrays, exact, _drawing(p, seed), chunk_rows(width), _GATHERED, _ONES, streams.numpy(), counts.numpy()
+            *arrays,
+            exact,
+            _drawing(p, seed, offset),
+            chunk_rows(width),
+            _GATHERED,
+            _ONES,
+            streams.numpy(),
+            counts.numpy(),
         )
     return streams, counts
 
@@ -302,19 +310,20 @@ def unpack_signs(
     exact: bool,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`iexact_runner.kernels.reference.unpack_signs`."""
     lengths, width = stream_lengths(counts), directions.size(0)
     mask = torch.empty(-(-coefficients.size(0) * width // 8), dtype=torch.uint8)
     wrong = torch.zeros(counts.size(1), dtype=torch.int32)
     begins = (lengths.cumsum(0) - lengths).numpy()
-    arrays = (*factors(coefficients, directions), flat32(shift), flat32(limit), exact, _drawing(p, seed))
+    arrays = (*factors(coefficients, directions), flat32(shift), flat32(limit), exact, _drawing(p, seed, offset))
     sizes = (chunk_rows(width), chunk_bytes(width), _SPREAD, _ONES)
     with torch_threads():
         _unpack_signs_kernel(stream.numpy(), begins, counts.numpy(), *arrays, *sizes, mask.numpy(), wrong.numpy())
     return mask, wrong.sum(dtype=torch.int32)
 
 
-def _drawing(p: float, seed: int | Tensor) -> Draws:
-    """Threshold of the draws, 0 if none is dropped, and Philox key."""
-    return (dropout_numbers(p)[0], *keys(seed))
+def _drawing(p: float, seed: int | Tensor, offset: int) -> Draws:
+    """Threshold of the draws, 0 if none is dropped, Philox key, and place of the first element."""
+    return (dropout_numbers(p)[0], *keys(seed), offset)

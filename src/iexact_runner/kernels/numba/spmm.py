@@ -207,7 +207,8 @@ def _rows_apart(x: Tensor) -> Tensor:
 def _elements(x: Tensor) -> tuple[Array, int]:
     """What lies from the first element of a map (N, D) to its last (n,), and the distance of its rows."""
     distance = x.stride(0)
-    return x.detach().as_strided(((x.size(0) - 1) * distance + x.size(1),), (1,)).numpy(), distance
+    length = (x.size(0) - 1) * distance + x.size(1) if x.numel() else 0
+    return x.detach().as_strided((length,), (1,)).numpy(), distance
 
 
 def _flat(part: Tensor | None, dtype: torch.dtype) -> Array:

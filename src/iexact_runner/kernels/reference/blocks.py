@@ -25,15 +25,17 @@ def normalize_relu_dropout(
     *,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dropout(ReLU(gamma x^ + beta)) with x^ = (h - mean) inverse_std, and the packed mask of ReLU.
 
     h (N, D); the vectors (D,) are float32. The affine map is taken in float32, step by step, then rounded to h's type.
-    ``out`` takes the result; it may be h.
+    ``out`` takes the result; it may be h. ``offset``, a multiple of 8, is the flat index of the first element in the
+    map that these rows are a run of.
     """
     normalised = (h.float() - mean) * inverse_std * weight + bias
-    y, mask = leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed)
+    y, mask = leaky_relu_dropout(normalised.to(h.dtype), negative_slope=0.0, p=p, seed=seed, offset=offset)
     return (y if out is None else out.copy_(y)), mask
 
 
@@ -68,10 +70,20 @@ def decode_relu_dropout(
 
 
 def gated_sums(
-    grad: Tensor, packed_mask: Tensor, coefficients: Tensor, directions: Tensor, *, p: float, seed: int | Tensor
+    grad: Tensor,
+    packed_mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    *,
+    p: float,
+    seed: int | Tensor,
+    offset: int = 0,
 ) -> Tensor:
-    """Sums over the nodes of g and of g (c V^T), float32 (2, D); g is ``grad`` behind ReLU and dropout."""
-    gated = _gate(grad, packed_mask, p, seed)
+    """Sums over the nodes of g and of g (c V^T), float32 (2, D); g is ``grad`` behind ReLU and dropout.
+
+    ``offset`` is that of :func:`normalize_relu_dropout`.
+    """
+    gated = _gate(grad, packed_mask, p, seed, offset)
     return torch.stack([gated.sum(0), (gated * combine(coefficients, directions, None)).sum(0)])
 
 
@@ -85,16 +97,17 @@ def gated_gradient(
     *,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     """Gradient factor g + (c V^T + shift), rounded once to the type of ``grad``; g is that of :func:`gated_sums`.
 
-    ``out`` takes the result; it may be ``grad``.
+    ``out`` takes the result; it may be ``grad``. ``offset`` is that of :func:`normalize_relu_dropout`.
     """
-    gated = _gate(grad, packed_mask, p, seed)
+    gated = _gate(grad, packed_mask, p, seed, offset)
     result = (gated * factor + combine(coefficients, directions, shift)).to(grad.dtype)
     return result if out is None else out.copy_(result)
 
 
-def _gate(grad: Tensor, packed_mask: Tensor, p: float, seed: int | Tensor) -> Tensor:
-    return leaky_relu_dropout_backward(grad.float(), packed_mask, negative_slope=0.0, p=p, seed=seed)
+def _gate(grad: Tensor, packed_mask: Tensor, p: float, seed: int | Tensor, offset: int) -> Tensor:
+    return leaky_relu_dropout_backward(grad.float(), packed_mask, negative_slope=0.0, p=p, seed=seed, offset=offset)

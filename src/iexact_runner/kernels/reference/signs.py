@@ -45,6 +45,7 @@ def pack_signs(
     exact: bool,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The stream of each chunk, and how long it is.
 
@@ -57,6 +58,7 @@ def pack_signs(
         exact: list the errors of the sure elements.
         p: rate of the dropout that follows.
         seed: of its mask.
+        offset: flat index of the first element in the map that these rows are a run of, a multiple of 8.
 
     Returns:
         Streams uint8 (chunks, room), and int32 (2, chunks): bits stored, gaps.
@@ -68,7 +70,7 @@ def pack_signs(
     counts = torch.zeros(2, chunks, dtype=torch.int32, device=packed_mask.device)
     for first in range(0, chunks, CHUNKS_AT_ONCE):
         part = slice(first * rows, min((first + CHUNKS_AT_ONCE) * rows, nodes))
-        guess, sure, kept = _guesses(coefficients[part], directions, shift, limit, part.start, p, seed)
+        guess, sure, kept = _guesses(coefficients[part], directions, shift, limit, part.start, p, seed, offset)
         bits = unpack(packed_mask[part.start * width // 8 :], (part.stop - part.start) * width, 1)
         signs = F.pad(bits, (0, guess.numel() - bits.numel())).view(guess.shape).bool()
         stored = kept & ~sure
@@ -116,6 +118,7 @@ def unpack_signs(
     exact: bool,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """All signs, 1 bit an element, 0 where dropout drops; and of how many chunks the bits stored are not those found.
 
@@ -130,7 +133,7 @@ def unpack_signs(
     source = F.pad(stream, (0, room))
     for first in range(0, counts.size(1), CHUNKS_AT_ONCE):
         part = slice(first * rows, min((first + CHUNKS_AT_ONCE) * rows, nodes))
-        guess, sure, kept = _guesses(coefficients[part], directions, shift, limit, part.start, p, seed)
+        guess, sure, kept = _guesses(coefficients[part], directions, shift, limit, part.start, p, seed, offset)
         some = slice(first, first + len(guess))
         count, number = counts[0, some].long(), counts[1, some].long()
         there = begin[some] + length[some] <= stream.numel()
@@ -165,6 +168,7 @@ def _guesses(
     first: int,
     p: float,
     seed: int | Tensor,
+    offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of whole chunks from row ``first`` on, (chunks, E) each: z~ > 0, whether it is sure, whether it is kept."""
     z = combine(coefficients, directions, shift)
@@ -173,7 +177,7 @@ def _guesses(
     sure = z.abs() >= limit
     kept = torch.ones(z.numel(), dtype=torch.bool, device=z.device)
     if p:
-        kept = keep_mask(z.numel(), p=p, seed=seed, device=z.device, offset=first * width)
+        kept = keep_mask(z.numel(), p=p, seed=seed, device=z.device, offset=offset + first * width)
     missing = -z.numel() % elements
     guess, sure, kept = (F.pad(part.flatten(), (0, missing)).view(-1, elements) for part in (z > 0, sure, kept))
     return guess, sure, kept

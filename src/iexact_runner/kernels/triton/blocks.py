@@ -45,12 +45,12 @@ def tile_of(width: int) -> tuple[int, int]:
     return BLOCK_TILE // columns, columns
 
 
-def _drawing(device: torch.device, p: float, seed: int | Tensor) -> tuple[Tensor | None, int, float]:
+def _drawing(device: torch.device, p: float, seed: int | Tensor, offset: int) -> tuple[Tensor | None, int, int, float]:
     """Kernel arguments from the seed to the factor; no seed if nothing is dropped."""
-    return (seed_on(device, seed) if p else None), dropout_threshold(p), dropout_factor(p)
+    return (seed_on(device, seed) if p else None), offset // 8, dropout_threshold(p), dropout_factor(p)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["first_group", "threshold"])
 def _normalize_relu_dropout_kernel(
     h_ptr,
     mean_ptr,
@@ -60,6 +60,7 @@ def _normalize_relu_dropout_kernel(
     out_ptr,
     mask_ptr,
     seed_ptr,
+    first_group,
     threshold,
     factor,
     units,
@@ -79,7 +80,7 @@ def _normalize_relu_dropout_kernel(
     passes = (v > 0) | (v != v)
     out = tl.where(passes | (v == 0), v, 0.0)  # -0.0 stays, as in PyTorch's ReLU on a processor
     if seed_ptr is not None:
-        out = scale_kept(out, drawn(seed_ptr, 0, start, _DROPOUT, 0, TILE), threshold, factor, DTYPE)
+        out = scale_kept(out, drawn(seed_ptr, first_group, start, _DROPOUT, 0, TILE), threshold, factor, DTYPE)
     tl.store(out_ptr + start + position, narrow(out, DTYPE), mask=inside)
     store_mask(mask_ptr, passes & inside, units, UNIT, TILE)
 
@@ -93,6 +94,7 @@ def normalize_relu_dropout(
     *,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.normalize_relu_dropout`."""
@@ -100,7 +102,7 @@ def normalize_relu_dropout(
     out, mask = torch.empty_like(h) if out is None else out, packed_bytes(h.numel(), 1, h.device)
     if h.numel():
         vectors = [vector.float().contiguous() for vector in (mean, inverse_std, weight, bias)]
-        sizes = (*_drawing(h.device, p, seed), *split(h.numel()), h.size(1), TILE)
+        sizes = (*_drawing(h.device, p, seed, offset), *split(h.numel()), h.size(1), TILE)
         with torch.cuda.device_of(h):
             _normalize_relu_dropout_kernel[grid(h.numel())](
                 h, *vectors, out, mask, *sizes, num_warps=WARPS, enable_fp_fusion=False
@@ -191,9 +193,9 @@ def _decode_relu_dropout_kernel(
     mask_ptr,
     out_ptr,
     seed_ptr,
+    first_group,
     threshold,
     factor,
-    first_group,
     nodes,
     SHIFT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -226,8 +228,8 @@ def decode_relu_dropout(
     if out.numel():
         c, v, rank = _factors(coefficients, directions)
         rows, columns = tile_of(width)
-        sizes = (offset // 8, nodes, offset % 8, width, rank, rows, columns)
-        drawing = _drawing(out.device, p, seed)
+        sizes = (nodes, offset % 8, width, rank, rows, columns)
+        drawing = _drawing(out.device, p, seed, offset)
         with torch.cuda.device_of(out):
             _decode_relu_dropout_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
                 c, v, shift.float(), packed_mask, out, *drawing, *sizes, num_warps=WARPS, enable_fp_fusion=False
@@ -235,7 +237,7 @@ def decode_relu_dropout(
     return out
 
 
-@triton.jit(do_not_specialize=["threshold", "nodes"])
+@triton.jit(do_not_specialize=["first_group", "threshold", "nodes"])
 def _gated_sums_kernel(
     grad_ptr,
     mask_ptr,
@@ -243,6 +245,7 @@ def _gated_sums_kernel(
     v_ptr,
     sums_ptr,
     seed_ptr,
+    first_group,
     threshold,
     factor,
     nodes,
@@ -257,7 +260,7 @@ def _gated_sums_kernel(
     for index in range(tl.program_id(0), tl.cdiv(nodes, ROWS), tl.num_programs(0)):
         row, column, there, within = _rows_and_columns(tl.cast(index, tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
         g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-        g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, there, WIDTH, 0, ROWS, COLUMNS)
+        g = _gated(g, mask_ptr, seed_ptr, first_group, threshold, factor, row, there, WIDTH, 0, ROWS, COLUMNS)
         estimate = tl.zeros([ROWS, COLUMNS], tl.float32)
         estimate = _combined(estimate, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
         total += g
@@ -269,7 +272,14 @@ def _gated_sums_kernel(
 
 
 def gated_sums(
-    grad: Tensor, packed_mask: Tensor, coefficients: Tensor, directions: Tensor, *, p: float, seed: int | Tensor
+    grad: Tensor,
+    packed_mask: Tensor,
+    coefficients: Tensor,
+    directions: Tensor,
+    *,
+    p: float,
+    seed: int | Tensor,
+    offset: int = 0,
 ) -> Tensor:
     """See :func:`reference.gated_sums`."""
     nodes, width = grad.shape
@@ -279,7 +289,7 @@ def gated_sums(
     rows, columns = tile_of(width)
     programs = min(SUM_PROGRAMS, triton.cdiv(nodes, rows))
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=grad.device)
-    numbers = (*_drawing(grad.device, p, seed), nodes, width, rank, rows, columns)
+    numbers = (*_drawing(grad.device, p, seed, offset), nodes, width, rank, rows, columns)
     with torch.cuda.device_of(grad):
         _gated_sums_kernel[programs, triton.cdiv(width, columns)](
             grad.contiguous(), packed_mask, c, v, sums, *numbers, num_warps=WARPS, enable_fp_fusion=False
@@ -287,7 +297,7 @@ def gated_sums(
     return sums.sum(0)
 
 
-@triton.jit(do_not_specialize=["threshold", "nodes"])
+@triton.jit(do_not_specialize=["first_group", "threshold", "nodes"])
 def _gated_gradient_kernel(
     grad_ptr,
     mask_ptr,
@@ -297,6 +307,7 @@ def _gated_gradient_kernel(
     shift_ptr,
     out_ptr,
     seed_ptr,
+    first_group,
     threshold,
     factor,
     nodes,
@@ -308,7 +319,7 @@ def _gated_gradient_kernel(
     """Out = scale g + (c V^T + shift): grad [N, D], c [N, R], V^T [R, D] -> out [N, D]."""
     row, column, there, within = _rows_and_columns(tl.program_id(0).to(tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
     g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-    g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, there, WIDTH, 0, ROWS, COLUMNS)
+    g = _gated(g, mask_ptr, seed_ptr, first_group, threshold, factor, row, there, WIDTH, 0, ROWS, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(shift_ptr + column, mask=within, other=0.0)
     total = _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
     out = g * tl.load(scale_ptr + column, mask=within, other=0.0) + total
@@ -325,6 +336,7 @@ def gated_gradient(
     *,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     """See :func:`reference.gated_gradient`."""
@@ -334,7 +346,7 @@ def gated_gradient(
         nodes, width = grad.shape
         c, v, rank = _factors(coefficients, directions)
         rows, columns = tile_of(width)
-        numbers = (*_drawing(grad.device, p, seed), nodes, width, rank, rows, columns)
+        numbers = (*_drawing(grad.device, p, seed, offset), nodes, width, rank, rows, columns)
         with torch.cuda.device_of(grad):
             _gated_gradient_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
                 grad,

@@ -28,6 +28,7 @@ def _known(
     shift_ptr,
     limit_ptr,
     seed_ptr,
+    first_group,
     threshold,
     row,
     nodes,
@@ -47,7 +48,7 @@ def _known(
     sure = (z >= limit) | (-z >= limit)
     kept = there & within
     if seed_ptr is not None:
-        kept = kept & (_draws(seed_ptr, 0, row, WIDTH, 0, ROWS, COLUMNS).to(tl.int32) >= threshold)
+        kept = kept & (_draws(seed_ptr, first_group, row, WIDTH, 0, ROWS, COLUMNS).to(tl.int32) >= threshold)
     size: tl.constexpr = ROWS * COLUMNS
     return tl.reshape(z > 0, [size]), tl.reshape(sure, [size]), tl.reshape(kept, [size])
 
@@ -61,7 +62,7 @@ def _last_two(last1, before1, last2, before2):
     return last, before
 
 
-@triton.jit(do_not_specialize=["threshold", "nodes", "rank"])
+@triton.jit(do_not_specialize=["first_group", "threshold", "nodes", "rank"])
 def _pack_signs_kernel(
     mask_ptr,
     c_ptr,
@@ -71,6 +72,7 @@ def _pack_signs_kernel(
     seed_ptr,
     words_ptr,
     counts_ptr,
+    first_group,
     threshold,
     nodes,
     rank,
@@ -85,7 +87,7 @@ def _pack_signs_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     positive, sure, kept = _known(
-        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
+        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, first_group, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
     )
     sign = tl.reshape(_mask_bits(mask_ptr, row, row < nodes, WIDTH, ROWS, COLUMNS) != 0, [ROWS * COLUMNS])
     words = words_ptr + chunk * (ROOM // 4)
@@ -127,7 +129,7 @@ def _join_streams_kernel(
     tl.store(joined_ptr + begin + place, byte, mask=copied)
 
 
-@triton.jit(do_not_specialize=["threshold", "nodes", "rank", "capacity"])
+@triton.jit(do_not_specialize=["first_group", "threshold", "nodes", "rank", "capacity"])
 def _unpack_signs_kernel(
     stream_ptr,
     begins_ptr,
@@ -139,6 +141,7 @@ def _unpack_signs_kernel(
     seed_ptr,
     mask_ptr,
     wrong_ptr,
+    first_group,
     threshold,
     nodes,
     rank,
@@ -153,7 +156,7 @@ def _unpack_signs_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     sign, sure, kept = _known(
-        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
+        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, first_group, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
     )
     bits, number = tl.load(counts_ptr + chunk), tl.load(counts_ptr + chunks + chunk)
     begin, listed = tl.load(begins_ptr + chunk), (bits + 7) // 8
@@ -193,11 +196,14 @@ def pack_signs(
     exact: bool,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.pack_signs`."""
     nodes, width = coefficients.size(0), directions.size(0)
     if not NARROWEST <= width <= WIDEST:
-        return reference.pack_signs(packed_mask, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed)
+        return reference.pack_signs(
+            packed_mask, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed, offset=offset
+        )
     rows, room, device = chunk_rows(width), chunk_bytes(width), packed_mask.device
     chunks = triton.cdiv(nodes, rows)
     words = torch.zeros(chunks, room // 4, dtype=torch.int32, device=device)
@@ -205,7 +211,18 @@ def pack_signs(
     if chunks:
         c, v, rank = _factors(coefficients, directions)
         drawing = seed_on(device, seed) if p else None
-        sizes = (dropout_threshold(p), nodes, rank, chunks, width, room, exact, rows, triton.next_power_of_2(width))
+        sizes = (
+            offset // 8,
+            dropout_threshold(p),
+            nodes,
+            rank,
+            chunks,
+            width,
+            room,
+            exact,
+            rows,
+            triton.next_power_of_2(width),
+        )
         with torch.cuda.device_of(words):
             _pack_signs_kernel[(chunks,)](
                 packed_mask,
@@ -256,12 +273,13 @@ def unpack_signs(
     exact: bool,
     p: float,
     seed: int | Tensor,
+    offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`reference.unpack_signs`."""
     nodes, width = coefficients.size(0), directions.size(0)
     if not NARROWEST <= width <= WIDEST:
         return reference.unpack_signs(
-            stream, counts, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed
+            stream, counts, coefficients, directions, shift, limit, exact=exact, p=p, seed=seed, offset=offset
         )
     device, chunks = stream.device, counts.size(1)
     mask = torch.zeros(triton.cdiv(nodes * width, 32), dtype=torch.int32, device=device)
@@ -270,7 +288,7 @@ def unpack_signs(
         lengths = stream_lengths(counts)
         c, v, rank = _factors(coefficients, directions)
         drawing = seed_on(device, seed) if p else None
-        sizes = (dropout_threshold(p), nodes, rank, chunks, stream.numel(), width, exact)
+        sizes = (offset // 8, dropout_threshold(p), nodes, rank, chunks, stream.numel(), width, exact)
         with torch.cuda.device_of(mask):
             _unpack_signs_kernel[(chunks,)](
                 stream,
