@@ -62,6 +62,7 @@ _PARTS = ("blocks", "coefficients", "common", "elementwise", "product", "quantiz
 _REFERENCE = (*_QUANTIZER, *_SCHEMES, *_NUMBA)
 _TRITON = ("kernels/test_triton_interpreter.py",)
 _SAVED = ("test_kept.py", "measure/test_memory_formulas.py")
+_SHARDS = ("parallel/test_shard.py", "parallel/test_gradients.py")
 # The tests that mirror a module first, then those of what it serves.
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/backends.py": ("kernels/test_backends.py", "compression/test_codec.py"),
@@ -103,14 +104,20 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kept.py": _SAVED,
     "measure/step.py": (*_SAVED, "measure/test_out_of_memory.py", "test_experiment.py"),
     "measure/throughput.py": _SAVED,
+    "parallel/halo.py": _SHARDS,
+    "parallel/shard.py": _SHARDS,
+    "parallel/team.py": ("parallel/test_runs.py",),
+    "data/partitioned.py": _SHARDS,
     "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),
     "sampling/partition.py": ("sampling/test_partition.py",),
+    "sampling/ranks.py": _SHARDS,
     "sampling/saint.py": ("sampling/test_samplers.py",),
     "sampling/samplers.py": ("sampling/test_samplers.py",),
     "sampling/subgraph.py": ("sampling/test_subgraph.py", "sampling/test_samplers.py"),
     "schemes/aggregation.py": ("schemes/test_aggregation.py",),
     "schemes/attention.py": ("schemes/test_aggregation.py",),
     "schemes/graph_linear.py": ("schemes/test_graph_linear.py", *_SCHEMES),
+    "schemes/normalization.py": (*_SCHEMES, *_SHARDS),
     "schemes/ownership.py": ("schemes/test_ownership.py",),
     "schemes/offload.py": ("schemes/test_offload.py",),
     "schemes/recompute.py": ("schemes/test_recompute.py",),

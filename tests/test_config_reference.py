@@ -14,6 +14,7 @@ from conftest import REPOSITORY
 from iexact_runner.config import (
     DATASET_PREFIXES,
     MODEL_CONFIGS,
+    PARALLEL_CONFIGS,
     SAMPLER_CONFIGS,
     CompressionConfig,
     Config,
@@ -27,6 +28,7 @@ CLASSES = {
     "model": [*MODEL_CONFIGS.values()],
     "dataset": [DatasetConfig, *DATASET_PREFIXES],
     "compression": [CompressionConfig],
+    "parallel": [*PARALLEL_CONFIGS.values()],
     "sampler": [*dict.fromkeys(kind for made in SAMPLER_CONFIGS.values() for kind in made.__mro__[:-1])],
 }
 

@@ -328,3 +328,22 @@ def test_budgets_are_those_of_the_rows():
     assert not shown
     planning = pd.read_csv(REPOSITORY / "benchmarks" / "planning_cpu.csv").iloc[0]
     assert f"Planning took {100 * planning.share:.1f} % of the time of {planning.epochs} epochs of GCN" in text
+
+
+def test_tables_of_several_processes_are_those_of_the_rows():
+    lines = (REPOSITORY / "docs" / "guides" / "parallel.md").read_text().splitlines()
+    ranks = pd.read_csv(REPOSITORY / "benchmarks" / "ranks_cpu.csv")
+    for (model, scheme, processes), found in ranks.groupby(["model", "scheme", "processes"]):
+        assert len(found) == processes
+        most = found.loc[found["peak_of_one"].idxmax()]
+        figures = f"{most.saved_mib:.2f} | {most.step_peak_mib:.1f} | {most.data_mib:.1f} | {most.peak_of_one:.2f}"
+        assert f"| {model} | `{scheme}` | {processes} | {figures} |" in lines
+        # The share of the rows and of the halo, with a margin for what every process has.
+        assert most.peak_of_one <= 1.15 * (1 / processes + found["halo_share"].max())
+    messages = pd.read_csv(REPOSITORY / "benchmarks" / "messages_cpu.csv")
+    for (forward, backward), found in messages.groupby(["forward", "backward"]):
+        cells = []
+        for _, rows in found.groupby("processes"):
+            early, late = (rows.loc[rows["epoch"] == epoch].iloc[0] for epoch in (5, 30))
+            cells += [f"{early.relative_error:.3f} / {late.relative_error:.3f}", f"{early.sent_mib:.2f}"]
+        assert f"| {forward} / {backward} | {' | '.join(cells)} |" in lines

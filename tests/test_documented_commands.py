@@ -84,6 +84,10 @@ def test_every_command_works(page, here, monkeypatch):
                     check_iexact(words[1:], here)
                 case "iexact-report":
                     run(command.main, ["iexact-report", *map(recorded, words[1:])])
+                case "torchrun" if "iexact_runner" in words:
+                    check_iexact(words[words.index("iexact_runner") + 1 :], here)
+                case "torchrun":
+                    check_arguments(words[3:], monkeypatch)
                 case "python" if words[1].startswith("scripts/"):
                     check_arguments(words[1:], monkeypatch)
                 case _:

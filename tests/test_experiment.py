@@ -64,6 +64,7 @@ def test_records_of_a_training_run(tmp_path):
         "inspection",
         "advice",
         "plans",
+        "parallel",
     }
     assert (summary["schema_version"], summary["status"], summary["error"]) == (1, "completed", None)
     assert summary["config"]["compression"]["bits"] == 2 and summary["config"]["seed"] == 5
@@ -139,7 +140,7 @@ def test_record_says_whether_others_used_the_device(tmp_path, monkeypatch, task)
     (alone, _), _ = run(tmp_path / "alone", f"task={task}")
     other = devices.device_lock(resolve_device("auto"), announce=pytest.fail)
 
-    def make_way(device, *, announce):
+    def make_way(device, *, announce, helper):
         return devices.device_lock(device, announce=lambda line: (announce(line), other.__exit__(None, None, None)))
 
     monkeypatch.setattr(experiment, "device_lock", make_way)

@@ -190,6 +190,30 @@ def test_soak_watches_memory_and_files(tmp_path):
     assert "open files" in result.stdout and (pd.read_csv(tmp_path / "s.csv")["resident_mib"] > 50).all()
 
 
+def test_ranks_benchmark_has_a_row_for_each_process(tmp_path):
+    fields = ("dataset=digits", "model=gcn", "compression=lowrank", "parallel.partition=label_propagation")
+    result = script("bench_ranks.py", "--processes", 1, 2, "--epochs", 3, "--csv", "r.csv", *fields, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "r.csv")
+    assert list(rows["processes"]) == [1, 2, 2] and list(rows["parts"]) == [2, 2, 2]
+    assert rows["halo"][0] == 0 and (rows["halo"][1:] > 0).all() and (rows["peak_of_one"][1:] < 1).all()
+
+
+def test_messages_benchmark_compares_gradients(tmp_path):
+    fields = ("dataset=digits", "model=gcn", "parallel.partition=label_propagation")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, REPOSITORY / "scripts" / "bench_messages.py"]
+    options = ["--epochs", "2", "--draws", "2", "--csv", "m.csv"]
+    result = subprocess.run([*command, *options, *fields], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "m.csv").set_index(["forward", "backward"])
+    assert rows.loc[("fp32", "fp32"), "relative_error"] == 0
+    error, sent = rows["relative_error"], rows["sent_mib"]
+    assert 0 < error["int8", "int8"] < error["int4", "int4"] < error["int2", "int2"] < 2
+    assert sent["int2", "int2"] < sent["int4", "int4"] < sent["int8", "int8"] < sent["bf16", "bf16"]
+    assert sent["bf16", "bf16"] == sent["fp32", "fp32"] / 2
+
+
 def test_growth_benchmark_fits_exponents(tmp_path):
     result = script("bench_growth.py", "--powers", 10, 12, "--steps", 1, "--csv", "g.csv", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -7,10 +7,11 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iexact_runner import __version__, guard
 from iexact_runner import config as schema
-from iexact_runner.errors import ConfigError, UserError
+from iexact_runner.errors import ConfigError, TeamError, UserError
 from iexact_runner.explanations import explain, suggest_field
 from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
+from iexact_runner.parallel.launch import launched_rank, launched_size
 from iexact_runner.streams import forgiving_streams
 
 if TYPE_CHECKING:
+    from iexact_runner.parallel.team import Team
     from iexact_runner.runs.sweeps import Sweep
 
 INTERRUPTED = "interrupted: what was recorded so far is kept"
@@ -49,6 +52,8 @@ def register_schema() -> None:
         store.store(group="model", name=f"base_{name}", node=model)
     for name, sampler in schema.SAMPLER_CONFIGS.items():
         store.store(group="sampler", name=f"base_{name}", node=sampler)
+    for name, parallel in schema.PARALLEL_CONFIGS.items():
+        store.store(group="parallel", name=f"base_{name}", node=parallel)
 
 
 def to_config(composed: DictConfig) -> schema.Config:
@@ -96,7 +101,7 @@ def app(composed: DictConfig) -> None:
         _remove_if_empty(folder)
         _report(job + explain(error), EXIT_USAGE, debug=debug)
     except UserError as error:
-        _report(job + explain(error), EXIT_FAILED, debug=debug)
+        _report(job + explain(error), EXIT_FAILED, debug=debug, everywhere=isinstance(error, TeamError))
     except KeyboardInterrupt as interrupt:
         _remove_if_empty(folder)
         raise KeyboardInterrupt(_way_on(composed)) from interrupt
@@ -130,6 +135,7 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
         typed.model = schema.model_config(recorded["model"]["name"]) or schema.MODEL_CONFIGS[recorded["model"]["name"]]
         typed.dataset = schema.dataset_config(recorded["dataset"]["name"])
         typed.sampler = schema.SAMPLER_CONFIGS[recorded.get("sampler", {"name": "none"})["name"]]
+        typed.parallel = schema.PARALLEL_CONFIGS[recorded.get("parallel", {"name": "none"})["name"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError.of("resume", resumed, f"{path} is not the configuration of a run") from error
     merged = OmegaConf.merge(typed, recorded)
@@ -154,10 +160,11 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
     from iexact_runner.runs.records import RunFolder
     from iexact_runner.runs.resume import place
 
+    first = launched_rank() == 0
     # By name, because dataset libraries are silenced by replacing sys.stdout.
-    screen = Console(file=sys.stdout, force_terminal=None if live else False)
+    screen = Console(file=sys.stdout, force_terminal=None if live else False, quiet=not first)
     show_messages(screen)
-    chosen, resumed = place(config, folder)
+    chosen, resumed = place(config, folder) if first else (folder, False)
     if resumed:
         _remove_if_empty(folder)
     records = RunFolder(chosen, resumed=resumed)
@@ -172,10 +179,30 @@ def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bo
             else:
                 from iexact_runner.experiment import Experiment
 
-                Experiment(config, records, screen).run_in_use(resolved_yaml)
+                with processes_of(config) as team:
+                    Experiment(config, records, screen, team).run_in_use(resolved_yaml)
         except ConfigError:
             records.forget_config()
             raise
+
+
+@contextmanager
+def processes_of(config: schema.Config) -> Iterator[Team]:
+    """The processes that share a run; this one alone unless ``parallel=graph``.
+
+    Raises:
+        ConfigError: if several were started and none of them is told to share.
+        TeamError: if one of them is lost.
+    """
+    from iexact_runner.parallel.team import Team, joined
+
+    if isinstance(config.parallel, schema.ParallelConfig):
+        with joined(device=config.device, timeout=config.parallel.timeout) as team:
+            yield team
+    elif launched_size() > 1:
+        raise ConfigError.of("parallel", config.parallel.name, f"{launched_size()} processes were started: use graph")
+    else:
+        yield Team()
 
 
 def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
@@ -273,7 +300,7 @@ def _command() -> None:
     _sweeps.clear()
     try:
         parse_arguments(sys.argv[1:])
-        with checked_configurations():
+        with checked_configurations(), folder_of_helper():
             app()
         for sweep in _sweeps:
             show_sweep(sweep)
@@ -291,6 +318,21 @@ def _command() -> None:
         _report(_unexpected(error, debug=debug), EXIT_USAGE, debug=debug)
     except SystemExit as end:  # Hydra's way to end --help
         _failures.extend([EXIT_FAILED] if end.code else [])
+
+
+@contextmanager
+def folder_of_helper() -> Iterator[None]:
+    """Records of a process that is not the first of its run go to a folder that is gone afterwards."""
+    if launched_size() > 1 and any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
+        raise ConfigError(
+            "-m: jobs of a sweep run in one process each; start each run over several processes by itself"
+        )
+    if launched_rank() == 0:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="iexact.") as folder:
+        sys.argv.append(f"hydra.run.dir={Path(folder, 'run')}")
+        yield
 
 
 def _unexpected(error: Exception, *, debug: bool) -> str:
@@ -316,10 +358,12 @@ def _job_title(name: str, overrides: Iterable[str]) -> str:
     return f"job {name} ({' '.join(overrides)}): "
 
 
-def _report(message: str, status: int, *, debug: bool) -> None:
+def _report(message: str, status: int, *, debug: bool, everywhere: bool = False) -> None:
+    """Tells of a failure; of several processes the first does, unless the others know more."""
     if debug:
         traceback.print_exc()
-    print(f"iexact: {message}", file=sys.stderr)
+    if everywhere or launched_rank() == 0:
+        print(f"iexact: {message}", file=sys.stderr)
     _failures.append(status)
 
 

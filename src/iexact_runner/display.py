@@ -136,12 +136,30 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
         table.add_row("epochs/s", f"{rate['median']:.2f}  ({spread}{_times_fp32(rate, fp32)})")
     if summary.get("batches") is not None:
         _add_batches(table, summary["batches"])
+    if (summary.get("parallel") or {}).get("ranks"):
+        _add_processes(table, summary["parallel"])
     if summary["energy"] is not None:
         emitted = summary["energy"]["gco2e"]
         table.add_row("energy", f"{summary['energy']['kwh']:.3g} kWh" + (f"  ({emitted:.3g} gCO2e)" if emitted else ""))
     table.add_row("status", summary["status"])
     console.print(table)
     console.print(unmarked(f"written to {folder}"), soft_wrap=True)
+
+
+def _add_processes(table: Table, parallel: Mapping[str, Any]) -> None:
+    """Rows of a graph over several processes: what each has, and what they sent each other."""
+    ranks = parallel["ranks"]
+
+    def spread(name: str, form: str) -> str:
+        least, most = (form.format(choose(rank[name] for rank in ranks)) for choose in (min, max))
+        return least if least == most else f"{least} - {most}"
+
+    cut = f"{parallel['method']}, {100 * parallel['edge_cut']:.1f} % of the edges cut"
+    table.add_row("processes", f"{len(ranks)}, {parallel['parts']} parts  ({cut})")
+    table.add_row("nodes of each", f"{spread('nodes', '{:,}')}, and {spread('halo', '{:,}')} of others")
+    table.add_row("step peak of each", f"{spread('step_peak_mib', '{:.2f}')} MiB")
+    sent = sum(rank["sent_mib"] for rank in ranks)
+    table.add_row("sent", f"{sent:.1f} MiB in all, waited {spread('waiting_seconds', '{:.2f}')} s for it")
 
 
 def _add_batches(table: Table, batches: Mapping[str, Any]) -> None:

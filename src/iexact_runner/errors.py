@@ -35,6 +35,10 @@ class TrainingError(UserError, RuntimeError):
     """Training cannot go on, for example because the loss stopped being finite."""
 
 
+class TeamError(UserError, RuntimeError):
+    """Another process of a run on several is gone or cannot be reached."""
+
+
 class OutOfMemory(UserError, MemoryError):
     """The run does not fit into the memory of its device."""
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from iexact_runner import loggers, measure
+from iexact_runner import __version__, loggers, measure
 from iexact_runner.analysis import fidelity
 from iexact_runner.compression.seeds import mix
-from iexact_runner.config import BatchSamplerConfig, Config
+from iexact_runner.config import BatchSamplerConfig, Config, ParallelConfig
 from iexact_runner.data import load_dataset
+from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.inspection import inspect_dataset
 from iexact_runner.determinism import deterministic_algorithms
 from iexact_runner.display import show_summary
@@ -24,12 +25,14 @@ from iexact_runner.kernels import backends
 from iexact_runner.measure import energy, environment, out_of_memory
 from iexact_runner.measure.batches import BatchSizes, batch_figures
 from iexact_runner.measure.step import fp32_figures, step_memory
+from iexact_runner.parallel.team import Team
 from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory, phase
 from iexact_runner.problem import Problem, caches_first_aggregate, prepare
 from iexact_runner.runs import checkpoint
 from iexact_runner.runs.devices import device_lock
-from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, mean_std
+from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, config_hash, mean_std
 from iexact_runner.sampling import with_batches
+from iexact_runner.sampling.ranks import OF_A_PROCESS, parallel_problem, traffic_record
 from iexact_runner.tasks import TASKS
 from iexact_runner.tasks.context import Context, Findings
 from iexact_runner.tasks.planner import Planner
@@ -37,14 +40,23 @@ from iexact_runner.training import Scores
 
 logger = logging.getLogger(__name__)
 
+# Of the memory of each of several processes.
+MEMORY_OF_A_PROCESS = ("saved_mib", "step_peak_mib", "evaluation_peak_mib", "data_mib")
 
-def resolve_device(name: str) -> torch.device:
+
+def resolve_device(name: str, *, local_rank: int = 0) -> torch.device:
     """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
+
+    Of several processes on a machine, ``auto`` and ``cuda`` give each a GPU of its own.
 
     Raises:
         ConfigError: if there is no such device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in ("auto", "cuda") and count and local_rank:
+        if local_rank >= count:
+            raise ConfigError.of("device", name, f"{count} GPUs are too few for process {local_rank} of this machine")
+        return torch.device("cuda", local_rank)
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
     if name == "cpu":
@@ -65,20 +77,22 @@ class Experiment:
         config: what to run; checked against this machine here.
         folder: where the records go.
         console: where progress is shown.
+        team: the processes that share the graph.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, console: Console) -> None:
+    def __init__(self, config: Config, folder: RunFolder, console: Console, team: Team | None = None) -> None:
         self._config = config
         self._folder = folder
         self._console = console
-        self._device = resolve_device(config.device)
+        self._team = team or Team()
+        self._device = resolve_device(config.device, local_rank=self._team.local_rank)
         if config.training.cuda_graph and self._device.type != "cuda":
             raise ConfigError.of("training.cuda_graph", "true", f"needs device=cuda, and this is {self._device}")
         self._backend = backends.resolve(config.compression.backend, self._device)
         loggers.check_installed(config.logger)
         if config.measure.energy:
             energy.check_installed()
-        self._lock = device_lock(self._device, announce=console.print)
+        self._lock = device_lock(self._device, announce=console.print, helper=self._team.local_rank)
         self._logger = loggers.Logger()
         self._findings = Findings()
         self._problem: Problem | None = None
@@ -98,8 +112,9 @@ class Experiment:
         self._folder.write_config(resolved_yaml)
         status, error = "failed", None
         try:
-            self._logger = loggers.open_logger(self._config, self._folder.path, asdict(self._config))
-            with self._lock:
+            if self._team.first:
+                self._logger = loggers.open_logger(self._config, self._folder.path, asdict(self._config))
+            with self._lock, self._team.guarded():
                 self._execute()
             status = "completed"
         except KeyboardInterrupt:
@@ -137,6 +152,9 @@ class Experiment:
         Dropout of the FP32 scheme and the initial weights use torch's generators, hence the fork: the caller's
         random state is the same afterwards.
         """
+        self._team.agree(
+            configuration=config_hash(asdict(self._config)), iexact_runner=__version__, torch=str(torch.__version__)
+        )
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), deterministic_algorithms(self._config.deterministic):
             try:
@@ -155,7 +173,10 @@ class Experiment:
     def _load(self) -> Problem:
         config = self._config
         with self._console.status(f"loading {config.dataset.name}"):
-            dataset = load_dataset(config.dataset)
+            with self._team.first_alone():  # who may write what it made of the files
+                dataset = load_dataset(config.dataset)
+            if isinstance(config.parallel, ParallelConfig):
+                return self._load_part(dataset)
             if config.task == "inspect":
                 self._findings.inspection = inspect_dataset(dataset)
             available = out_of_memory.available_bytes(self._device)
@@ -174,6 +195,16 @@ class Experiment:
             raise ConfigError.of("training.loss", config.training.loss, valid)
         return problem
 
+    def _load_part(self, dataset: NodeDataset) -> Problem:
+        """The problem of this process, of several."""
+        config, team = self._config, self._team
+        available = out_of_memory.available_bytes(self._device)
+        cached = all(team.gathered(caches_first_aggregate(config, dataset, available=available)))
+        problem, self._findings.parallel = parallel_problem(
+            dataset, config, team, self._device, cache_first_aggregate=cached
+        )
+        return problem
+
     def _run_task(self, problem: Problem) -> None:
         config = self._config
         self._findings.metric = problem.metric
@@ -181,7 +212,16 @@ class Experiment:
         self._available = out_of_memory.available_bytes(self._device)
         sizes = None if problem.batches is None else BatchSizes.of(problem, seed=mix(config.seed, 0))
         context = Context(
-            config, problem, self._device, self._lock, self._folder, self._console, self._logger, self._findings, sizes
+            config,
+            problem,
+            self._device,
+            self._lock,
+            self._folder,
+            self._console,
+            self._logger,
+            self._findings,
+            sizes,
+            team=self._team,
         )
         self._step = context.largest_step()
         if config.compression.scheme == "auto" and config.task not in ("inspect", "advise"):
@@ -199,7 +239,8 @@ class Experiment:
             )
         del model
         plain = config.compression.scheme == "none" and not config.compression.offload
-        if config.measure.fp32 and not plain and config.task in ("train", "measure"):
+        alone = not isinstance(config.parallel, ParallelConfig)  # whether FP32 fits would differ between processes
+        if config.measure.fp32 and not plain and alone and config.task in ("train", "measure"):
             with self._console.status("measuring FP32"):
                 self._findings.fp32 = fp32_figures(
                     problem,
@@ -210,6 +251,11 @@ class Experiment:
                     batch=None if sizes is None else step,
                 )
         TASKS[config.task](context)
+        if self._findings.parallel is not None:
+            record = self._findings.parallel
+            own = {name: record.pop(name) for name in OF_A_PROCESS} | traffic_record(problem)
+            own |= {name: self._findings.memory[name] for name in MEMORY_OF_A_PROCESS}
+            record["ranks"] = self._team.gathered(own)
 
     def _advice(self, error: PhaseOutOfMemory) -> str:
         """What ran out, and what would help in that phase; also completes the record of the memory."""
@@ -264,6 +310,7 @@ class Experiment:
             "inspection": found.inspection,
             "advice": found.advice,
             "plans": found.plans or None,
+            "parallel": found.parallel,
         }
 
 

@@ -24,9 +24,11 @@ from iexact_runner.config import (
 from iexact_runner.config.checks import check
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.graph import Adjacency, Graph, training_subgraph
+from iexact_runner.data.partitioned import shard_of
 from iexact_runner.errors import ConfigError
 from iexact_runner.kernels import ops
 from iexact_runner.nn import model_class_of
+from iexact_runner.parallel.shard import Shard
 
 # Streams of one step seed that training itself draws from; the model counts its own from 0.
 LABEL_MASK_STREAM = 1 << 32
@@ -44,6 +46,11 @@ class View:
     graph: Graph
     train: Tensor
     loss_weights: Tensor | None = None
+
+    @property
+    def shard(self) -> Shard:
+        """Which rows of the whole graph the view has."""
+        return shard_of(self.graph)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that the view holds."""
@@ -201,6 +208,8 @@ def loss_weights(view: View, nodes: Tensor) -> Tensor | None:
     """Weights (T,) of the losses of some training nodes, which stand for all that the view has; None is their mean."""
     if view.loss_weights is None:
         return None
+    if nodes is view.train:
+        return view.loss_weights[nodes]
     return view.loss_weights[nodes] * (view.train.numel() / nodes.numel())
 
 

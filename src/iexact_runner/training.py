@@ -20,6 +20,7 @@ from iexact_runner.errors import TrainingError
 from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import node_loss
 from iexact_runner.nn import Model
+from iexact_runner.parallel.shard import WHOLE, Shard
 from iexact_runner.phases import phase
 from iexact_runner.problem import Problem, evaluation_input, loss_weights, training_input
 from iexact_runner.sampling import one_ahead
@@ -208,7 +209,11 @@ def step(model: Model, optimization: Optimization, problem: Problem, *, seed: in
     model.train()
     loss = training_loss(model, problem, kind=optimization.config.loss, precision=optimization.precision, seed=seed)
     optimization.backward(loss)
-    value = loss.item()  # not before the backward pass is queued: a GPU would have nothing to do meanwhile
+    shard = problem.training.shard
+    shard.sum_gradients(model.parameters())
+    value = shard.sum_(
+        loss.detach()
+    ).item()  # not before the backward pass is queued: a GPU would have nothing to do meanwhile
     optimization.apply(model, value, epoch=epoch)
     return value
 
@@ -250,18 +255,23 @@ def evaluate(model: Model, problem: Problem, *, precision: str = "float32") -> S
             scores = layerwise_scores(model, features, view.graph, device=device, maps_folder=problem.maps_folder)
         else:
             scores = model(features, view.graph)
-    return Scores(*(score(scores[nodes], view.y[nodes]) for nodes in (view.train, problem.val, problem.test)))
+    splits = (view.train, problem.val, problem.test)
+    return Scores(*(score(scores[nodes], view.y[nodes], view.shard) for nodes in splits))
 
 
-def score(scores: Tensor, labels: Tensor) -> float:
-    """Accuracy, or micro-F1 of positive logits for several labels a node; NaN if a score is not finite."""
-    if not scores.isfinite().all():
-        return math.nan
+def score(scores: Tensor, labels: Tensor, shard: Shard = WHOLE) -> float:
+    """Accuracy, or micro-F1 of positive logits for several labels a node; NaN if a score is not finite.
+
+    Of nodes that are in several processes, of all of them.
+    """
     if labels.dim() == 1:
-        return (scores.argmax(dim=1) == labels).float().mean().item()
-    predicted, true = scores > 0, labels > 0.5
-    hits, all_marked = (predicted & true).sum(), predicted.sum() + true.sum()
-    return (2 * hits / all_marked.clamp(min=1)).item()
+        hits, marked = (scores.argmax(dim=1) == labels).sum(), torch.tensor(labels.numel(), device=labels.device)
+    else:
+        predicted, true = scores > 0, labels > 0.5
+        hits, marked = 2 * (predicted & true).sum(), predicted.sum() + true.sum()
+    bad = scores.numel() - scores.isfinite().sum()
+    hits, marked, bad = shard.sum_(torch.stack([hits, marked, bad])).tolist()
+    return math.nan if bad else hits / max(1, marked)
 
 
 def clock(device: torch.device) -> float:

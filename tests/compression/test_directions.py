@@ -7,7 +7,7 @@ import torch
 
 from conftest import assert_close
 from iexact_runner.compression import directions as module
-from iexact_runner.compression.directions import leading_directions, residual_directions, sampled_rows
+from iexact_runner.compression.directions import leading_directions, residual_directions
 from iexact_runner.compression.seeds import mix
 
 
@@ -24,13 +24,6 @@ def test_directions_are_those_of_the_singular_vectors():
 def test_energy_chooses_the_number_of_directions(energy, rank):
     sample = torch.diag(torch.tensor([7.0, 5.0, 2.0])).repeat(4, 1)  # shares .63, .32, .05
     assert leading_directions(sample, rank=None, energy=energy).size(1) == rank
-
-
-def test_sampled_rows_are_spread_over_the_map():
-    rows = sampled_rows(1050, 100, device=torch.device("cpu"))
-    assert rows.numel() == 100 and rows[0] == 0 and rows[-1] == 1039
-    assert set(rows.diff().tolist()) == {10, 11}
-    assert torch.equal(sampled_rows(5, 100, device=torch.device("cpu")), torch.arange(5))
 
 
 def test_orthonormal_columns_of_a_gpu_are_those_of_qr():

@@ -14,7 +14,7 @@ from iexact_runner.compression.seeds import mix
 from iexact_runner.compression.sketch import SketchLayout
 from iexact_runner.kernels import reference
 from iexact_runner.measure.peak import record_allocations
-from iexact_runner.schemes import functions
+from iexact_runner.schemes import functions, normalization
 
 SIZES = [(1, 1), (37, 63), (101, 100), (64, 128)]
 
@@ -67,7 +67,7 @@ def test_batch_norm(nodes_and_columns):
     for bits in (None, 8):
         statistics = [running[2].clone(), running[3].clone()]
         kept = keep(x, bits, project=False)
-        actual = functions.BatchNorm.apply(x, weight, bias, *statistics, 0.3, 1e-5, lambda *_, kept=kept: kept, 0)
+        actual = normalization.BatchNorm.apply(x, weight, bias, *statistics, 0.3, 1e-5, lambda *_, kept=kept: kept, 0)
         assert_close(actual, expected)
         assert_close(statistics[0], running[0])
         assert_close(statistics[1], running[1])
@@ -87,13 +87,13 @@ def test_batch_norm(nodes_and_columns):
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_batch_norm_in_chunks_of_rows_is_that_of_torch(affine, monkeypatch):
-    monkeypatch.setattr(functions, "CHUNK_ELEMENTS", 7 * 16)
+    monkeypatch.setattr(normalization, "CHUNK_ELEMENTS", 7 * 16)
     x, grad = 3 + 2 * torch.randn(50, 16), torch.randn(50, 16)
     weight = torch.randn(16) if affine else None
     _, mean, inverse_std = torch.native_batch_norm(x, weight, weight, None, None, True, 0.1, 1e-5)
     arguments = (grad, x, weight, None, None, mean, inverse_std, True, 1e-5, [True, affine, affine])
     expected = torch.ops.aten.native_batch_norm_backward(*arguments)
-    actual = functions._batch_norm_backward(grad, x.clone(), weight, mean, inverse_std)
+    actual = normalization._batch_norm_backward(grad, x.clone(), weight, mean, inverse_std)
     for ours, theirs in zip(actual, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
@@ -101,17 +101,17 @@ def test_batch_norm_in_chunks_of_rows_is_that_of_torch(affine, monkeypatch):
 
 
 def test_batch_norm_needs_no_third_map(monkeypatch):
-    monkeypatch.setattr(functions, "CHUNK_ELEMENTS", 10 * 64)
+    monkeypatch.setattr(normalization, "CHUNK_ELEMENTS", 10 * 64)
     x, grad, vector = torch.randn(1000, 64), torch.randn(1000, 64), torch.ones(64)
     with record_allocations() as changes:
-        functions._batch_norm_backward(grad, x, vector, vector, vector)
+        normalization._batch_norm_backward(grad, x, vector, vector, vector)
     assert 0 < max(changes) <= 4 * 10 * 64
 
 
 def test_batch_norm_of_16_bit_maps_adds_up_in_float32():
     """1001 ones, which bfloat16 would round to 1000."""
     ones, vector = torch.ones(1001, 2, dtype=torch.bfloat16), torch.ones(2)
-    _, weight, bias = functions._batch_norm_backward(ones, ones.clone(), vector, 0 * vector, vector)
+    _, weight, bias = normalization._batch_norm_backward(ones, ones.clone(), vector, 0 * vector, vector)
     assert weight.tolist() == bias.tolist() == [1001.0] * 2
 
 
@@ -139,7 +139,7 @@ def test_batch_norm_relu_dropout(nodes_and_columns, p, seed, backend):
         return kept[1]
 
     arguments = (x, weight, bias, *ours, 0.3, 0.5, p, seed, backend, keep_all, keep_signs)
-    actual = functions.BatchNormReLUDropout.apply(*arguments)
+    actual = normalization.BatchNormReLUDropout.apply(*arguments)
     normalised = F.batch_norm(x, *running, weight, bias, training=True, momentum=0.3, eps=0.5)
     expected = functions.LeakyReLUDropout.apply(normalised, 0.0, p, seed, False, backend)
     assert_close(actual, expected, tolerance=1e-6)
@@ -160,7 +160,7 @@ def test_batch_norm_relu_dropout_says_what_it_keeps():
         return KeptMap(*sketch.layout.with_signs(sketch.tensors, mask, exact=False, p=0.5, seed=1))
 
     arguments = (x, vector, vector, None, None, 0.1, 1e-5, 0.5, 1, "torch", lambda *_: sketch, keep_signs)
-    norm, output, mask = functions.BatchNormReLUDropout.apply(*arguments).grad_fn.saved_map
+    norm, output, mask = normalization.BatchNormReLUDropout.apply(*arguments).grad_fn.saved_map
     for described in (norm, output):
         assert (described.stored_type, described.fp32_bytes, described.parts) == ("int4", 4 * 16 * 8, 5)
     # The output of ReLU, and a mask of floats.
@@ -271,7 +271,7 @@ def test_batch_norm_gamma_and_beta_gradients_are_unbiased_and_dx_is_not():
     sums = [[], [], []]
     for draw in range(1500):
         kept = keep(x, 1, seed=mix(draw), project=False)
-        output = functions.BatchNorm.apply(x, weight, bias, None, None, 0.1, 1e-5, lambda *_, kept=kept: kept, 0)
+        output = normalization.BatchNorm.apply(x, weight, bias, None, None, 0.1, 1e-5, lambda *_, kept=kept: kept, 0)
         for errors, compressed, full in zip(sums, gradients(output, (x, weight, bias), grad), exact, strict=True):
             errors.append((compressed - full).flatten())
     ratios = []

@@ -125,9 +125,3 @@ def residual_directions(directions: Tensor, count: int, *, seed: int | Tensor) -
     for _ in range(2):  # once leaves parts along V where the columns nearly span the complement
         basis = torch.linalg.qr(basis - directions @ (directions.T @ basis))[0]
     return F.pad(basis * ((width - rank) / max(1, kept)) ** 0.5, (0, count - kept))
-
-
-def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:
-    """Indices of ``count`` rows, or of all if there are fewer, evenly spaced."""
-    count = min(count, nodes)
-    return torch.arange(count, device=device) * nodes // count

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from iexact_runner.kernels import reference
+from iexact_runner.kernels.ops import RowSeed
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -39,7 +40,8 @@ def tensor_seed(step_seed: int | Tensor, index: int) -> int | Tensor:
     stride = _signed(((index + 1) * _GOLDEN) & _MASK)
     if isinstance(step_seed, Tensor):
         return step_seed + stride
-    return _signed((step_seed + stride) & _MASK)
+    derived = _signed((step_seed + stride) & _MASK)
+    return RowSeed.of(derived, step_seed.first_row) if isinstance(step_seed, RowSeed) else derived
 
 
 def normal_draws(count: int, *, seed: int | Tensor, device: torch.device) -> Tensor:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from iexact_runner.compression.coefficients import CoefficientFormat
-from iexact_runner.compression.directions import sampled_rows
 from iexact_runner.compression.maps import Layout, MapFormat
 from iexact_runner.compression.signs import Decoded, Room, SignLayout
 from iexact_runner.kernels import block_ops, ops
 from iexact_runner.kernels.reference import dropout_factor
+from iexact_runner.parallel.shard import WHOLE, Shard
 
 # Elements of a map that are decoded at once, in runs of whole rows whose masks begin with a byte.
 CHUNK_ELEMENTS = 1 << 18
@@ -280,6 +280,7 @@ def keep_coefficients(
     *,
     bits: Tensor | None = None,
     seed: int | Tensor,
+    shard: Shard = WHOLE,
 ) -> tuple[tuple[Coefficients, tuple[Tensor, ...]], Tensor]:
     """Keeps c = ((z - mean) scale) V, each column divided by its deviation in a few thousand rows.
 
@@ -291,12 +292,13 @@ def keep_coefficients(
         form: how the coefficients are quantized.
         bits: int32 (R,), dealt over the directions, for a :class:`CoefficientFormat`.
         seed: of the rounding.
+        shard: which rows of the whole map these are.
 
     Returns:
         The kept coefficients, and the deviations (R,) that were divided out.
     """
     scaled = scale.unsqueeze(1) * directions
-    sample = z[sampled_rows(z.size(0), DEVIATION_ROWS, device=z.device)].float()
+    sample = shard.sample(z, DEVIATION_ROWS)
     deviation = ((sample - mean) @ scaled).square().mean(0).sqrt()
     # A column that is next to constant in these rows need not be so in the others.
     deviation = deviation.clamp_min(1e-3 * deviation.max()).clamp_min(1e-12)

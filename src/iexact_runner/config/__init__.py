@@ -35,6 +35,13 @@ from iexact_runner.config.model import (
     SAGEConfig,
     model_config,
 )
+from iexact_runner.config.parallel import (
+    PARALLEL_CONFIGS,
+    MessagesConfig,
+    NoParallelConfig,
+    ParallelConfig,
+    check_parallel,
+)
 from iexact_runner.config.sampler import (
     SAMPLER_CONFIGS,
     BatchSamplerConfig,
@@ -69,9 +76,13 @@ __all__ = [
     "LOW_RANK",
     "MODEL_CONFIGS",
     "MeasureConfig",
+    "MessagesConfig",
     "ModelConfig",
     "ModuleConfig",
     "NeighborConfig",
+    "NoParallelConfig",
+    "PARALLEL_CONFIGS",
+    "ParallelConfig",
     "SAGEConfig",
     "SAMPLER_CONFIGS",
     "SaintConfig",
@@ -293,6 +304,8 @@ class Config:
         dataset: group of the dataset's fields.
         compression: group of the scheme's fields.
         sampler: group of the fields of mini-batches.
+        parallel: group of the fields of several processes.
+        messages: group of the fields of what these send each other.
         training: group of the fields of training.
         checkpoint: group of the fields of checkpoints.
         measure: group of the fields of timing.
@@ -316,6 +329,8 @@ class Config:
     dataset: DatasetConfig = MISSING
     compression: CompressionConfig = MISSING
     sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig(name="none"))
+    parallel: NoParallelConfig = field(default_factory=lambda: NoParallelConfig(name="none"))
+    messages: MessagesConfig = field(default_factory=MessagesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -359,6 +374,8 @@ class Config:
             valid = "task=distribution is of compression.format=blocks and compression.simulate=false"
             check(chosen.format == "blocks", "compression.format", chosen.format, valid)
             check(not chosen.simulate, "compression.simulate", "true", valid)
+        if isinstance(self.parallel, ParallelConfig):
+            check_parallel(self)
         energy = self.measure.energy
         check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")
         resumable = self.task in RESUMABLE

@@ -101,7 +101,7 @@ def edge_count(graph: Graph) -> int:
     """Edges, self-loops included."""
     if isinstance(graph, Edges):
         return graph.edge_index.size(1)
-    return (graph.matrix if isinstance(graph, Adjacency) else graph).columns.numel()
+    return (graph.matrix if isinstance(graph, Adjacency) else graph).num_entries
 
 
 def edge_list(edge_index: Tensor, num_nodes: int) -> Edges:

@@ -29,6 +29,11 @@ class CSR:
     columns: Tensor
     values: Tensor | None = None
 
+    @property
+    def num_entries(self) -> int:
+        """E."""
+        return self.columns.numel()
+
     def rows(self) -> Tensor:
         """Row of each entry (E,), int64."""
         counts = self.offsets.diff()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig, ModelConfig
 from iexact_runner.data.graph import Graph
+from iexact_runner.data.partitioned import begin_pass
 from iexact_runner.schemes import Activation, Plain, start_pass
 
 # What maps an activation, called as ``layer(x, graph, ops)``, or with a first activation at the end.
@@ -137,7 +138,12 @@ class GNN(nn.Module, ABC):
     ) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
         ops = start_pass(
-            self.compression, training=self.training, seed=seed, map_seed=map_seed, directions=self.directions
+            self.compression,
+            training=self.training,
+            seed=seed,
+            map_seed=map_seed,
+            directions=self.directions,
+            shard=begin_pass(graph, seed),
         )
         graph = self.prepare_graph(graph, ops)
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import CompressionConfig, GCN2Config
 from iexact_runner.data.graph import Adjacency, gcn_adjacency
+from iexact_runner.data.partitioned import begin_pass
 from iexact_runner.nn.block import Block, Layer, kept_factor
 from iexact_runner.schemes import Activation, Plain, start_pass
 from iexact_runner.schemes.activation import Kept
@@ -138,7 +139,12 @@ class GCN2(nn.Module):
     ) -> Tensor:
         """Maps features (N, D) to scores (N, classes); ``seed`` is that of this training step."""
         ops = start_pass(
-            self.compression, training=self.training, seed=seed, map_seed=map_seed, directions=self.directions
+            self.compression,
+            training=self.training,
+            seed=seed,
+            map_seed=map_seed,
+            directions=self.directions,
+            shard=begin_pass(graph, seed),
         )
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
         h = [ops.linear(x, self.lin_in.weight, self.lin_in.bias)]

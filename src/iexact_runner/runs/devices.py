@@ -13,9 +13,16 @@ from iexact_runner.runs.locks import DeviceLock, lock_folder, locked
 POLL_SECONDS = 0.5
 
 
-def device_lock(device: torch.device, *, announce: Callable[[str], None]) -> DeviceLock:
-    """The lock of a device, by what it is called in every process."""
-    return DeviceLock(_name(device), folder=lock_folder(), announce=announce)
+def device_lock(device: torch.device, *, announce: Callable[[str], None], helper: int = 0) -> DeviceLock:
+    """The lock of a device, by what it is called in every process; processes that share a run have one each.
+
+    Args:
+        device: where.
+        announce: is told, in a line, that this process has to wait.
+        helper: number of this process among those of the run on this machine.
+    """
+    name = _name(device) if device.type == "cuda" or not helper else f"{_name(device)}-helper-{helper}"
+    return DeviceLock(name, folder=lock_folder(), announce=announce)
 
 
 @contextmanager

@@ -54,7 +54,9 @@ class Partition:
         return {name: value for name, value in asdict(self).items() if name != "parts"}
 
 
-def find_partition(pattern: Pattern, count: int, *, method: str, folder: Path | None) -> Partition:
+def find_partition(
+    pattern: Pattern, count: int, *, method: str, folder: Path | None, field: str = "sampler"
+) -> Partition:
     """A partition of a graph, read from ``folder`` if one of this graph and these options is there, else written to it.
 
     Args:
@@ -62,21 +64,22 @@ def find_partition(pattern: Pattern, count: int, *, method: str, folder: Path | 
         count: parts.
         method: ``auto``, ``metis`` or ``label_propagation``.
         folder: for files; None keeps none.
+        field: whose ``parts`` and ``partition`` these options are.
 
     Raises:
         ConfigError: if there are more parts than nodes, or METIS is asked for and not installed.
     """
     if count > pattern.num_nodes:
-        raise ConfigError.of("sampler.parts", count, f"must be at most the {pattern.num_nodes} nodes trained on")
+        raise ConfigError.of(f"{field}.parts", count, f"must be at most the {pattern.num_nodes} nodes trained on")
     installed = importlib.util.find_spec("pymetis") is not None
     if method == "metis" and not installed:
         valid = "needs pymetis: pip install 'iexact-runner[metis]'; or use label_propagation"
-        raise ConfigError.of("sampler.partition", method, valid)
+        raise ConfigError.of(f"{field}.partition", method, valid)
     if method == "auto":
         method = "metis" if installed else "label_propagation"
         if not installed:
             logger.info(
-                "sampler.partition=auto: by label propagation; pip install 'iexact-runner[metis]' cuts fewer edges"
+                f"{field}.partition=auto: by label propagation; pip install 'iexact-runner[metis]' cuts fewer edges"
             )
     start = time.perf_counter()
     path = None if folder is None else folder / FOLDER / f"{_key(pattern, count, method)}.partition"

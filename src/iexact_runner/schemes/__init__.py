@@ -7,6 +7,7 @@ from torch import Tensor
 
 from iexact_runner.compression.directions import Directions
 from iexact_runner.config import LOW_RANK, CompressionConfig
+from iexact_runner.parallel.shard import WHOLE, Shard
 from iexact_runner.schemes.activation import Activation
 from iexact_runner.schemes.evaluation import Evaluation
 from iexact_runner.schemes.lowrank import LowRank
@@ -24,18 +25,21 @@ def start_pass(
     seed: int | Tensor,
     map_seed: int | Tensor | None = None,
     directions: list[Directions] | None = None,
+    shard: Shard = WHOLE,
 ) -> Plain:
     """The operations of one forward pass; evaluation is exact under every scheme.
 
     ``map_seed`` lets projections and rounding vary while ``seed`` holds the dropout masks fixed; ``directions`` are
-    those of the model's earlier passes, which the low-rank scheme renews.
+    those of the model's earlier passes, which the low-rank scheme renews; ``shard`` says which rows of the whole graph
+    these are.
     """
     if training and config.scheme in LOW_RANK:
-        return LowRank(config, seed=seed, map_seed=map_seed, directions=[] if directions is None else directions)
+        known = [] if directions is None else directions
+        return LowRank(config, seed=seed, map_seed=map_seed, directions=known, shard=shard)
     if training and config.scheme == "projected":
-        return Projected(config, seed=seed, map_seed=map_seed)
+        return Projected(config, seed=seed, map_seed=map_seed, shard=shard)
     if training and config.scheme == "recompute":
-        return Recompute(config, seed=seed)
+        return Recompute(config, seed=seed, shard=shard)
     if not training and not torch.is_grad_enabled():
         return Evaluation(transform_first=bool(config.share_maps))
-    return Plain(training=training, seed=seed, transform_first=bool(config.share_maps))
+    return Plain(training=training, seed=seed, transform_first=bool(config.share_maps), shard=shard)

@@ -18,7 +18,6 @@ from iexact_runner.compression.directions import (
     followed_directions,
     leading_directions,
     residual_directions,
-    sampled_rows,
 )
 from iexact_runner.compression.formats import blocks
 from iexact_runner.compression.maps import KeptMap, MapFormat
@@ -31,9 +30,11 @@ from iexact_runner.compression.sketch import (
     keep_coefficients,
 )
 from iexact_runner.config import CompressionConfig
+from iexact_runner.parallel.shard import WHOLE, Shard
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
-from iexact_runner.schemes.projected import Projected, momentum_of
+from iexact_runner.schemes.normalization import BatchNormReLUDropout, momentum_of
+from iexact_runner.schemes.projected import Projected
 
 # Bits of an element of the maps that have no sketch, where the coefficients of sketches have bits of their own.
 OTHER_BITS = 4
@@ -47,6 +48,7 @@ class LowRank(Projected):
         seed: seed of this pass.
         map_seed: seed of the rounding, if it is to differ from that of the masks.
         directions: those of the model's maps, in the order of the pass; found or brought up to date here.
+        shard: which rows of the whole graph these are.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class LowRank(Projected):
         seed: int | Tensor,
         map_seed: int | Tensor | None = None,
         directions: list[Directions],
+        shard: Shard = WHOLE,
     ) -> None:
-        super().__init__(config, seed=seed, map_seed=map_seed)
+        super().__init__(config, seed=seed, map_seed=map_seed, shard=shard)
         self._config = config
         self.uses_known_products = True  # features are referenced, and so may be their product
         self._form = blocks(config)
@@ -122,8 +125,8 @@ class LowRank(Projected):
             return kept[0]
 
         parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum_of(norm), norm.eps)
-        value: Tensor = functions.BatchNormReLUDropout.apply(
-            h, *parameters, p, seed, self._backend, keep, keep_signs, overwrite
+        value: Tensor = BatchNormReLUDropout.apply(
+            h, *parameters, p, seed, self._backend, keep, keep_signs, overwrite, self.shard
         )
         return Activation(value, Kept(kept[0]), owned=True)
 
@@ -211,7 +214,7 @@ class LowRank(Projected):
 
     def _kept_sketch(self, z: Tensor) -> KeptMap:
         """A map z (N, D) as a sketch of its own."""
-        mean = z.detach().float().mean(0)
+        mean = self.shard.mean(z.detach())
         return KeptMap(*self._sketch(z.detach(), mean, torch.ones_like(mean), offset=mean))
 
     def _sketch(
@@ -225,8 +228,9 @@ class LowRank(Projected):
         config, choice = self._config, state.choice or self._common
         # A compiler would keep the decoded coefficients between the passes, which are larger than all signs.
         threshold = None if torch.compiler.is_compiling() else choice.sign_threshold
-        rows = sampled_rows(z.size(0), config.sample_rows, device=z.device)
-        sample = z[rows].float().sub_(mean).mul_(scale)  # written over: of a mini-batch these may be all rows
+        sample = (
+            self.shard.sample(z, config.sample_rows).sub_(mean).mul_(scale)
+        )  # written over: of a mini-batch these may be all rows
         state.observe(z, sample, offset)
         self._renew(state, sample)
         directions, residual = state.vectors, config.residual
@@ -236,7 +240,7 @@ class LowRank(Projected):
             directions = torch.cat([directions, *halves], dim=1)
         form, seed = self._coefficients_of(choice), self.next_map_seed()
         (coefficients, tensors), deviation = keep_coefficients(
-            z, mean, scale, directions, form, bits=state.bits, seed=seed
+            z, mean, scale, directions, form, bits=state.bits, seed=seed, shard=self.shard
         )
         scaled, limit = directions * deviation, []
         if threshold is not None:

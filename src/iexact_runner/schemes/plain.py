@@ -13,13 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.utils import scatter, softmax
 
+from iexact_runner.compression.maps import exact_map
 from iexact_runner.compression.seeds import tensor_seed
 from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
 from iexact_runner.kernels import ops, reference
+from iexact_runner.parallel.shard import WHOLE, Shard
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import SpMM
+from iexact_runner.schemes.functions import Dropout
 from iexact_runner.schemes.graph_linear import GraphWeights, Mix
+from iexact_runner.schemes.normalization import BatchNorm, momentum_of
 
 
 class Plain:
@@ -29,15 +33,19 @@ class Plain:
         training: whether dropout and batch statistics are on.
         seed: seed of this pass, an int or a 0-d int64 tensor.
         transform_first: whether a SAGE layer multiplies by its weights before it aggregates.
+        shard: which rows of the whole graph these are.
     """
 
     # Whether a product of the features that is kept as data serves in place of the features.
     uses_known_products = True
 
-    def __init__(self, *, training: bool, seed: int | Tensor, transform_first: bool = False) -> None:
+    def __init__(
+        self, *, training: bool, seed: int | Tensor, transform_first: bool = False, shard: Shard = WHOLE
+    ) -> None:
         self.training = training
         self.transform_first = transform_first
-        self.seed = seed
+        self.shard = shard
+        self.seed = seed if isinstance(seed, Tensor) else shard.seed(seed)
         self._masks_drawn = 0
 
     def next_mask_seed(self) -> int | Tensor:
@@ -184,7 +192,13 @@ class Plain:
 
     def batch_norm(self, h: Tensor, norm: nn.BatchNorm1d) -> Tensor:
         """BatchNorm1d over the nodes."""
-        normalised: Tensor = norm(h)
+        normalised: Tensor
+        if self.training and self.shard.distributed:
+            parameters = (norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum_of(norm), norm.eps)
+            kept = exact_map(h.detach())
+            normalised = BatchNorm.apply(h, *parameters, lambda *_: kept, 4 * h.numel(), self.shard)
+        else:
+            normalised = norm(h)
         return normalised
 
     def relu(self, h: Tensor) -> Tensor:
@@ -196,5 +210,8 @@ class Plain:
         return self.dropout(self.relu(h), p)
 
     def dropout(self, h: Tensor, p: float) -> Tensor:
-        """Dropout; a rate of 0 keeps nothing."""
+        """Dropout; a rate of 0 keeps nothing. Rows that are distributed are dropped by seed, as one process would."""
+        if p > 0 and self.training and self.shard.distributed:
+            dropped: Tensor = Dropout.apply(h, p, self.next_mask_seed(), "auto")
+            return dropped
         return F.dropout(h, p, training=self.training) if p > 0 else h

@@ -12,11 +12,13 @@ from iexact_runner.compression.sketch import ResidentLayout
 from iexact_runner.config import CompressionConfig
 from iexact_runner.data.graph import Adjacency
 from iexact_runner.data.sparse import CSR
+from iexact_runner.parallel.shard import WHOLE, Shard
 from iexact_runner.schemes import functions
 from iexact_runner.schemes.activation import Activation, Kept, Resident
 from iexact_runner.schemes.aggregation import Extremum, WeightedSpMM
 from iexact_runner.schemes.attention import Attention
 from iexact_runner.schemes.graph_linear import GraphLinear, GraphWeights
+from iexact_runner.schemes.normalization import BatchNorm, momentum_of
 from iexact_runner.schemes.plain import Plain
 from iexact_runner.schemes.softmax import SoftmaxAggregation
 
@@ -31,16 +33,24 @@ class Projected(Plain):
         config: how maps are kept.
         seed: seed of this pass, an int or a 0-d int64 tensor.
         map_seed: seed of projections and rounding, if it is to differ from that of the masks.
+        shard: which rows of the whole graph these are.
     """
 
-    def __init__(self, config: CompressionConfig, *, seed: int | Tensor, map_seed: int | Tensor | None = None) -> None:
-        super().__init__(training=True, seed=seed, transform_first=bool(config.share_maps))
+    def __init__(
+        self,
+        config: CompressionConfig,
+        *,
+        seed: int | Tensor,
+        map_seed: int | Tensor | None = None,
+        shard: Shard = WHOLE,
+    ) -> None:
+        super().__init__(training=True, seed=seed, transform_first=bool(config.share_maps), shard=shard)
         self._format = format_of(config)
         self._backend = config.backend
         self._simulate = config.simulate
         self._projects = config.format == "blocks" and config.kept_frac < 1.0
         self._store_dropout_mask = config.store_dropout_mask
-        self._map_seed = seed if map_seed is None else map_seed
+        self._map_seed = self.seed if map_seed is None else map_seed
         self._maps_kept = 0
         # Whether what the caller holds anyway is kept as it is, where it would not be projected.
         self.references_inputs = self.uses_known_products = self._format.references_features
@@ -177,8 +187,8 @@ class Projected(Plain):
         def keep(mean: Tensor, inverse_std: Tensor) -> KeptMap:
             return self._keep_normalized(h, mean, inverse_std, weight, bias)
 
-        normalised: Tensor = functions.BatchNorm.apply(
-            h, weight, bias, running_mean, running_var, momentum, eps, keep, 4 * h.numel()
+        normalised: Tensor = BatchNorm.apply(
+            h, weight, bias, running_mean, running_var, momentum, eps, keep, 4 * h.numel(), self.shard
         )
         return normalised
 
@@ -275,11 +285,3 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast, if it is on, computes products in."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def momentum_of(norm: nn.BatchNorm1d) -> float:
-    """Weight of the new batch in the running statistics, counted as ``nn.BatchNorm1d`` does."""
-    if norm.num_batches_tracked is None:
-        return 0.0
-    norm.num_batches_tracked.add_(1)
-    return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum

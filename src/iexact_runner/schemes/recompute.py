@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iexact_runner.config import CompressionConfig
+from iexact_runner.parallel.shard import WHOLE, Shard
 from iexact_runner.schemes.activation import Activation, Kept
 from iexact_runner.schemes.projected import Projected
 
@@ -26,10 +27,11 @@ class Recompute(Projected):
     Args:
         config: how maps are kept.
         seed: seed of this pass, an int or a 0-d int64 tensor.
+        shard: which rows of the whole graph these are.
     """
 
-    def __init__(self, config: CompressionConfig, *, seed: int | Tensor) -> None:
-        super().__init__(config, seed=seed)
+    def __init__(self, config: CompressionConfig, *, seed: int | Tensor, shard: Shard = WHOLE) -> None:
+        super().__init__(config, seed=seed, shard=shard)
         self.uses_known_products = True
         self._again = False
 

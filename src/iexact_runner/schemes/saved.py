@@ -37,3 +37,8 @@ def restore_seed(ctx: Any) -> tuple[tuple[Tensor, ...], int | Tensor]:
         return ctx.saved_tensors, ctx.seed
     *tensors, seed = ctx.saved_tensors
     return tuple(tensors), seed
+
+
+def dropout_mask_bytes(x: Tensor) -> int:
+    """Bytes of plain dropout's mask: floats on the CPU, one byte an element on a GPU."""
+    return x.numel() * (1 if x.is_cuda else 4)

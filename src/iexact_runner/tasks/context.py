@@ -15,6 +15,7 @@ from iexact_runner.config import Config
 from iexact_runner.loggers import Logger
 from iexact_runner.measure.batches import BatchSizes
 from iexact_runner.nn import Model, build_model
+from iexact_runner.parallel.team import Team
 from iexact_runner.problem import Problem
 from iexact_runner.runs.locks import DeviceLock
 from iexact_runner.runs.records import RunFolder
@@ -45,6 +46,7 @@ class Findings:
         inspection: facts about the graph, of ``task=inspect``.
         advice: options of ``task=advise``.
         plans: how maps were kept under ``compression=auto``, each with the run and the epoch after which it was made.
+        parallel: the partition of the graph, and what each process has and sent.
     """
 
     metric: str | None = None
@@ -65,6 +67,7 @@ class Findings:
     inspection: dict[str, Any] | None = None
     advice: dict[str, Any] | None = None
     plans: list[dict[str, Any]] = field(default_factory=list)
+    parallel: dict[str, Any] | None = None
 
     def timed(self) -> measure.Throughput | None:
         """Throughput as it stands."""
@@ -99,6 +102,7 @@ class Context:
         findings: filled by the task as it goes on; its ``memory`` is there already.
         sizes: of the mini-batches, if there are any.
         planner: of ``compression=auto``.
+        team: the processes that share the graph.
     """
 
     config: Config
@@ -111,6 +115,7 @@ class Context:
     findings: Findings
     sizes: BatchSizes | None = None
     planner: Planner | None = None
+    team: Team = field(default_factory=Team)
 
     def largest_step(self) -> Problem:
         """The problem of the step that needs most: on the largest batch, or on the whole graph."""

@@ -48,6 +48,9 @@ class Progress:
         """
         if state.get("config") != config_hash(asdict(context.config)):
             raise ConfigError.of("resume", context.folder.path, "its checkpoint is of another configuration")
+        parts = _parts(context)
+        if state.get("parts") != parts:
+            raise ConfigError.of("parallel.parts", parts, f"the run began with {state.get('parts')}: name as many")
         made, here = state["machine"], _machine(context)
         if made["device"] != here["device"]:
             raise ConfigError.of(
@@ -96,6 +99,7 @@ class Progress:
             "lines": self.lines,
             "seed": self.seed,
             "machine": _machine(self._context),
+            "parts": _parts(self._context),
             "best": self.best and list(self.best),
             "highest": list(self.highest),
             "seconds": [self.seconds, self.seconds_to_best],
@@ -140,6 +144,12 @@ class Progress:
             self._context.planner.restore(state["planner"])
         if findings.distribution is not None:
             findings.distribution[:] = json.loads(state["distribution"])
+
+
+def _parts(context: Context) -> int | None:
+    """Parts of a graph over several processes, whose number decides which draws belong to which node."""
+    parallel = context.findings.parallel
+    return None if parallel is None else parallel["parts"]
 
 
 def _machine(context: Context) -> dict[str, Any]:

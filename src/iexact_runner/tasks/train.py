@@ -24,7 +24,7 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
     config, problem, findings = context.config, context.problem, context.findings
     assert findings.memory is not None
     findings.warmup_epochs = warmup = min(config.measure.warmup_epochs, config.training.epochs // 2)
-    checkpoints = Checkpoints(context.folder, config.checkpoint.every)
+    checkpoints = Checkpoints(context.folder, config.checkpoint.every if context.team.first else None)
     progress = start(context, checkpoints)
     with (
         Display(context.console, runs=config.runs, epochs=config.training.epochs, metric=problem.metric) as display,
@@ -86,12 +86,15 @@ def _epochs(context: Context, progress: Progress) -> Iterator[Epoch]:
 
 def start(context: Context, checkpoints: Checkpoints) -> Progress:
     """Where training begins: at its first epoch, or after the last one that a checkpoint of the folder holds."""
-    folder, findings = context.folder, context.findings
-    if not folder.resumed:
+    folder, findings, team = context.folder, context.findings, context.team
+    state = checkpoints.read(lines=folder.metrics_lines()) if folder.resumed else None
+    # The first process has the folder of the run; what it reads is true of all.
+    resumed, state = team.from_first((folder.resumed, state))
+    if not resumed:
         return Progress(context, 0)
-    state = checkpoints.read(lines=folder.metrics_lines())
     progress = Progress(context, 0) if state is None else Progress.of(state, context)
-    folder.keep_metrics(progress.lines)
+    if team.first:
+        folder.keep_metrics(progress.lines)
     findings.resumed += 1
     place = f"goes on after epoch {progress.epoch} of run {progress.run + 1}"
     logger.info(f"{folder.path}: {'has no checkpoint: starts again' if state is None else place}")

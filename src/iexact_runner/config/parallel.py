@@ -1,0 +1,103 @@
+"""Fields of a run over several processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
+from iexact_runner.config.sampler import PARTITIONERS
+
+# How a row of a map travels: float32, rounded to bfloat16, or quantized with stochastic rounding.
+MESSAGES = ("fp32", "bf16", "int8", "int4", "int2")
+
+
+@dataclass
+class NoParallelConfig:
+    """One process has the whole graph.
+
+    Args:
+        name: whether several processes share a graph; ``parallel=NAME`` chooses it with the fields it needs.
+    """
+
+    name: str = MISSING
+
+    def __post_init__(self) -> None:
+        valid = f"choose one with parallel={' or parallel='.join(PARALLEL_CONFIGS)}"
+        check(PARALLEL_CONFIGS.get(self.name) is type(self), "parallel.name", self.name, valid)
+
+
+@dataclass
+class ParallelConfig(NoParallelConfig):
+    """One graph over the processes that a launcher such as torchrun started; each has a run of parts of its nodes.
+
+    Args:
+        parts: parts of the partition; null is one for each process. The numbers of a run depend on the parts, not on
+            how many processes share them.
+        partition: ``metis`` needs pymetis; ``label_propagation`` needs nothing, and cuts more edges; ``auto`` is METIS
+            where it is installed.
+        timeout: seconds after which a process that does not answer counts as lost, which ends the others.
+    """
+
+    parts: int | None = None
+    partition: str = "auto"
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parts is not None:
+            check_at_least("parallel.parts", self.parts, 1)
+        check_choice("parallel.partition", self.partition, PARTITIONERS)
+        check_above("parallel.timeout", self.timeout, 0)
+
+
+@dataclass
+class MessagesConfig:
+    """How rows of maps travel between the processes of ``parallel=graph``.
+
+    Args:
+        forward: of activations: ``fp32``, ``bf16``, or ``int8``, ``int4``, ``int2`` with a zero and a scale a row and
+            stochastic rounding. A rounded activation goes through ReLU, so the gradient has a bias.
+        backward: of gradients, likewise; what is rounded is unbiased there.
+    """
+
+    forward: str = "fp32"
+    backward: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_choice("messages.forward", self.forward, MESSAGES)
+        check_choice("messages.backward", self.backward, MESSAGES)
+
+
+PARALLEL_CONFIGS: dict[str, type[NoParallelConfig]] = {"none": NoParallelConfig, "graph": ParallelConfig}
+
+
+# Models whose layers read neighbours through products with the adjacency alone.
+MODELS = ("sage", "gcn", "gcn2", "graphconv")
+SCHEMES = ("none", "projected", "lowrank", "recompute")
+
+
+def check_parallel(config: Any) -> None:
+    """Refuses what does not work over several processes.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ConfigError: with the field.
+    """
+    compression, training = config.compression, config.training
+    for field, value, valid in (
+        ("task", config.task, ("train",)),
+        ("model", config.model.name, MODELS),
+        ("sampler", config.sampler.name, ("none",)),
+        ("compression.scheme", compression.scheme, SCHEMES),
+        ("compression.rounding", compression.rounding, ("nearest",)),
+        ("compression.offload", compression.offload, (False,)),
+        ("dataset.inductive", config.dataset.inductive, (False,)),
+        ("training.cuda_graph", training.cuda_graph, (False,)),
+    ):
+        shown = ", ".join(str(each).lower() for each in valid)
+        check(value in valid, field, value, f"parallel=graph works with {shown}")

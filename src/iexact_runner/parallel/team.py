@@ -1,0 +1,152 @@
+"""The processes that train one graph, as ``torchrun`` starts them: who they are, and what they tell each other.
+
+The contract is ``env://`` of torch.distributed: ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``, which
+torchrun, Slurm through submitit, and Ray set.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from iexact_runner.errors import ConfigError, TeamError, UserError
+from iexact_runner.parallel.launch import launched_local_rank, launched_rank, launched_size
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process of several; of a single one, every exchange is a return.
+
+    Args:
+        rank: number of this process, from 0; the first one writes and shows.
+        size: how many there are.
+        local_rank: number of this process on its machine.
+        timeout: seconds after which a process that does not answer counts as lost.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    timeout: float = 0.0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and shows."""
+        return self.rank == 0
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process gives."""
+        if self.size == 1:
+            return value
+        held = [value if self.first else None]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """A context that the first process of a machine is through before the others enter it."""
+        if self.size > 1 and self.local_rank:
+            dist.barrier()
+        yield
+        if self.size > 1 and not self.local_rank:
+            dist.barrier()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process gives, in order."""
+        if self.size == 1:
+            return [value]
+        held: list[Any] = [None] * self.size
+        dist.all_gather_object(held, value)
+        return held
+
+    def agree(self, **values: Any) -> None:
+        """Checks that all processes have the same values.
+
+        Raises:
+            ConfigError: with the first difference, in every process.
+        """
+        others = self.gathered(values)
+        for rank, other in enumerate(others):
+            for name, value in others[0].items():
+                if other[name] != value:
+                    raise ConfigError(f"process {rank}: {name} is {other[name]}, in process 0 it is {value}")
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A context that says in one line that another process is lost, which torch.distributed says in many ways.
+
+        Raises:
+            TeamError: naming this process, the machine of the lost one where it is known, and what to do.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or isinstance(error, UserError) or not _says_lost(error):
+                raise
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others too, which ends by itself
+            peer = re.search(r"\[([0-9a-f.:]+)\]:\d+", str(error))
+            place = f" on {peer[1]}" if peer else ""
+            raise TeamError(
+                f"{_place(self.rank, self.size)}: another process{place} has ended, or has not answered for "
+                f"{self.timeout:g} s (parallel.timeout); resume=auto goes on, with as many processes or others"
+            ) from error
+
+
+@contextmanager
+def joined(*, device: str, timeout: float) -> Iterator[Team]:
+    """Joins the processes that a launcher started, and leaves them at the end.
+
+    Args:
+        device: ``cpu`` talks by gloo, a GPU by NCCL.
+        timeout: seconds after which a process that does not answer counts as lost.
+
+    Raises:
+        TeamError: if the others cannot be reached.
+    """
+    rank, size = launched_rank(), launched_size()
+    if size == 1:
+        yield Team()
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"parallel=graph: {missing[0]} is not set; start the processes with torchrun")
+    backend = "gloo" if device == "cpu" or not torch.cuda.is_available() else "nccl"
+    # Its many lines about a lost connection say less than the one line of TeamError.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
+        raise TeamError(f"{_place(rank, size)}: cannot reach the others: {first_line(error)}") from error
+    try:
+        yield Team(rank, size, launched_local_rank(), timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def _says_lost(error: BaseException) -> bool:
+    """Whether an error of torch.distributed says that another process does not answer any more."""
+    message = str(error).lower()
+    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "timeout")
+    return isinstance(error, dist.DistBackendError) or any(sign in message for sign in signs)
+
+
+def _place(rank: int, size: int) -> str:
+    return f"process {rank} of {size} on {socket.gethostname()}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,170 @@
+"""A run over several processes: one folder, records of all, errors of one line, and a run that goes on after a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from iexact_runner.errors import ConfigError, TeamError
+from iexact_runner.parallel.team import Team, joined
+from parallel.processes import free_port, in_processes
+
+FIELDS = (
+    "parallel=graph",
+    "parallel.parts=2",
+    "parallel.partition=label_propagation",
+    "model=sage",
+    "compression=lowrank",
+)
+
+
+def start(folder, size, *overrides, fields=FIELDS, epochs=4):
+    """Processes of a run, as torchrun starts them."""
+    command = [sys.executable, "-m", "iexact_runner", *fields, f"training.epochs={epochs}", *overrides]
+    contract = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            command,
+            env=os.environ | contract | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def ended(processes):
+    """Exit status, screen and errors of each."""
+    found = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "summary.json").read_text()), lines
+
+
+def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_path):
+    whole = ended(start(tmp_path, 2, "output_dir=whole", epochs=6))
+    assert [status for status, *_ in whole] == [0, 0], whole
+    assert "epoch 6/6" in whole[0][1] and whole[1][1] == "" and whole[1][2] == ""
+    (folder,) = (tmp_path / "whole").iterdir()
+    summary, expected = records(folder)
+    parallel = summary["parallel"]
+    assert parallel["parts"] == parallel["processes"] == len(parallel["ranks"]) == 2
+    assert sum(rank["nodes"] for rank in parallel["ranks"]) == 1797
+    assert all(rank["sent_mib"] > 0 and rank["halo"] > 0 and rank["step_peak_mib"] > 0 for rank in parallel["ranks"])
+    assert len(expected) == 6 and summary["status"] == "completed"
+    # A run that loses a process goes on from its checkpoint, with as many processes to the last bit.
+    processes = start(tmp_path, 2, "output_dir=cut", "checkpoint.every=1", "training.epochs=2000")
+    path = tmp_path / "cut"
+    while not (path.exists() and any(path.glob("*/checkpoint.previous.pt"))):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGKILL)
+    (status, _, error), (killed, *_) = ended(processes)
+    assert status == 1 and killed == -signal.SIGKILL
+    (line,) = [line for line in error.splitlines() if line.startswith("iexact: ")]
+    assert "process 0 of 2 on" in line and "another process" in line and "resume=auto" in line
+    (folder,) = path.iterdir()
+    summary, lines = records(folder)
+    assert summary["status"] == "failed" and summary["error"] in line and lines
+    for number, size in enumerate((2, 1)):
+        name = f"again{number}"
+        processes = start(tmp_path, 2, f"output_dir={name}", "checkpoint.every=1", epochs=6)
+        while not any(tmp_path.glob(f"{name}/*/checkpoint.pt")):
+            time.sleep(0.02)
+            if processes[0].poll() is not None:
+                break
+        processes[0].send_signal(signal.SIGINT)
+        ended(processes)
+        (folder,) = (tmp_path / name).iterdir()
+        if json.loads((folder / "summary.json").read_text())["status"] == "completed":
+            continue  # it was faster
+        results = ended(start(tmp_path, size, f"resume={folder}", epochs=6))
+        assert [status for status, *_ in results] == [0] * size, results
+        found = [line["loss"] for line in records(folder)[1]]
+        if size == 2:
+            assert found == [line["loss"] for line in expected]
+        np.testing.assert_allclose(found, [line["loss"] for line in expected], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=gat"], "model=gat: parallel=graph works with sage, gcn, gcn2, graphconv"),
+        (["compression=auto"], "compression.scheme=auto: parallel=graph works with"),
+        (["sampler=cluster"], "sampler=cluster: parallel=graph works with none"),
+        (["task=measure"], "task=measure: parallel=graph works with train"),
+        (
+            ["dataset=cora", "dataset.inductive=true"],
+            "dataset.inductive=true: parallel=graph works with false",
+        ),
+        (["compression.rounding=stochastic"], "compression.rounding=stochastic: parallel=graph works with nearest"),
+        (["parallel.parts=1"], "parallel.parts=1: must be at least the number of processes, 2"),
+        (["parallel.parts=5000"], "parallel.parts=5000: must be at most the 1797 nodes"),
+        (["messages.forward=int3"], "messages.forward=int3: "),
+        (["parallel=none"], "parallel=none: 2 processes were started: use graph"),
+        (["-m"], "-m: jobs of a sweep run in one process each"),
+    ],
+)
+def test_what_does_not_work_is_one_line_and_leaves_nothing(tmp_path, overrides, message):
+    fields = FIELDS[3:] if overrides == ["parallel=none"] else FIELDS
+    fields, overrides = (("-m", *FIELDS, "seed=0,1"), []) if overrides == ["-m"] else (fields, overrides)
+    results = ended(start(tmp_path, 2, *overrides, fields=fields))
+    assert all(status for status, *_ in results)
+    (line,) = [line for line in results[0][2].splitlines() if line.startswith("iexact: ")]
+    assert message in line and not [line for line in results[1][2].splitlines() if line.startswith("iexact: ")]
+    assert not any((tmp_path / "outputs").glob("*/summary.json")) or "parts" in message
+
+
+def told(team):
+    values = team.from_first("first" if team.first else None), team.gathered(team.rank)
+    with team.first_alone():
+        order = time.monotonic()
+    team.agree(torch="2", graph=(3, 4.0))
+    try:
+        team.agree(torch="2", graph=(3, float(team.rank)))
+    except ConfigError as error:
+        return *values, order, str(error)
+    return *values, order, ""
+
+
+def test_processes_tell_each_other():
+    found = in_processes(3, told)
+    assert all(each[:2] == ("first", [0, 1, 2]) for each in found)
+    assert found[0][2] <= min(each[2] for each in found[1:])
+    assert {each[3] for each in found} == {"process 1: graph is (3, 1.0), in process 0 it is (3, 0.0)"}
+    alone = told(Team())
+    assert alone[:2] == ("first", [0]) and alone[3] == ""
+
+
+def test_only_a_lost_process_is_told_as_one():
+    team = Team(1, 2, 1, 5.0)
+    with (
+        pytest.raises(TeamError, match=r"process 1 of 2 on .*another process on 10\.0\.0\.7 has ended.* 5 s"),
+        team.guarded(),
+    ):
+        raise RuntimeError("[gloo/pair.cc:553] Connection closed by peer [10.0.0.7]:25010")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with pytest.raises(RuntimeError, match="shapes"), team.guarded():
+        raise RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="peer"), Team().guarded():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_launcher_without_an_address_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="MASTER_ADDR is not set; start the processes with torchrun"):
+        with joined(device="cpu", timeout=1):
+            pass
