@@ -21,7 +21,7 @@ from iexact_runner.cli import compose_config
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config, ParallelConfig
 from iexact_runner.data import load_dataset
-from iexact_runner.data.partitioned import traffic_of
+from iexact_runner.data.partitioned import halo_of
 from iexact_runner.measure import environment
 from iexact_runner.nn import Model
 from iexact_runner.parallel.team import Team, joined
@@ -111,15 +111,15 @@ def gradient(
     """The gradient of a step that is not taken, all parameters in a row, and MiB that all processes sent for it."""
     model.train()
     model.zero_grad()
-    matrix: Any = problem.training.graph.matrix  # type: ignore[union-attr]
-    matrix.halo.draws.stream = draw
-    before = traffic_of(problem.training.graph).sent_bytes
+    halo = halo_of(problem.training.graph)
+    assert halo is not None
+    halo.draws.stream, before = draw, halo.traffic.sent_bytes
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     training_loss(model, problem, kind=config.training.loss, precision="float32", seed=seed).backward()
     problem.training.shard.sum_gradients(model.parameters())
     for name, buffer in model.named_buffers():
         buffer.copy_(statistics[name])
-    sent = sum(team.gathered(traffic_of(problem.training.graph).sent_bytes - before)) / MIB
+    sent = sum(team.gathered(halo.traffic.sent_bytes - before)) / MIB
     return torch.cat(
         [parameter.grad.flatten().clone() for parameter in model.parameters() if parameter.grad is not None]
     ), sent

@@ -57,7 +57,8 @@ def errors(one, many):
 @pytest.mark.parametrize(
     ("model", "compression"),
     [
-        *itertools.product(MODELS, ("none", "iexact", "lowrank")),
+        *itertools.product(MODELS, ("none",)),
+        *itertools.product((name for name in MODELS if name != "gat"), ("iexact", "lowrank")),
         *itertools.product(("sage",), ("recompute", "exact", "int8", "lowrank_v1", "prac")),
     ],
 )
@@ -75,6 +76,14 @@ def test_gradients_of_several_processes_are_those_of_one(model, compression):
         else:
             assert max(found) <= A_CODE and (min(found) <= EXACT or model == "gcn2"), found
         assert many[0][2] == pytest.approx(one[2], abs=0.01)
+
+
+def test_attention_keeps_the_halo_in_each_process_that_reads_it():
+    """Rounded for itself there, so a compressed gradient is another estimate; in 8 bits it is near the exact one."""
+    dataset, overrides = tiny_dataset(nodes=401), ["model=gat", "parallel.parts=2"]
+    exact, found = (in_processes(2, steps, dataset, [*overrides, f"compression={name}"]) for name in ("none", "int8"))
+    assert found[0][0] == pytest.approx(exact[0][0], rel=1e-5)
+    assert EXACT < max(errors(exact[0], found)) < 0.02
 
 
 def doubled(team, dataset, model):
@@ -145,5 +154,5 @@ def test_messages_of_fewer_bits_move_the_gradient_a_little(messages, low, high):
     assert all(np.array_equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
 
 
-def test_models_over_several_processes_are_those_that_multiply_with_the_adjacency():
-    assert set(MODELS) == set(MODEL_CONFIGS) - {"gat", "deepergcn", "module"}
+def test_models_over_several_processes_are_those_that_gather_sums_or_attend():
+    assert set(MODELS) == set(MODEL_CONFIGS) - {"deepergcn", "module"}

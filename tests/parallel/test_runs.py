@@ -100,7 +100,8 @@ def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_p
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=gat"], "model=gat: parallel=graph works with sage, gcn, gcn2, graphconv"),
+        (["model=deepergcn"], "model=deepergcn: parallel=graph works with sage, gcn, gcn2, gat, graphconv"),
+        (["model=gat", "model.label_input=true"], "model.label_input=true: parallel=graph works with false"),
         (["compression=auto"], "compression.scheme=auto: parallel=graph works with"),
         (["sampler=cluster"], "sampler=cluster: parallel=graph works with none"),
         (["task=measure"], "task=measure: parallel=graph works with train"),

@@ -74,8 +74,8 @@ class MessagesConfig:
 PARALLEL_CONFIGS: dict[str, type[NoParallelConfig]] = {"none": NoParallelConfig, "graph": ParallelConfig}
 
 
-# Models whose layers read neighbours through products with the adjacency alone.
-MODELS = ("sage", "gcn", "gcn2", "graphconv")
+# Models whose layers read neighbours through products with the adjacency, or in attention.
+MODELS = ("sage", "gcn", "gcn2", "gat", "graphconv")
 SCHEMES = ("none", "projected", "lowrank", "recompute")
 
 
@@ -89,9 +89,11 @@ def check_parallel(config: Any) -> None:
         ConfigError: with the field.
     """
     compression, training = config.compression, config.training
+    labels = getattr(config.model, "label_input", False)
     for field, value, valid in (
         ("task", config.task, ("train",)),
         ("model", config.model.name, MODELS),
+        ("model.label_input", labels, (False,)),
         ("sampler", config.sampler.name, ("none",)),
         ("compression.scheme", compression.scheme, SCHEMES),
         ("compression.rounding", compression.rounding, ("nearest",)),

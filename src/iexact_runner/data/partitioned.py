@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from iexact_runner.data.graph import Adjacency, Graph
 from iexact_runner.data.sparse import COLUMNS, CSR
@@ -91,42 +94,96 @@ class PartitionedMatrix(CSR):
         return PartitionedMatrix(function(self.offsets), function(self.columns), values, self.far.map(function), halo)
 
 
+@dataclass(frozen=True)
+class PartitionedEdges(CSR):
+    """The pattern of the edges that end in rows of this process: a square of N + H, its last H rows empty.
+
+    Args:
+        halo: how the H rows of other processes come.
+        back: how their gradients return.
+    """
+
+    halo: Halo | None = None
+    back: Halo | None = None
+
+    def masked(self, mask: Tensor) -> PartitionedEdges:
+        """The entries where ``mask`` (E,) is set."""
+        left = super().masked(mask)
+        return PartitionedEdges(left.offsets, left.columns, left.values, self.halo, self.back)
+
+    def tensors(self) -> list[Tensor]:
+        """The parts."""
+        assert self.halo is not None
+        return [*super().tensors(), self.halo.rows]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PartitionedEdges:
+        """The pattern with a function applied to its parts."""
+        assert self.halo is not None and self.back is not None
+        rows, moved = function(self.halo.rows), super().map(function)
+        halos = (replace(halo, rows=rows) for halo in (self.halo, self.back))
+        return PartitionedEdges(moved.offsets, moved.columns, moved.values, *halos)
+
+
+class _WithHalo(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, edges: PartitionedEdges) -> Tensor:
+        assert edges.halo is not None
+        ctx.edges = edges
+        return torch.cat([x, edges.halo.start(x).wait()])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        nodes = grad.size(0) - ctx.edges.halo.size
+        return ctx.edges.back.add_back_(grad[:nodes].clone(), grad[nodes:]), None
+
+
+def with_halo(x: Tensor, edges: CSR) -> Tensor:
+    """A map (N, D) and, if its graph is partitioned, the rows of others that edges come from: (N + H, D)."""
+    if not isinstance(edges, PartitionedEdges):
+        return x
+    whole: Tensor = _WithHalo.apply(x, edges)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def halo_of(graph: Graph) -> Halo | None:
+    """What a graph fetches of other processes; None where it is not partitioned."""
+    matrix = graph.matrix if isinstance(graph, Adjacency) else graph
+    return matrix.halo if isinstance(matrix, (PartitionedMatrix, PartitionedEdges)) else None
+
+
 def shard_of(graph: Graph) -> Shard:
     """Which rows of the whole graph a graph has; all, where it is not partitioned."""
-    matrix = graph.matrix if isinstance(graph, Adjacency) else None
-    return matrix.shard if isinstance(matrix, PartitionedMatrix) else WHOLE
+    halo = halo_of(graph)
+    return WHOLE if halo is None else halo.shard
 
 
 def begin_pass(graph: Graph, seed: int | Tensor) -> Shard:
     """:func:`shard_of` for a pass whose messages are rounded by this seed."""
-    shard = shard_of(graph)
-    if shard.distributed:
-        assert isinstance(graph, Adjacency) and isinstance(graph.matrix, PartitionedMatrix) and isinstance(seed, int)
-        assert graph.matrix.halo is not None
-        graph.matrix.halo.draws.begin(seed)
-    return shard
+    halo = halo_of(graph)
+    if halo is None:
+        return WHOLE
+    assert isinstance(seed, int)
+    halo.draws.begin(seed)
+    return halo.shard
 
 
-def traffic_of(graph: Graph) -> Traffic:
-    """What products with a partitioned graph have sent."""
-    assert isinstance(graph, Adjacency) and isinstance(graph.matrix, PartitionedMatrix)
-    assert graph.matrix.halo is not None
-    return graph.matrix.halo.traffic
-
-
-def partitioned(adjacency: Adjacency, shard: DistributedShard, *, forward: str, backward: str) -> Adjacency:
-    """The rows of one process of an operator on the whole graph; every process must call it.
+def partitioned(graph: Graph, shard: DistributedShard, *, forward: str, backward: str) -> Graph:
+    """The rows of one process of what models apply; every process must call it.
 
     Args:
-        adjacency: of the whole graph, on the CPU.
+        graph: the whole one, on the CPU.
         shard: the rows of this process.
         forward: how rows of maps travel.
         backward: how rows of gradients travel.
     """
-    draws, traffic = Draws(shard.rank), Traffic()
-    matrix = _rows_of(adjacency.matrix, shard, forward, draws, traffic)
-    if adjacency.adjoint is not adjacency.matrix:
-        adjoint = _rows_of(adjacency.adjoint, shard, backward, draws, traffic)
+    options: dict[str, Any] = {"draws": Draws(shard.rank), "traffic": Traffic()}
+    if isinstance(graph, CSR):
+        return _edges_of(graph, shard, forward, backward, options)
+    assert isinstance(graph, Adjacency)
+    matrix = _rows_of(graph.matrix, shard, forward, options)
+    if graph.adjoint is not graph.matrix:
+        adjoint = _rows_of(graph.adjoint, shard, backward, options)
     elif backward == forward:
         adjoint = matrix
     else:
@@ -136,18 +193,34 @@ def partitioned(adjacency: Adjacency, shard: DistributedShard, *, forward: str, 
     def own(scale: Tensor | None) -> Tensor | None:
         return None if scale is None else scale[shard.start : shard.stop].clone()
 
-    row_scale = own(adjacency.row_scale)
-    same = adjacency.column_scale is adjacency.row_scale
-    return Adjacency(matrix, adjoint, row_scale, row_scale if same else own(adjacency.column_scale))
+    row_scale = own(graph.row_scale)
+    same = graph.column_scale is graph.row_scale
+    return Adjacency(matrix, adjoint, row_scale, row_scale if same else own(graph.column_scale))
 
 
-def _rows_of(matrix: CSR, shard: DistributedShard, messages: str, draws: Draws, traffic: Traffic) -> PartitionedMatrix:
+def _own_rows(matrix: CSR, shard: DistributedShard) -> tuple[CSR, Tensor]:
+    """The rows of a process with columns of the whole graph, and which entries (E,) are in its own columns."""
     first, last = int(matrix.offsets[shard.start]), int(matrix.offsets[shard.stop])
-    offsets, columns = matrix.offsets[shard.start : shard.stop + 1] - first, matrix.columns[first:last]
-    rows = CSR(offsets, columns)
-    near = (columns >= shard.start) & (columns < shard.stop)
+    offsets, columns = matrix.offsets[shard.start : shard.stop + 1] - first, matrix.columns[first:last].clone()
+    return CSR(offsets, columns), (columns >= shard.start) & (columns < shard.stop)
+
+
+def _rows_of(matrix: CSR, shard: DistributedShard, messages: str, options: dict[str, Any]) -> PartitionedMatrix:
+    rows, near = _own_rows(matrix, shard)
     own, far = rows.masked(near), rows.masked(~near)
     needed, place = torch.unique(far.columns.long(), return_inverse=True)
-    halo = Halo.of(shard, needed, messages=messages, draws=draws, traffic=traffic)
-    far = CSR(far.offsets, place.to(columns.dtype))
+    halo = Halo.of(shard, needed, messages=messages, **options)
+    far = CSR(far.offsets, place.to(far.columns.dtype))
     return PartitionedMatrix(own.offsets, own.columns - shard.start, None, far, halo)
+
+
+def _edges_of(
+    edges: CSR, shard: DistributedShard, forward: str, backward: str, options: dict[str, Any]
+) -> PartitionedEdges:
+    rows, near = _own_rows(edges, shard)
+    needed, place = torch.unique(rows.columns[~near].long(), return_inverse=True)
+    halo = Halo.of(shard, needed, messages=forward, **options)
+    columns = rows.columns - shard.start
+    columns[~near] = (shard.rows + place).to(columns.dtype)
+    offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(needed.numel())])
+    return PartitionedEdges(offsets, columns, None, halo, replace(halo, messages=backward))

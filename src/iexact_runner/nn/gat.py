@@ -11,6 +11,7 @@ from torch_geometric.nn.inits import glorot
 
 from iexact_runner.config import CompressionConfig, GATConfig
 from iexact_runner.data.graph import attention_edges
+from iexact_runner.data.partitioned import with_halo
 from iexact_runner.data.sparse import CSR
 from iexact_runner.nn.block import GNN
 from iexact_runner.schemes import Activation, Plain
@@ -64,16 +65,20 @@ class GATConv(nn.Module):
     def forward(self, x: Activation, graph: CSR, ops: Plain) -> Tensor:
         """Maps (N, D) to (N, H * C)."""
         h = ops.linear(x if self.res is None else x.shared(), self.lin.weight)  # [N, H C]
+        nodes, whole = h.size(0), with_halo(h, graph)
+        alone = whole is h  # rows of other processes are no product of what is kept here
+        del h
         out = ops.attention(
-            h,
+            whole,
             self.att_src,
             self.att_dst,
             graph,
             negative_slope=NEGATIVE_SLOPE,
             dropout=self.attention_dropout if self.training else 0.0,
-            product=(x, self.lin.weight),
+            product=(x, self.lin.weight) if alone else None,
             overwrite=True,
         )
+        out = out if alone else out[:nodes]
         if self.res is not None:
             return ops.linear(x, self.res.weight, self.bias).add_(out)
         # Under autocast the sum has the bias' precision.

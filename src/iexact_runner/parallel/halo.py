@@ -119,6 +119,20 @@ class Halo:
         self.traffic.sent_bytes += payload.nbytes
         return Incoming(self, received, x, work)
 
+    def add_back_(self, x: Tensor, far: Tensor) -> Tensor:
+        """Adds rows ``far`` (H, D), which belong to other processes, to the rows ``x`` (N, D) of those: the adjoint.
+
+        Every process of the graph must do so.
+        """
+        if isinstance(x, FakeTensor):
+            return x
+        payload = self._encode(far)
+        received = payload.new_empty(self.rows.numel(), *payload.shape[1:])
+        work = _all_to_all(received, payload, self.send_counts, self.receive_counts, asynchronous=True)
+        self.traffic.exchanges += 1
+        self.traffic.sent_bytes += payload.nbytes
+        return x.index_add_(0, self.rows, Incoming(self, received, x, work).wait())
+
     def _encode(self, rows: Tensor) -> Tensor:
         """Rows as they travel; quantized ones are bytes: codes, then the row's zero and scale."""
         if self.messages == "fp32":

@@ -17,7 +17,7 @@ from torch import Tensor
 from iexact_runner.config import Config, ParallelConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.graph import Adjacency, edge_count, edges_of
-from iexact_runner.data.partitioned import PartitionedMatrix, partitioned, traffic_of
+from iexact_runner.data.partitioned import halo_of, partitioned
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import model_class_of
 from iexact_runner.parallel.shard import DistributedShard
@@ -98,13 +98,12 @@ def parallel_problem(
     place = torch.empty_like(order.nodes)
     place[order.nodes] = torch.arange(dataset.num_nodes)
     whole = model_class_of(config.model).build_graph(place[dataset.edge_index.long()], dataset.num_nodes)
-    assert isinstance(whole, Adjacency)
     messages = config.messages
     graph = partitioned(whole, shard, forward=messages.forward, backward=messages.backward)
     graph = graph.map(lambda part: part.to(device))
     mine = order.nodes[shard.start : shard.stop]
     x = dataset.x[mine].to(device)
-    if cache_first_aggregate:
+    if cache_first_aggregate and isinstance(graph, Adjacency):
         graph = graph.knowing(x)
 
     def own(nodes: Tensor) -> Tensor:
@@ -117,15 +116,17 @@ def parallel_problem(
     weights = torch.full((shard.rows,), 1 / max(1, dataset.train.numel()), device=device)
     view = View(x, dataset.y[mine].to(device), graph, train, weights)
     problem = Problem(view, view, own(dataset.val), own(dataset.test), dataset.num_classes, None)
-    matrix = graph.matrix
-    assert isinstance(matrix, PartitionedMatrix) and matrix.halo is not None
-    record |= {"processes": team.size, "nodes": shard.rows, "halo": matrix.halo.size, "edges": edge_count(graph)}
+    halo = halo_of(graph)
+    assert halo is not None
+    record |= {"processes": team.size, "nodes": shard.rows, "halo": halo.size, "edges": edge_count(graph)}
     return problem, record
 
 
 def traffic_record(problem: Problem) -> dict[str, Any]:
     """Bytes that this process sent, and seconds that it waited."""
-    traffic = traffic_of(problem.training.graph)
+    halo = halo_of(problem.training.graph)
+    assert halo is not None
+    traffic = halo.traffic
     return {
         "sent_mib": traffic.sent_bytes / 2**20,
         "exchanges": traffic.exchanges,
