@@ -50,11 +50,11 @@ def test_reductions_at_more_bits_stand_in_the_committed_rows():
         assert f"| {setting} | {bits} | {low:.1f} % to {high:.1f} % |" in BINS
 
 
-def test_readme_states_the_reduction_of_the_committed_rows():
+def test_results_state_the_reduction_of_the_committed_rows():
     rows = pd.read_csv(REPOSITORY / "benchmarks" / "activation_distribution.csv")
     chosen = rows[(rows["setting"] == "iexact") & (rows["bits"] == 2) & (rows["dataset"] == "amazon_computers")]
     low, high = (100 * figure for figure in chosen["optimal_reduction"].agg(["min", "max"]))
-    assert f"by {low:.0f} to {high:.0f} %" in (REPOSITORY / "README.md").read_text()
+    assert f"by {low:.0f} to {high:.0f} %" in (REPOSITORY / "docs" / "results.md").read_text()
 
 
 RESUME = (REPOSITORY / "docs" / "resume.md").read_text()
@@ -196,8 +196,8 @@ def test_figures_of_a_gpu_are_those_of_the_rows():
         assert f"{row['model.name']} {errors} in place of" in " ".join(text.split())
 
 
-def test_figures_of_a_gpu_in_the_readme_are_those_of_the_rows():
-    text = " ".join((REPOSITORY / "README.md").read_text().split())
+def test_figures_of_a_gpu_in_the_results_are_those_of_the_rows():
+    text = " ".join((REPOSITORY / "docs" / "results.md").read_text().split())
     epochs = pd.read_csv(REPOSITORY / "benchmarks" / "gpu_epochs.csv").set_index(["model", "preset"])
     shares = [f"{100 * epochs.loc[(model, 'iexact'), 'peak_ratio']:.0f}%" for model in ("gat", "gcn2")]
     times = [f"{epochs.loc[(model, 'iexact'), 'ratio_median']:.2f}".lstrip("0") for model in ("gat", "gcn2", "sage")]
