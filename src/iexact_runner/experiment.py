@@ -155,6 +155,8 @@ class Experiment:
         self._team.agree(
             configuration=config_hash(asdict(self._config)), iexact_runner=__version__, torch=str(torch.__version__)
         )
+        if self._team.size > 1 and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # where NCCL looks for its buffers
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), deterministic_algorithms(self._config.deterministic):
             try:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from iexact_runner.errors import ConfigError, TeamError
-from iexact_runner.parallel.team import Team, joined
+from iexact_runner.parallel.team import Team, backend_of, joined
 from parallel.processes import free_port, in_processes
 
 FIELDS = (
@@ -160,6 +160,12 @@ def test_only_a_lost_process_is_told_as_one():
         raise RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="peer"), Team().guarded():
         raise RuntimeError("Connection closed by peer")
+
+
+def test_a_gpu_talks_by_nccl_and_lists_of_rows_by_gloo(monkeypatch):
+    assert backend_of("cpu") == "gloo"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert backend_of("auto") == "cpu:gloo,cuda:nccl" and backend_of("cpu") == "gloo"
 
 
 def test_a_launcher_without_an_address_is_told(monkeypatch):

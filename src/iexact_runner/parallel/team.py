@@ -123,17 +123,21 @@ def joined(*, device: str, timeout: float) -> Iterator[Team]:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"parallel=graph: {missing[0]} is not set; start the processes with torchrun")
-    backend = "gloo" if device == "cpu" or not torch.cuda.is_available() else "nccl"
     # Its many lines about a lost connection say less than the one line of TeamError.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend_of(device), timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
         raise TeamError(f"{_place(rank, size)}: cannot reach the others: {first_line(error)}") from error
     try:
         yield Team(rank, size, launched_local_rank(), timeout)
     finally:
         dist.destroy_process_group()
+
+
+def backend_of(device: str) -> str:
+    """Of torch.distributed: tensors of a GPU travel by NCCL, those of a CPU, such as lists of rows, by gloo."""
+    return "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
 
 
 def _says_lost(error: BaseException) -> bool:
