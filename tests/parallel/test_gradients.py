@@ -16,6 +16,7 @@ from iexact_runner.config import MODEL_CONFIGS
 from iexact_runner.config.parallel import MODELS
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.nn import build_model
+from iexact_runner.parallel import halo
 from iexact_runner.sampling.ranks import parallel_problem
 from iexact_runner.training import evaluate, forward, training_loss
 from parallel.processes import in_processes
@@ -141,6 +142,19 @@ def test_two_parts_a_process_are_as_good_as_one():
     two, four = (in_processes(size, steps, dataset, overrides) for size in (2, 4))
     assert max(errors(two[0], four)) <= EXACT
     assert sum(found[3]["halo"] for found in four) > sum(found[3]["halo"] for found in two) > 0
+
+
+def steps_in_small_messages(team, dataset, overrides):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(halo, "MESSAGE_BYTES", 1)
+        return steps(team, dataset, overrides)
+
+
+@pytest.mark.parametrize("model", ["sage", "gcn"])
+def test_a_few_columns_at_a_time_travel_as_well_as_all(model):
+    dataset, overrides = tiny_dataset(nodes=401), [f"model={model}", "compression=none", "parallel.parts=2"]
+    whole, runs = (in_processes(2, each, dataset, overrides) for each in (steps, steps_in_small_messages))
+    assert max(errors(whole[0], runs)) <= EXACT
 
 
 @pytest.mark.parametrize(("messages", "low", "high"), [("bf16", 1e-5, 0.05), ("int8", 1e-5, 0.1), ("int4", 1e-3, 0.6)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -167,3 +169,11 @@ def test_rows_come_as_they_were_sent_on_average(messages, row_bytes):
             deviations = np.sqrt(np.maximum(variance, 1e-12) / draws)
             assert np.all(np.abs(mean - own) <= 5 * deviations + 2e-3)
             assert (variance > 0).mean() > 0.5
+
+
+def test_what_travels_at_once_has_a_limit():
+    halo = Halo(DistributedShard([0, 8], 0), torch.arange(0), (0,), (0,), most=100_000)
+    runs = halo.column_runs(130)
+    assert runs[0] == slice(0, 16) and runs[-1] == slice(128, 130) and len(runs) == 9
+    assert replace(halo, most=0).column_runs(130) == [slice(0, 130)]
+    assert replace(halo, most=10**9).column_runs(20) == [slice(0, 8), slice(8, 16), slice(16, 20)]

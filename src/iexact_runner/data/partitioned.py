@@ -57,10 +57,16 @@ class PartitionedMatrix(CSR):
         Rows of others are on their way while own ones are multiplied.
         """
         assert self.far is not None and self.halo is not None
-        incoming = self.halo.start(x, column_scale)
+        runs = self.halo.column_runs(x.size(1))
+        incoming = self.halo.start(x[:, runs[0]], column_scale)
         scales = dict(column_scale=column_scale, row_scale=row_scale)
         out = super().matmul(x, **scales, bias=bias, out=out, add=add)
-        return self.far.matmul(incoming.wait(), row_scale=row_scale, out=out, add=True)
+        for number, part in enumerate(runs):
+            rows = incoming.wait()
+            if number + 1 < len(runs):
+                incoming = self.halo.start(x[:, runs[number + 1]], column_scale)
+            self.far.matmul(rows, row_scale=row_scale, out=out[:, part], add=True)
+        return out
 
     def matmul_(
         self,
@@ -70,15 +76,17 @@ class PartitionedMatrix(CSR):
         row_scale: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """:meth:`matmul` written over ``x``, a few columns at a time; the halo is exchanged at once."""
+        """:meth:`matmul` written over ``x``, a few columns at a time."""
         assert self.far is not None and self.halo is not None
-        rows = self.halo.start(x, column_scale).wait()
-        columns = max(1, x.size(1)) if x.is_cuda else COLUMNS
-        for start in range(0, x.size(1), columns):
-            part = slice(start, start + columns)
-            own_bias = None if bias is None else bias[part]
-            product = super().matmul(x[:, part], column_scale=column_scale, row_scale=row_scale, bias=own_bias)
-            x[:, part] = self.far.matmul(rows[:, part], row_scale=row_scale, out=product, add=True)
+        for run in self.halo.column_runs(x.size(1)):
+            rows = self.halo.start(x[:, run], column_scale).wait()
+            columns = rows.size(1) if x.is_cuda else COLUMNS
+            for start in range(0, rows.size(1), columns):
+                few = slice(start, start + columns)
+                part = slice(run.start + start, min(run.start + start + columns, run.stop))
+                own_bias = None if bias is None else bias[part]
+                product = super().matmul(x[:, part], column_scale=column_scale, row_scale=row_scale, bias=own_bias)
+                x[:, part] = self.far.matmul(rows[:, few], row_scale=row_scale, out=product, add=True)
         return x
 
     def tensors(self) -> list[Tensor]:

@@ -19,6 +19,8 @@ from iexact_runner.parallel.shard import DistributedShard
 
 # Bits of an element of the messages that are quantized.
 _BITS = {"int8": 8, "int4": 4, "int2": 2}
+# Of rows in float32 that travel at once, in runs of columns of a multiple of this many.
+MESSAGE_BYTES, COLUMNS = 8 << 20, 8
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Halo:
         rows: int64 indices of the rows that are sent, those for process 0 first.
         send_counts: how many go to each process.
         receive_counts: how many come from each.
+        most: the most rows that any process sends or receives.
         messages: how rows travel: ``fp32``, ``bf16``, ``int8``, ``int4`` or ``int2``.
         draws: seeds of the rounding.
         traffic: is counted here.
@@ -81,6 +84,7 @@ class Halo:
     rows: Tensor
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
+    most: int
     messages: str = "fp32"
     draws: Draws = field(default_factory=Draws, compare=False)
     traffic: Traffic = field(default_factory=Traffic, compare=False)
@@ -95,12 +99,21 @@ class Halo:
         receive, send = tuple(counts.tolist()), tuple(wanted.tolist())
         rows = needed.new_empty(sum(send))
         _all_to_all(rows, needed.contiguous(), send, receive)
-        return cls(shard, rows - shard.start, send, receive, **options)  # type: ignore[arg-type]
+        sizes = torch.zeros(shard.processes, dtype=torch.int64, device=needed.device)
+        sizes[shard.rank] = max(sum(send), sum(receive))
+        most = int(shard.sum_(sizes).max())
+        return cls(shard, rows - shard.start, send, receive, most, **options)  # type: ignore[arg-type]
 
     @property
     def size(self) -> int:
         """H."""
         return sum(self.receive_counts)
+
+    def column_runs(self, width: int) -> list[slice]:
+        """Columns that travel together, the same in every process, so that what is on its way stays small."""
+        fitting = MESSAGE_BYTES // (4 * max(1, self.most)) // COLUMNS * COLUMNS
+        step = max(COLUMNS, fitting)
+        return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
     def start(self, x: Tensor, scale: Tensor | None = None) -> Incoming:
         """Sends rows of ``x`` (N, D), each times its ``scale`` (N, 1) if there is one; what comes is waited for later.
