@@ -45,9 +45,9 @@ def tile_of(width: int) -> tuple[int, int]:
     return BLOCK_TILE // columns, columns
 
 
-def _drawing(device: torch.device, p: float, seed: int | Tensor, offset: int) -> tuple[Tensor | None, int, int, float]:
-    """Kernel arguments from the seed to the factor; no seed if nothing is dropped."""
-    return (seed_on(device, seed) if p else None), offset // 8, dropout_threshold(p), dropout_factor(p)
+def _drawing(device: torch.device, p: float, seed: int | Tensor, first: int) -> tuple[Tensor | None, int, int, float]:
+    """Kernel arguments from the seed to the factor, ``first`` between them; no seed if nothing is dropped."""
+    return (seed_on(device, seed) if p else None), first, dropout_threshold(p), dropout_factor(p)
 
 
 @triton.jit(do_not_specialize=["first_group", "threshold"])
@@ -102,7 +102,7 @@ def normalize_relu_dropout(
     out, mask = torch.empty_like(h) if out is None else out, packed_bytes(h.numel(), 1, h.device)
     if h.numel():
         vectors = [vector.float().contiguous() for vector in (mean, inverse_std, weight, bias)]
-        sizes = (*_drawing(h.device, p, seed, offset), *split(h.numel()), h.size(1), TILE)
+        sizes = (*_drawing(h.device, p, seed, offset // 8), *split(h.numel()), h.size(1), TILE)
         with torch.cuda.device_of(h):
             _normalize_relu_dropout_kernel[grid(h.numel())](
                 h, *vectors, out, mask, *sizes, num_warps=WARPS, enable_fp_fusion=False
@@ -170,17 +170,21 @@ def _gated(
     threshold,
     factor,
     row,
+    drawn_row,
     there,
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Float32 tile x * factor where mask and dropout let it pass, else 0; either may be None."""
+    """Float32 tile x * factor where mask and dropout let it pass, else 0; either may be None.
+
+    A row draws what ``drawn_row`` of the whole map does.
+    """
     if mask_ptr is not None:
         x = tl.where(_mask_bits(mask_ptr, row, there, WIDTH, ROWS, COLUMNS) != 0, x, 0.0)
     if seed_ptr is not None:
-        draws = _draws(seed_ptr, first_group, row, WIDTH, SHIFT, ROWS, COLUMNS)
+        draws = _draws(seed_ptr, first_group, drawn_row, WIDTH, SHIFT, ROWS, COLUMNS)
         x = tl.where(draws.to(tl.int32) >= threshold, x * factor, 0.0)
     return x
 
@@ -208,7 +212,7 @@ def _decode_relu_dropout_kernel(
     shift = tl.load(shift_ptr + column, mask=within, other=0.0)
     total = tl.zeros([ROWS, COLUMNS], tl.float32) + shift
     out = _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
-    out = _gated(out, mask_ptr, seed_ptr, first_group, threshold, factor, row, there, WIDTH, SHIFT, ROWS, COLUMNS)
+    out = _gated(out, mask_ptr, seed_ptr, first_group, threshold, factor, row, row, there, WIDTH, SHIFT, ROWS, COLUMNS)
     tl.store(out_ptr + (row * WIDTH + column), out, mask=there & within)
 
 
@@ -229,7 +233,7 @@ def decode_relu_dropout(
         c, v, rank = _factors(coefficients, directions)
         rows, columns = tile_of(width)
         sizes = (nodes, offset % 8, width, rank, rows, columns)
-        drawing = _drawing(out.device, p, seed, offset)
+        drawing = _drawing(out.device, p, seed, offset // 8)
         with torch.cuda.device_of(out):
             _decode_relu_dropout_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
                 c, v, shift.float(), packed_mask, out, *drawing, *sizes, num_warps=WARPS, enable_fp_fusion=False
@@ -237,7 +241,7 @@ def decode_relu_dropout(
     return out
 
 
-@triton.jit(do_not_specialize=["first_group", "threshold", "nodes"])
+@triton.jit(do_not_specialize=["first_row", "threshold", "nodes"])
 def _gated_sums_kernel(
     grad_ptr,
     mask_ptr,
@@ -245,7 +249,7 @@ def _gated_sums_kernel(
     v_ptr,
     sums_ptr,
     seed_ptr,
-    first_group,
+    first_row,
     threshold,
     factor,
     nodes,
@@ -260,7 +264,7 @@ def _gated_sums_kernel(
     for index in range(tl.program_id(0), tl.cdiv(nodes, ROWS), tl.num_programs(0)):
         row, column, there, within = _rows_and_columns(tl.cast(index, tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
         g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-        g = _gated(g, mask_ptr, seed_ptr, first_group, threshold, factor, row, there, WIDTH, 0, ROWS, COLUMNS)
+        g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + first_row, there, WIDTH, 0, ROWS, COLUMNS)
         estimate = tl.zeros([ROWS, COLUMNS], tl.float32)
         estimate = _combined(estimate, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
         total += g
@@ -289,7 +293,7 @@ def gated_sums(
     rows, columns = tile_of(width)
     programs = min(SUM_PROGRAMS, triton.cdiv(nodes, rows))
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=grad.device)
-    numbers = (*_drawing(grad.device, p, seed, offset), nodes, width, rank, rows, columns)
+    numbers = (*_drawing(grad.device, p, seed, offset // max(1, width)), nodes, width, rank, rows, columns)
     with torch.cuda.device_of(grad):
         _gated_sums_kernel[programs, triton.cdiv(width, columns)](
             grad.contiguous(), packed_mask, c, v, sums, *numbers, num_warps=WARPS, enable_fp_fusion=False
@@ -297,7 +301,7 @@ def gated_sums(
     return sums.sum(0)
 
 
-@triton.jit(do_not_specialize=["first_group", "threshold", "nodes"])
+@triton.jit(do_not_specialize=["first_row", "threshold", "nodes"])
 def _gated_gradient_kernel(
     grad_ptr,
     mask_ptr,
@@ -307,7 +311,7 @@ def _gated_gradient_kernel(
     shift_ptr,
     out_ptr,
     seed_ptr,
-    first_group,
+    first_row,
     threshold,
     factor,
     nodes,
@@ -319,7 +323,7 @@ def _gated_gradient_kernel(
     """Out = scale g + (c V^T + shift): grad [N, D], c [N, R], V^T [R, D] -> out [N, D]."""
     row, column, there, within = _rows_and_columns(tl.program_id(0).to(tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
     g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-    g = _gated(g, mask_ptr, seed_ptr, first_group, threshold, factor, row, there, WIDTH, 0, ROWS, COLUMNS)
+    g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + first_row, there, WIDTH, 0, ROWS, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(shift_ptr + column, mask=within, other=0.0)
     total = _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
     out = g * tl.load(scale_ptr + column, mask=within, other=0.0) + total
@@ -346,7 +350,7 @@ def gated_gradient(
         nodes, width = grad.shape
         c, v, rank = _factors(coefficients, directions)
         rows, columns = tile_of(width)
-        numbers = (*_drawing(grad.device, p, seed, offset), nodes, width, rank, rows, columns)
+        numbers = (*_drawing(grad.device, p, seed, offset // max(1, width)), nodes, width, rank, rows, columns)
         with torch.cuda.device_of(grad):
             _gated_gradient_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
                 grad,
