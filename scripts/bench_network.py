@@ -60,6 +60,8 @@ def main() -> None:
 def network(rate: str) -> Iterator[None]:
     """Two namespaces with a link of that rate between them, gone afterwards."""
     (first, near, _), (second, far, _) = SPACES
+    for name in (first, second):  # left over from a run that was killed
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
     try:
         for name, _, _ in SPACES:
             command("ip", "netns", "add", name)
