@@ -211,9 +211,8 @@ def step(model: Model, optimization: Optimization, problem: Problem, *, seed: in
     optimization.backward(loss)
     shard = problem.training.shard
     shard.sum_gradients(model.parameters())
-    value = shard.sum_(
-        loss.detach()
-    ).item()  # not before the backward pass is queued: a GPU would have nothing to do meanwhile
+    # Not before the backward pass is queued: a GPU would have nothing to do meanwhile.
+    value = shard.sum_(loss.detach()).item()
     optimization.apply(model, value, epoch=epoch)
     return value
 

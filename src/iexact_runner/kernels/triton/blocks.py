@@ -1,7 +1,8 @@
 """What a block with BatchNorm does around its sketch, in single passes; see ``triton_kernels``.
 
 Shapes: N nodes, D features, R directions; n = N D elements. A program works on a tile of ROWS x COLUMNS, D and R being
-known to the compiler: a model has few widths, and each is compiled once.
+known to the compiler: a model has few widths, and each is compiled once. So is the row from which sums and gradients draw,
+0 unless processes share a graph.
 
 Sums over the R directions are added up in their order, so that they have one result everywhere; they are far shorter
 than what ``tl.dot`` would have to be padded to.
@@ -45,9 +46,9 @@ def tile_of(width: int) -> tuple[int, int]:
     return BLOCK_TILE // columns, columns
 
 
-def _drawing(device: torch.device, p: float, seed: int | Tensor, first: int) -> tuple[Tensor | None, int, int, float]:
-    """Kernel arguments from the seed to the factor, ``first`` between them; no seed if nothing is dropped."""
-    return (seed_on(device, seed) if p else None), first, dropout_threshold(p), dropout_factor(p)
+def _drawing(device: torch.device, p: float, seed: int | Tensor) -> tuple[Tensor | None, int, float]:
+    """Kernel arguments from the seed to the factor; no seed if nothing is dropped."""
+    return (seed_on(device, seed) if p else None), dropout_threshold(p), dropout_factor(p)
 
 
 @triton.jit(do_not_specialize=["first_group", "threshold"])
@@ -60,9 +61,9 @@ def _normalize_relu_dropout_kernel(
     out_ptr,
     mask_ptr,
     seed_ptr,
-    first_group,
     threshold,
     factor,
+    first_group,
     units,
     UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -102,7 +103,7 @@ def normalize_relu_dropout(
     out, mask = torch.empty_like(h) if out is None else out, packed_bytes(h.numel(), 1, h.device)
     if h.numel():
         vectors = [vector.float().contiguous() for vector in (mean, inverse_std, weight, bias)]
-        sizes = (*_drawing(h.device, p, seed, offset // 8), *split(h.numel()), h.size(1), TILE)
+        sizes = (*_drawing(h.device, p, seed), offset // 8, *split(h.numel()), h.size(1), TILE)
         with torch.cuda.device_of(h):
             _normalize_relu_dropout_kernel[grid(h.numel())](
                 h, *vectors, out, mask, *sizes, num_warps=WARPS, enable_fp_fusion=False
@@ -197,9 +198,9 @@ def _decode_relu_dropout_kernel(
     mask_ptr,
     out_ptr,
     seed_ptr,
-    first_group,
     threshold,
     factor,
+    first_group,
     nodes,
     SHIFT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -232,8 +233,8 @@ def decode_relu_dropout(
     if out.numel():
         c, v, rank = _factors(coefficients, directions)
         rows, columns = tile_of(width)
-        sizes = (nodes, offset % 8, width, rank, rows, columns)
-        drawing = _drawing(out.device, p, seed, offset // 8)
+        sizes = (offset // 8, nodes, offset % 8, width, rank, rows, columns)
+        drawing = _drawing(out.device, p, seed)
         with torch.cuda.device_of(out):
             _decode_relu_dropout_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
                 c, v, shift.float(), packed_mask, out, *drawing, *sizes, num_warps=WARPS, enable_fp_fusion=False
@@ -241,7 +242,7 @@ def decode_relu_dropout(
     return out
 
 
-@triton.jit(do_not_specialize=["first_row", "threshold", "nodes"])
+@triton.jit(do_not_specialize=["threshold", "nodes"])
 def _gated_sums_kernel(
     grad_ptr,
     mask_ptr,
@@ -249,10 +250,10 @@ def _gated_sums_kernel(
     v_ptr,
     sums_ptr,
     seed_ptr,
-    first_row,
     threshold,
     factor,
     nodes,
+    FIRST_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -264,7 +265,7 @@ def _gated_sums_kernel(
     for index in range(tl.program_id(0), tl.cdiv(nodes, ROWS), tl.num_programs(0)):
         row, column, there, within = _rows_and_columns(tl.cast(index, tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
         g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-        g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + first_row, there, WIDTH, 0, ROWS, COLUMNS)
+        g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + FIRST_ROW, there, WIDTH, 0, ROWS, COLUMNS)
         estimate = tl.zeros([ROWS, COLUMNS], tl.float32)
         estimate = _combined(estimate, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
         total += g
@@ -293,7 +294,7 @@ def gated_sums(
     rows, columns = tile_of(width)
     programs = min(SUM_PROGRAMS, triton.cdiv(nodes, rows))
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=grad.device)
-    numbers = (*_drawing(grad.device, p, seed, offset // max(1, width)), nodes, width, rank, rows, columns)
+    numbers = (*_drawing(grad.device, p, seed), nodes, offset // max(1, width), width, rank, rows, columns)
     with torch.cuda.device_of(grad):
         _gated_sums_kernel[programs, triton.cdiv(width, columns)](
             grad.contiguous(), packed_mask, c, v, sums, *numbers, num_warps=WARPS, enable_fp_fusion=False
@@ -301,7 +302,7 @@ def gated_sums(
     return sums.sum(0)
 
 
-@triton.jit(do_not_specialize=["first_row", "threshold", "nodes"])
+@triton.jit(do_not_specialize=["threshold", "nodes"])
 def _gated_gradient_kernel(
     grad_ptr,
     mask_ptr,
@@ -311,10 +312,10 @@ def _gated_gradient_kernel(
     shift_ptr,
     out_ptr,
     seed_ptr,
-    first_row,
     threshold,
     factor,
     nodes,
+    FIRST_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -323,7 +324,7 @@ def _gated_gradient_kernel(
     """Out = scale g + (c V^T + shift): grad [N, D], c [N, R], V^T [R, D] -> out [N, D]."""
     row, column, there, within = _rows_and_columns(tl.program_id(0).to(tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
     g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-    g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + first_row, there, WIDTH, 0, ROWS, COLUMNS)
+    g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + FIRST_ROW, there, WIDTH, 0, ROWS, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(shift_ptr + column, mask=within, other=0.0)
     total = _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
     out = g * tl.load(scale_ptr + column, mask=within, other=0.0) + total
@@ -350,7 +351,7 @@ def gated_gradient(
         nodes, width = grad.shape
         c, v, rank = _factors(coefficients, directions)
         rows, columns = tile_of(width)
-        numbers = (*_drawing(grad.device, p, seed, offset // max(1, width)), nodes, width, rank, rows, columns)
+        numbers = (*_drawing(grad.device, p, seed), nodes, offset // max(1, width), width, rank, rows, columns)
         with torch.cuda.device_of(grad):
             _gated_gradient_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
                 grad,
