@@ -26,7 +26,7 @@ from iexact_runner.measure import environment
 from iexact_runner.nn import Model
 from iexact_runner.parallel.team import Team, joined
 from iexact_runner.problem import Problem
-from iexact_runner.sampling.ranks import parallel_problem
+from iexact_runner.sampling.parallel import parallel_problem
 from iexact_runner.training import Optimization, step, training_loss
 
 # Forward and backward.

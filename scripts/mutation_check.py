@@ -110,7 +110,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "data/partitioned.py": _SHARDS,
     "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),
     "sampling/partition.py": ("sampling/test_partition.py",),
-    "sampling/ranks.py": _SHARDS,
+    "sampling/parallel.py": _SHARDS,
     "sampling/saint.py": ("sampling/test_samplers.py",),
     "sampling/samplers.py": ("sampling/test_samplers.py",),
     "sampling/subgraph.py": ("sampling/test_subgraph.py", "sampling/test_samplers.py"),

@@ -43,6 +43,12 @@ class OutOfMemory(UserError, MemoryError):
     """The run does not fit into the memory of its device."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """What may be meant by a name that does not exist, and which do."""
     names = list(valid)

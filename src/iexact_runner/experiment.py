@@ -32,7 +32,7 @@ from iexact_runner.runs import checkpoint
 from iexact_runner.runs.devices import device_lock
 from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, config_hash, mean_std
 from iexact_runner.sampling import with_batches
-from iexact_runner.sampling.ranks import OF_A_PROCESS, parallel_problem, traffic_record
+from iexact_runner.sampling.parallel import OF_A_PROCESS, parallel_problem, traffic_record
 from iexact_runner.tasks import TASKS
 from iexact_runner.tasks.context import Context, Findings
 from iexact_runner.tasks.planner import Planner

@@ -17,7 +17,7 @@ from iexact_runner.config.parallel import MODELS
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.nn import build_model
 from iexact_runner.parallel import halo
-from iexact_runner.sampling.ranks import parallel_problem
+from iexact_runner.sampling.parallel import parallel_problem
 from iexact_runner.training import evaluate, forward, training_loss
 from parallel.processes import in_processes
 

@@ -13,7 +13,7 @@ from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
 from iexact_runner.kernels.ops import RowSeed
 from iexact_runner.parallel.halo import Halo
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, column_statistics, sampled_rows
-from iexact_runner.sampling.ranks import aligned_order
+from iexact_runner.sampling.parallel import aligned_order
 from parallel.processes import in_processes
 
 NODES, WIDTH, CUTS = 1050, 24, (0, 400, 400, 1050)

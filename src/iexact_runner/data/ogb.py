@@ -23,7 +23,7 @@ from iexact_runner.data import preflight
 from iexact_runner.data.agreement import check_raw
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.prepare import prepare
-from iexact_runner.errors import DatasetError
+from iexact_runner.errors import DatasetError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _load(config: DatasetConfig, folder: Path) -> NodeDataset:
         try:
             release.touch()
         except OSError as error:
-            raise preflight.unwritable_error(folder, preflight.first_line(error)) from error
+            raise preflight.unwritable_error(folder, first_line(error)) from error
     return _read(config, folder, files, processed)
 
 
@@ -97,7 +97,7 @@ def _read(config: DatasetConfig, folder: Path, files: list[Path], processed: Pat
             x, y, edge_index = data.x, data.y, data.edge_index
     except preflight.READ_ERRORS as error:
         if preflight.cannot_write(error, [processed, *files]):
-            raise preflight.unwritable_error(processed.parent, preflight.first_line(error)) from error
+            raise preflight.unwritable_error(processed.parent, first_line(error)) from error
         raise preflight.damaged_error(reading, error) from error
     return prepare(
         config,

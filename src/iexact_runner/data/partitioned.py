@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from iexact_runner.data.graph import Adjacency, Graph
 from iexact_runner.data.sparse import COLUMNS, CSR
@@ -29,12 +27,6 @@ class PartitionedMatrix(CSR):
 
     far: CSR | None = None
     halo: Halo | None = None
-
-    @property
-    def shard(self) -> DistributedShard:
-        """The rows of this process."""
-        assert self.halo is not None
-        return self.halo.shard
 
     @property
     def num_entries(self) -> int:
@@ -130,28 +122,6 @@ class PartitionedEdges(CSR):
         rows, moved = function(self.halo.rows), super().map(function)
         halos = (replace(halo, rows=rows) for halo in (self.halo, self.back))
         return PartitionedEdges(moved.offsets, moved.columns, moved.values, *halos)
-
-
-class _WithHalo(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, edges: PartitionedEdges) -> Tensor:
-        assert edges.halo is not None
-        ctx.edges = edges
-        return torch.cat([x, edges.halo.start(x).wait()])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        nodes = grad.size(0) - ctx.edges.halo.size
-        return ctx.edges.back.add_back_(grad[:nodes].clone(), grad[nodes:]), None
-
-
-def with_halo(x: Tensor, edges: CSR) -> Tensor:
-    """A map (N, D) and, if its graph is partitioned, the rows of others that edges come from: (N + H, D)."""
-    if not isinstance(edges, PartitionedEdges):
-        return x
-    whole: Tensor = _WithHalo.apply(x, edges)  # type: ignore[no-untyped-call]
-    return whole
 
 
 def halo_of(graph: Graph) -> Halo | None:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from iexact_runner.errors import DatasetError
+from iexact_runner.errors import DatasetError, first_line
 from iexact_runner.untrusted import archives, pickles
 from iexact_runner.untrusted.pickles import RefusedPickle
 
@@ -262,9 +262,3 @@ def _check_regular(path: Path) -> None:
     """Refuses what only looks like a file: a device has no end, and a pipe may never begin."""
     if path.exists() and not path.is_file():
         raise ValueError("not a regular file")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

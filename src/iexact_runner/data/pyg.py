@@ -42,7 +42,7 @@ from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.planetoid import PARTS, read_planetoid
 from iexact_runner.data.prepare import prepare
 from iexact_runner.data.splits import Split
-from iexact_runner.errors import DatasetError
+from iexact_runner.errors import DatasetError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _read(source: _Source, root: Path, *, trust_pickle: bool) -> Any:
     except DatasetError:
         raise
     except OSError as error:
-        raise preflight.unwritable_error(folder, preflight.first_line(error)) from error
+        raise preflight.unwritable_error(folder, first_line(error)) from error
 
 
 def _find_root(config: DatasetConfig, source: _Source) -> Path:

@@ -11,10 +11,10 @@ from torch_geometric.nn.inits import glorot
 
 from iexact_runner.config import CompressionConfig, GATConfig
 from iexact_runner.data.graph import attention_edges
-from iexact_runner.data.partitioned import with_halo
 from iexact_runner.data.sparse import CSR
 from iexact_runner.nn.block import GNN
 from iexact_runner.schemes import Activation, Plain
+from iexact_runner.schemes.aggregation import with_halo
 
 NEGATIVE_SLOPE = 0.2
 

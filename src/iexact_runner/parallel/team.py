@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from iexact_runner.errors import ConfigError, TeamError, UserError
+from iexact_runner.errors import ConfigError, TeamError, UserError, first_line
 from iexact_runner.parallel.launch import launched_local_rank, launched_rank, launched_size
 
 
@@ -149,8 +149,3 @@ def _says_lost(error: BaseException) -> bool:
 
 def _place(rank: int, size: int) -> str:
     return f"process {rank} of {size} on {socket.gethostname()}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

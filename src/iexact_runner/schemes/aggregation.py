@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.data.graph import Adjacency
+from iexact_runner.data.partitioned import PartitionedEdges
 from iexact_runner.data.sparse import CSR
 from iexact_runner.schemes.saved import SavedMap
 
@@ -33,6 +34,30 @@ class SpMM(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.adjacency.adjoint_matmul(grad), None
+
+
+class WithHalo(Function):
+    """A map (N, D) and beneath it the rows (H, D) of other processes; the gradients of these return to them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, edges: PartitionedEdges) -> Tensor:
+        assert edges.halo is not None
+        ctx.edges = edges
+        return torch.cat([x, edges.halo.start(x).wait()])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        nodes = grad.size(0) - ctx.edges.halo.size
+        return ctx.edges.back.add_back_(grad[:nodes].clone(), grad[nodes:]), None
+
+
+def with_halo(x: Tensor, edges: CSR) -> Tensor:
+    """A map (N, D) and, if its graph is partitioned, the rows of others that edges come from: (N + H, D)."""
+    if not isinstance(edges, PartitionedEdges):
+        return x
+    whole: Tensor = WithHalo.apply(x, edges)
+    return whole
 
 
 class WeightedSpMM(Function):

@@ -1,8 +1,8 @@
 """What a block with BatchNorm does around its sketch, in single passes; see ``triton_kernels``.
 
 Shapes: N nodes, D features, R directions; n = N D elements. A program works on a tile of ROWS x COLUMNS, D and R being
-known to the compiler: a model has few widths, and each is compiled once. So is the row from which sums and gradients draw,
-0 unless processes share a graph.
+known to the compiler: a model has few widths, and each is compiled once. So is the row from which sums and gradients
+draw, which is 0 unless processes share a graph.
 
 Sums over the R directions are added up in their order, so that they have one result everywhere; they are far shorter
 than what ``tl.dot`` would have to be padded to.
