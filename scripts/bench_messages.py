@@ -26,7 +26,7 @@ from iexact_runner.measure import environment
 from iexact_runner.nn import Model
 from iexact_runner.parallel.team import Team, joined
 from iexact_runner.problem import Problem
-from iexact_runner.sampling.parallel import parallel_problem
+from iexact_runner.sampling.parallel import in_parts, parallel_problem
 from iexact_runner.training import Optimization, step, training_loss
 
 # Forward and backward.
@@ -61,11 +61,11 @@ def main() -> None:
 def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> list[dict[str, Any]]:
     """A row for each epoch and pair of messages."""
     device = torch.device("cpu")
-    dataset = load_dataset(config.dataset)
+    graph = in_parts(load_dataset(config.dataset), config, team)
 
     def problem_of(forward: str, backward: str) -> Problem:
         messages = replace(config.messages, forward=forward, backward=backward)
-        return parallel_problem(dataset, replace(config, messages=messages), team, device)[0]
+        return parallel_problem(graph, replace(config, messages=messages), team, device)[0]
 
     exact = problem_of("fp32", "fp32")
     compared = {pair: problem_of(*pair) for pair in PAIRS}

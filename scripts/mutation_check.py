@@ -108,6 +108,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "parallel/shard.py": _SHARDS,
     "parallel/team.py": ("parallel/test_runs.py",),
     "data/partitioned.py": _SHARDS,
+    "data/parts.py": ("parallel/test_parts.py",),
+    "data/part_files.py": ("parallel/test_parts.py",),
     "runs/records.py": ("runs/test_records.py", "report", "runs/test_resume.py"),
     "sampling/partition.py": ("sampling/test_partition.py",),
     "sampling/parallel.py": _SHARDS,

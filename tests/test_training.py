@@ -292,11 +292,11 @@ def test_a_product_that_is_kept_saves_two_products_a_step_and_counts_as_data(dat
 )
 def test_the_product_is_kept_where_it_is_of_use_and_a_tenth_of_the_memory_holds_it(overrides, free, expected, dataset):
     config = compose_config("compression=lowrank", *overrides)
-    assert caches_first_aggregate(config, dataset, available=free) == expected
+    assert caches_first_aggregate(config, dataset.x.nbytes, available=free) == expected
 
 
 @pytest.mark.parametrize("overrides", [("model=gat",), ("compression=iexact",), ("model.input_dropout=0.5",)], ids=str)
 def test_a_product_that_no_pass_could_use_is_refused(overrides, dataset):
     config = compose_config("compression=lowrank", "training.cache_first_aggregate=true", *overrides)
     with pytest.raises(ConfigError, match="training.cache_first_aggregate=true: needs sage, gcn or graphconv"):
-        caches_first_aggregate(config, dataset, available=None)
+        caches_first_aggregate(config, dataset.x.nbytes, available=None)

@@ -16,8 +16,8 @@ from iexact_runner.analysis import fidelity
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import BatchSamplerConfig, Config, ParallelConfig
 from iexact_runner.data import load_dataset
-from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.inspection import inspect_dataset
+from iexact_runner.data.parts import GraphInParts
 from iexact_runner.determinism import deterministic_algorithms
 from iexact_runner.display import show_summary
 from iexact_runner.errors import ConfigError, OutOfMemory, UserError
@@ -32,8 +32,8 @@ from iexact_runner.runs import checkpoint
 from iexact_runner.runs.devices import device_lock
 from iexact_runner.runs.records import SCHEMA_VERSION, RunFolder, UnwritableFolder, config_hash, mean_std
 from iexact_runner.sampling import with_batches
-from iexact_runner.sampling.parallel import OF_A_PROCESS, parallel_problem, traffic_record
-from iexact_runner.tasks import TASKS
+from iexact_runner.sampling.parallel import OF_A_PROCESS, in_parts, parallel_problem, read_parts, traffic_record
+from iexact_runner.tasks import TASKS, partition
 from iexact_runner.tasks.context import Context, Findings
 from iexact_runner.tasks.planner import Planner
 from iexact_runner.training import Scores
@@ -160,6 +160,10 @@ class Experiment:
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), deterministic_algorithms(self._config.deterministic):
             try:
+                if self._config.task == "partition":
+                    with phase("data"):
+                        self._findings.parallel = partition.run(self._config, self._console, self._team)
+                    return
                 with phase("data"):
                     self._problem = self._load()
                 with phase("training step"):
@@ -175,10 +179,9 @@ class Experiment:
     def _load(self) -> Problem:
         config = self._config
         with self._console.status(f"loading {config.dataset.name}"):
-            with self._team.first_alone():  # who may write what it made of the files
-                dataset = load_dataset(config.dataset)
             if isinstance(config.parallel, ParallelConfig):
-                return self._load_part(dataset)
+                return self._load_part(config.parallel)
+            dataset = load_dataset(config.dataset)
             if config.task == "inspect":
                 self._findings.inspection = inspect_dataset(dataset)
             available = out_of_memory.available_bytes(self._device)
@@ -188,7 +191,7 @@ class Experiment:
                 config.model,
                 inductive=config.dataset.inductive,
                 device=torch.device("cpu") if batched else self._device,
-                cache_first_aggregate=caches_first_aggregate(config, dataset, available=available),
+                cache_first_aggregate=caches_first_aggregate(config, dataset.x.nbytes, available=available),
             )
         with self._console.status("preparing mini-batches") if batched else nullcontext():
             problem = with_batches(problem, config, dataset, device=self._device)
@@ -197,14 +200,21 @@ class Experiment:
             raise ConfigError.of("training.loss", config.training.loss, valid)
         return problem
 
-    def _load_part(self, dataset: NodeDataset) -> Problem:
+    def _load_part(self, parallel: ParallelConfig) -> Problem:
         """The problem of this process, of several."""
         config, team = self._config, self._team
+        graph: GraphInParts
+        if parallel.folder is not None:
+            graph = read_parts(config, team)
+        else:
+            with team.first_alone():  # who may write what it made of the files
+                dataset = load_dataset(config.dataset)
+            graph = in_parts(dataset, config, team)
         available = out_of_memory.available_bytes(self._device)
-        cached = all(team.gathered(caches_first_aggregate(config, dataset, available=available)))
-        problem, self._findings.parallel = parallel_problem(
-            dataset, config, team, self._device, cache_first_aggregate=cached
-        )
+        cached = all(team.gathered(caches_first_aggregate(config, graph.facts.features_bytes, available=available)))
+        problem, record = parallel_problem(graph, config, team, self._device, cache_first_aggregate=cached)
+        peak = measure.peak_mib(torch.device("cpu"))["peak_resident_mib"]
+        self._findings.parallel = record | {"loading_peak_resident_mib": peak}
         return problem
 
     def _run_task(self, problem: Problem) -> None:
@@ -257,6 +267,7 @@ class Experiment:
             record = self._findings.parallel
             own = {name: record.pop(name) for name in OF_A_PROCESS} | traffic_record(problem)
             own |= {name: self._findings.memory[name] for name in MEMORY_OF_A_PROCESS}
+            own["peak_resident_mib"] = measure.peak_mib(self._device)["peak_resident_mib"]
             record["ranks"] = self._team.gathered(own)
 
     def _advice(self, error: PhaseOutOfMemory) -> str:

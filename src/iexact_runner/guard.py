@@ -34,7 +34,15 @@ from iexact_runner.errors import ConfigError
 
 # Below ``hydra``: what any file may set, and what Hydra itself fills in.
 _FREE = ("mode", "searchpath", "sweeper.params", "runtime", "overrides", "job.override_dirname", "job.config_name")
-_FOLDERS = ("output_dir", "resume", "dataset.root", "dataset.path", "sampler.maps_folder", "compression.offload_folder")
+_FOLDERS = (
+    "output_dir",
+    "resume",
+    "dataset.root",
+    "dataset.path",
+    "sampler.maps_folder",
+    "compression.offload_folder",
+    "parallel.folder",
+)
 _TYPE_IT = "a configuration file may not set this; type it on the command line"
 # Of what an interpolation can call: the clock, and another field. The rest reads the environment or evaluates text.
 _RESOLVERS = ("now", "oc.select")

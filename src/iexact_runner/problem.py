@@ -170,8 +170,13 @@ def prepare(
     return Problem(training, whole, val, test, dataset.num_classes, label_mask_rate)
 
 
-def caches_first_aggregate(config: Config, dataset: NodeDataset, *, available: int | None) -> bool:
-    """What ``training.cache_first_aggregate`` comes to, with so many bytes of memory free; None if that is not known.
+def caches_first_aggregate(config: Config, features_bytes: int, *, available: int | None) -> bool:
+    """What ``training.cache_first_aggregate`` comes to.
+
+    Args:
+        config: of the run.
+        features_bytes: size of the features of the graph.
+        available: bytes of memory that are free; None if that is not known.
 
     Raises:
         ConfigError: if it is asked for where features change or the published layout has no use for it.
@@ -186,7 +191,7 @@ def caches_first_aggregate(config: Config, dataset: NodeDataset, *, available: i
         return False
     if choice != "auto":
         return choice == "true"
-    size = dataset.x.nbytes * (2 if config.dataset.inductive else 1)
+    size = features_bytes * (2 if config.dataset.inductive else 1)
     return constant and config.compression.scheme in LOW_RANK and available is not None and 10 * size <= available
 
 

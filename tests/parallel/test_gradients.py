@@ -17,7 +17,7 @@ from iexact_runner.config.parallel import MODELS
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.nn import build_model
 from iexact_runner.parallel import halo
-from iexact_runner.sampling.parallel import parallel_problem
+from iexact_runner.sampling.parallel import in_parts, parallel_problem, read_parts
 from iexact_runner.training import evaluate, forward, training_loss
 from parallel.processes import in_processes
 
@@ -28,7 +28,8 @@ EXACT, A_CODE = 1e-5, 3e-2
 def steps(team, dataset, overrides, count=3):
     """Losses and gradients of some steps, scores, and bytes of what each process holds."""
     config = compose_config("dataset=digits", "parallel=graph", "parallel.partition=label_propagation", *overrides)
-    problem, record = parallel_problem(dataset, config, team, torch.device("cpu"))
+    graph = read_parts(config, team) if config.parallel.folder else in_parts(dataset, config, team)
+    problem, record = parallel_problem(graph, config, team, torch.device("cpu"))
     model = build_(config, problem)
     shard, losses, gradients = problem.training.shard, [], []
     for number in range(count):
@@ -91,7 +92,7 @@ def doubled(team, dataset, model):
     config = compose_config(
         "dataset=digits", "parallel=graph", f"model={model}", "model.dropout=0", "compression=none", "parallel.parts=3"
     )
-    problem, _ = parallel_problem(dataset, config, team, torch.device("cpu"))
+    problem, _ = parallel_problem(in_parts(dataset, config, team), config, team, torch.device("cpu"))
     network = build_(config, problem).double()
     view = problem.training
     scores = forward(network, view.x.double(), view.graph, seed=3)

@@ -98,7 +98,7 @@ __all__ = [
 ]
 
 
-TASKS = ("train", "measure", "fidelity", "distribution", "inspect", "advise", "bins")
+TASKS = ("train", "measure", "fidelity", "distribution", "inspect", "advise", "bins", "partition")
 # Those that record every epoch, and so can go on after one.
 RESUMABLE = ("train", "distribution")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -374,7 +374,9 @@ class Config:
             valid = "task=distribution is of compression.format=blocks and compression.simulate=false"
             check(chosen.format == "blocks", "compression.format", chosen.format, valid)
             check(not chosen.simulate, "compression.simulate", "true", valid)
-        if isinstance(self.parallel, ParallelConfig):
+        shared = isinstance(self.parallel, ParallelConfig)
+        check(shared or self.task != "partition", "task", self.task, "writes the parts of parallel=graph: add it")
+        if shared:
             check_parallel(self)
         energy = self.measure.energy
         check(self.task == "measure" or not energy, "measure.energy", "true", "timed epochs are those of task=measure")

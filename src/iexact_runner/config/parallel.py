@@ -38,11 +38,14 @@ class ParallelConfig(NoParallelConfig):
             how many processes share them.
         partition: ``metis`` needs pymetis; ``label_propagation`` needs nothing, and cuts more edges; ``auto`` is METIS
             where it is installed.
+        folder: of a graph that ``task=partition`` writes and of which each process reads its parts alone; null finds
+            the parts at the start of a run, for which every process loads the whole graph.
         timeout: seconds after which a process that does not answer counts as lost, which ends the others.
     """
 
     parts: int | None = None
     partition: str = "auto"
+    folder: str | None = None
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -50,6 +53,7 @@ class ParallelConfig(NoParallelConfig):
         if self.parts is not None:
             check_at_least("parallel.parts", self.parts, 1)
         check_choice("parallel.partition", self.partition, PARTITIONERS)
+        check(self.folder != "", "parallel.folder", "''", "must be a folder, or null")
         check_above("parallel.timeout", self.timeout, 0)
 
 
@@ -88,10 +92,15 @@ def check_parallel(config: Any) -> None:
     Raises:
         ConfigError: with the field.
     """
+    if config.task == "partition":
+        parallel = config.parallel
+        needed = "task=partition writes a graph in parts: set parallel.parts and parallel.folder"
+        check(parallel.parts is not None, "parallel.parts", parallel.parts, needed)
+        check(parallel.folder is not None, "parallel.folder", parallel.folder, needed)
     compression, training = config.compression, config.training
     labels = getattr(config.model, "label_input", False)
     for field, value, valid in (
-        ("task", config.task, ("train",)),
+        ("task", config.task, ("train", "partition")),
         ("model", config.model.name, MODELS),
         ("model.label_input", labels, (False,)),
         ("sampler", config.sampler.name, ("none",)),

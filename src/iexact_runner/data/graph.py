@@ -109,32 +109,54 @@ def edge_list(edge_index: Tensor, num_nodes: int) -> Edges:
     return Edges(edge_index.long())
 
 
-def mean_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
-    """Mean over the in-neighbours, without self-loops added (GraphSAGE); isolated nodes gather zero."""
-    matrix, adjoint = _pattern(edge_index, num_nodes)
-    return Adjacency(matrix, adjoint, mean_scale(matrix))
+@dataclass(frozen=True)
+class ScaledAdjacency:
+    """What a model makes of the edges: their matrix, scaled by the in-degrees, and its adjoint.
+
+    Args:
+        scales: row and column scale (N, 1) of a matrix, or None; the matrix may be a run of rows of the whole one.
+        self_loops: whether each node gets exactly one.
+    """
+
+    scales: Callable[[CSR], tuple[Tensor | None, Tensor | None]]
+    self_loops: bool = False
+
+    def __call__(self, edge_index: Tensor, num_nodes: int) -> Adjacency:
+        """Of a list of edges (2, E), source and target."""
+        edge_index = with_self_loops(edge_index, num_nodes) if self.self_loops else edge_index
+        matrix, adjoint = pattern_of(edge_index, num_nodes)
+        return Adjacency(matrix, adjoint, *self.scales(matrix))
 
 
-def sum_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
-    """Sum over the in-neighbours, without self-loops added (GraphConv)."""
-    return Adjacency(*_pattern(edge_index, num_nodes))
+@dataclass(frozen=True)
+class EdgePattern:
+    """The pattern of the edges with one self-loop a node, as attention wants it (Velickovic et al., 2018)."""
+
+    self_loops: bool = True
+
+    def __call__(self, edge_index: Tensor, num_nodes: int) -> CSR:
+        """Of a list of edges (2, E), source and target."""
+        return edges_of(with_self_loops(edge_index, num_nodes), num_nodes)
 
 
-def sum_adjacency_with_self(edge_index: Tensor, num_nodes: int) -> Adjacency:
-    """Sum over the in-neighbours and the node itself, once (GENConv)."""
-    return sum_adjacency(with_self_loops(edge_index, num_nodes), num_nodes)
+def mean_scale(matrix: CSR) -> Tensor:
+    """One over the number of entries of each row (N, 1), and 1 for an empty one."""
+    return matrix.offsets.diff().clamp(min=1).float().reciprocal().unsqueeze(1)
 
 
-def gcn_adjacency(edge_index: Tensor, num_nodes: int) -> Adjacency:
-    """D^-1/2 (A + I) D^-1/2 with D the in-degree of A + I (Kipf and Welling, 2017)."""
-    matrix, adjoint = _pattern(with_self_loops(edge_index, num_nodes), num_nodes)
+def _symmetric_scales(matrix: CSR) -> tuple[Tensor, Tensor]:
     scale = matrix.offsets.diff().float().rsqrt().unsqueeze(1)
-    return Adjacency(matrix, adjoint, scale, scale)
+    return scale, scale
 
 
-def attention_edges(edge_index: Tensor, num_nodes: int) -> CSR:
-    """Edges with one self-loop a node, as attention wants them (Velickovic et al., 2018)."""
-    return edges_of(with_self_loops(edge_index, num_nodes), num_nodes)
+# Mean over the in-neighbours, without self-loops added (GraphSAGE); isolated nodes gather zero.
+mean_adjacency = ScaledAdjacency(lambda matrix: (mean_scale(matrix), None))
+# Sum over the in-neighbours, without self-loops added (GraphConv), and with the node itself, once (GENConv).
+sum_adjacency = ScaledAdjacency(lambda matrix: (None, None))
+sum_adjacency_with_self = ScaledAdjacency(lambda matrix: (None, None), self_loops=True)
+# D^-1/2 (A + I) D^-1/2 with D the in-degree of A + I (Kipf and Welling, 2017).
+gcn_adjacency = ScaledAdjacency(_symmetric_scales, self_loops=True)
+attention_edges = EdgePattern()
 
 
 def edges_of(edge_index: Tensor, num_nodes: int) -> CSR:
@@ -147,11 +169,6 @@ def edge_positions(edge_index: Tensor, num_nodes: int) -> Tensor:
     """Position in ``edge_index`` (E,) of each entry of the pattern that :func:`edges_of` makes of it."""
     source, target = edge_index
     return torch.argsort(target.long() * num_nodes + source, stable=True)
-
-
-def mean_scale(matrix: CSR) -> Tensor:
-    """One over the number of entries of each row (N, 1), and 1 for an empty one."""
-    return matrix.offsets.diff().clamp(min=1).float().reciprocal().unsqueeze(1)
 
 
 def with_self_loops(edge_index: Tensor, num_nodes: int) -> Tensor:
@@ -170,7 +187,7 @@ def training_subgraph(edge_index: Tensor, nodes: Tensor, num_nodes: int) -> Tens
     return torch.stack([source[inside], target[inside]])
 
 
-def _pattern(edge_index: Tensor, num_nodes: int) -> tuple[CSR, CSR]:
+def pattern_of(edge_index: Tensor, num_nodes: int) -> tuple[CSR, CSR]:
     """Matrices of ones for A (row = target) and its transpose; one object twice if the graph is symmetric."""
     source, target = edge_index
     keys = torch.sort(target.long() * num_nodes + source).values

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iexact_runner.data.graph import Adjacency, Graph
+from iexact_runner.data.graph import Adjacency, EdgePattern, Graph, ScaledAdjacency
 from iexact_runner.data.sparse import COLUMNS, CSR
 from iexact_runner.parallel.halo import Draws, Halo, Traffic
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, Shard
@@ -146,59 +146,65 @@ def begin_pass(graph: Graph, seed: int | Tensor) -> Shard:
     return halo.shard
 
 
-def partitioned(graph: Graph, shard: DistributedShard, *, forward: str, backward: str) -> Graph:
-    """The rows of one process of what models apply; every process must call it.
+def partitioned(
+    build: ScaledAdjacency | EdgePattern,
+    sources: CSR,
+    targets: CSR | None,
+    shard: DistributedShard,
+    *,
+    forward: str,
+    backward: str,
+) -> Graph:
+    """The rows of one process of what a model applies; every process must call it.
 
     Args:
-        graph: the whole one, on the CPU.
+        build: what the model makes of edges.
+        sources: of the edges that end in each row of this process, numbered in the whole graph, ascending.
+        targets: of the edges that begin there, likewise; None where every edge has its reverse.
         shard: the rows of this process.
         forward: how rows of maps travel.
         backward: how rows of gradients travel.
     """
+    if build.self_loops:
+        sources = sources.with_diagonal(first=shard.start)
+        targets = None if targets is None else targets.with_diagonal(first=shard.start)
     options: dict[str, Any] = {"draws": Draws(shard.rank), "traffic": Traffic()}
-    if isinstance(graph, CSR):
-        return _edges_of(graph, shard, forward, backward, options)
-    assert isinstance(graph, Adjacency)
-    matrix = _rows_of(graph.matrix, shard, forward, options)
-    if graph.adjoint is not graph.matrix:
-        adjoint = _rows_of(graph.adjoint, shard, backward, options)
+    if isinstance(build, EdgePattern):
+        return _edges_of(sources, shard, forward, backward, options)
+    matrix = _rows_of(sources, shard, forward, options)
+    if targets is not None:
+        adjoint = _rows_of(targets, shard, backward, options)
     elif backward == forward:
         adjoint = matrix
     else:
         assert matrix.halo is not None
         adjoint = replace(matrix, halo=replace(matrix.halo, messages=backward))
-
-    def own(scale: Tensor | None) -> Tensor | None:
-        return None if scale is None else scale[shard.start : shard.stop].clone()
-
-    row_scale = own(graph.row_scale)
-    same = graph.column_scale is graph.row_scale
-    return Adjacency(matrix, adjoint, row_scale, row_scale if same else own(graph.column_scale))
+    return Adjacency(matrix, adjoint, *build.scales(sources))
 
 
-def _own_rows(matrix: CSR, shard: DistributedShard) -> tuple[CSR, Tensor]:
-    """The rows of a process with columns of the whole graph, and which entries (E,) are in its own columns."""
-    first, last = int(matrix.offsets[shard.start]), int(matrix.offsets[shard.stop])
-    offsets, columns = matrix.offsets[shard.start : shard.stop + 1] - first, matrix.columns[first:last].clone()
-    return CSR(offsets, columns), (columns >= shard.start) & (columns < shard.stop)
-
-
-def _rows_of(matrix: CSR, shard: DistributedShard, messages: str, options: dict[str, Any]) -> PartitionedMatrix:
-    rows, near = _own_rows(matrix, shard)
+def _rows_of(rows: CSR, shard: DistributedShard, messages: str, options: dict[str, Any]) -> PartitionedMatrix:
+    near = (rows.columns >= shard.start) & (rows.columns < shard.stop)
     own, far = rows.masked(near), rows.masked(~near)
-    needed, place = torch.unique(far.columns.long(), return_inverse=True)
+    needed, columns = _halo_columns(far.columns, shard)
     halo = Halo.of(shard, needed, messages=messages, **options)
-    far = CSR(far.offsets, place.to(far.columns.dtype))
-    return PartitionedMatrix(own.offsets, own.columns - shard.start, None, far, halo)
+    return PartitionedMatrix(own.offsets, own.columns - shard.start, None, CSR(far.offsets, columns), halo)
 
 
 def _edges_of(
-    edges: CSR, shard: DistributedShard, forward: str, backward: str, options: dict[str, Any]
+    rows: CSR, shard: DistributedShard, forward: str, backward: str, options: dict[str, Any]
 ) -> PartitionedEdges:
-    rows, near = _own_rows(edges, shard)
-    needed, place = torch.unique(rows.columns[~near].long(), return_inverse=True)
+    near = (rows.columns >= shard.start) & (rows.columns < shard.stop)
+    needed, far = _halo_columns(rows.columns[~near], shard)
     halo = Halo.of(shard, needed, messages=forward, **options)
     columns = rows.columns - shard.start
-    columns[~near] = (shard.rows + place).to(columns.dtype)
+    columns[~near] = shard.rows + far
     offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(needed.numel())])
     return PartitionedEdges(offsets, columns, None, halo, replace(halo, messages=backward))
+
+
+def _halo_columns(columns: Tensor, shard: DistributedShard) -> tuple[Tensor, Tensor]:
+    """The rows (H,) that columns (E,) name, ascending, and the place of each column among them."""
+    named = torch.zeros(shard.total, dtype=torch.bool)
+    named[columns.long()] = True
+    place = named.cumsum(0, dtype=columns.dtype).sub_(1)
+    return named.nonzero().squeeze(1), place[columns.long()]

@@ -126,6 +126,24 @@ class CSR:
         values = None if self.values is None else self.values[mask]
         return CSR(before[self.offsets].to(self.offsets.dtype), self.columns[mask], values)
 
+    def with_diagonal(self, *, first: int = 0) -> CSR:
+        """The pattern with exactly one entry (i, first + i) in each row i, whose columns ascend.
+
+        Args:
+            first: number of the first row, where these are a run of rows of a larger matrix.
+        """
+        own = first + torch.arange(self.offsets.numel() - 1, device=self.columns.device)
+        rest = self.masked(self.columns != own[self.rows()])
+        rows = rest.rows()
+        below = rest.columns < own[rows]
+        offsets = rest.offsets + torch.arange(rest.offsets.numel(), device=own.device, dtype=rest.offsets.dtype)
+        columns = rest.columns.new_empty(rest.columns.numel() + own.numel())
+        # An entry moves on by one for each diagonal one before it.
+        places = torch.arange(rest.columns.numel(), device=own.device) + rows + ~below
+        columns[places] = rest.columns
+        columns[offsets[:-1] + torch.zeros_like(own).index_add_(0, rows, below.long())] = own.to(columns.dtype)
+        return CSR(offsets, columns)
+
     def with_values(self, values: Tensor) -> CSR:
         """The same pattern with other values (E,)."""
         return replace(self, values=values)

@@ -79,7 +79,7 @@ def read_report(
     if where and not runs:
         raise UserError(f"no run with {' and '.join(where)} at or below {', '.join(map(str, folders))}")
     # Of these nothing was trained: their tables are their own.
-    apart = ("bins", "inspect", "advise")
+    apart = ("bins", "inspect", "advise", "partition")
     completed = [run for run in runs if run.status == "completed" and run.lookup("config.task") not in apart]
     incomplete = [run for run in runs if run.status != "completed"]
     results = group(completed, metrics_named(metrics, completed), by=by)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -23,10 +24,17 @@ def write_atomically(path: Path, content: str | bytes, *, keep_as: Path | None =
         content: what it holds.
         keep_as: what the file that it takes the place of is renamed to; None replaces it.
     """
+    with replacing(path, keep_as=keep_as) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path, *, keep_as: Path | None = None) -> Iterator[IO[bytes]]:
+    """Context that yields a file to write, which takes its place at the end, as :func:`write_atomically` does it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is private; results are as readable as anything else the user writes.

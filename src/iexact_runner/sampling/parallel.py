@@ -16,8 +16,10 @@ from torch import Tensor
 
 from iexact_runner.config import Config, ParallelConfig
 from iexact_runner.data.dataset import NodeDataset
-from iexact_runner.data.graph import Adjacency, edge_count, edges_of
+from iexact_runner.data.graph import Adjacency, EdgePattern, ScaledAdjacency, edge_count, edges_of
+from iexact_runner.data.part_files import PartFolder
 from iexact_runner.data.partitioned import halo_of, partitioned
+from iexact_runner.data.parts import GraphInParts, OrderedGraph
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import model_class_of
 from iexact_runner.parallel.shard import DistributedShard
@@ -27,7 +29,7 @@ from iexact_runner.sampling.partition import find_partition
 from iexact_runner.sampling.subgraph import Pattern
 
 # What the record of a part says of one process.
-OF_A_PROCESS = ("nodes", "halo", "edges")
+OF_A_PROCESS = ("nodes", "halo", "edges", "loading_peak_resident_mib")
 # Rows of a part are a multiple of this, so that packed masks and draws of its maps begin with a byte.
 ROWS = 8
 
@@ -53,73 +55,103 @@ def aligned_order(parts: np.ndarray[Any, Any], count: int, *, rows: int) -> Orde
     return Order(nodes, tuple(int(cut) for cut in np.maximum.accumulate(cuts)))
 
 
-def find_order(dataset: NodeDataset, config: Config, team: Team) -> tuple[Order, dict[str, Any]]:
-    """The order of a graph's nodes, found by the first process, and the record of its partition."""
+def rows_of_parts(config: Config) -> int:
+    """What the first row of a part is a multiple of: blocks of the published layout hold whole rows of one part."""
+    return int(np.lcm(ROWS, max(1, config.compression.col_size)))
+
+
+def in_parts(dataset: NodeDataset, config: Config, team: Team) -> OrderedGraph:
+    """A whole graph in the order of its parts, which the first process finds.
+
+    Args:
+        dataset: the graph, the same in every process.
+        config: of the run.
+        team: the processes.
+
+    Raises:
+        ConfigError: if there are more parts than nodes, or fewer than processes, or the processes have other graphs.
+    """
     parallel = config.parallel
     assert isinstance(parallel, ParallelConfig)
     count = parallel.parts or team.size
-    if count < team.size:
-        raise ConfigError.of("parallel.parts", count, f"must be at least the number of processes, {team.size}")
+    _check_enough(count, team)
     if count > dataset.num_nodes:
         raise ConfigError.of("parallel.parts", count, f"must be at most the {dataset.num_nodes} nodes")
+    sums = [float(part.double().sum()) for part in (dataset.x, dataset.y, dataset.edge_index, dataset.train)]
+    team.agree(graph=(dataset.num_nodes, dataset.edge_index.size(1), *sums))
     found = None
     if team.first:
         pattern = Pattern(edges_of(dataset.edge_index, dataset.num_nodes))
         method, folder = parallel.partition, Path(config.dataset.root)
         partition = find_partition(pattern, count, method=method, folder=folder, field="parallel")
-        # Blocks of the published layout hold whole rows of one part.
-        rows = int(np.lcm(ROWS, max(1, config.compression.col_size)))
-        found = aligned_order(partition.parts, count, rows=rows), partition.record()
+        found = aligned_order(partition.parts, count, rows=rows_of_parts(config)), partition.record()
     order: Order
     order, record = team.from_first(found)
-    return order, {"parts": count, **record}
+    return OrderedGraph(dataset, order.nodes, order.cuts, partition=record)
+
+
+def read_parts(config: Config, team: Team) -> PartFolder:
+    """The graph that ``task=partition`` wrote to ``parallel.folder``.
+
+    Raises:
+        ConfigError: if it is of another dataset, or cut in another way than the run needs, or if the processes have
+            different ones.
+        DatasetError: if it is damaged.
+    """
+    parallel = config.parallel
+    assert isinstance(parallel, ParallelConfig) and parallel.folder is not None
+    graph = PartFolder(Path(parallel.folder), config.dataset)
+    team.agree(graph=graph.fingerprint)
+    count, rows = graph.facts.num_parts, rows_of_parts(config)
+    if parallel.parts not in (None, count):
+        raise ConfigError.of("parallel.parts", parallel.parts, f"{parallel.folder} has {count}; use null")
+    _check_enough(count, team)
+    if any(cut % rows for cut in graph.facts.cuts[:-1]):
+        valid = f"needs parts of whole multiples of {rows} rows: task=partition with it writes such a folder"
+        raise ConfigError.of("compression.col_size", config.compression.col_size, valid)
+    return graph
+
+
+def _check_enough(parts: int, team: Team) -> None:
+    if parts < team.size:
+        raise ConfigError.of("parallel.parts", parts, f"must be at least the number of processes, {team.size}")
 
 
 def parallel_problem(
-    dataset: NodeDataset, config: Config, team: Team, device: torch.device, *, cache_first_aggregate: bool = False
+    graph: GraphInParts, config: Config, team: Team, device: torch.device, *, cache_first_aggregate: bool = False
 ) -> tuple[Problem, dict[str, Any]]:
     """What this process trains on, on its device, and the record of its part.
 
     Args:
-        dataset: the whole graph, the same in every process.
+        graph: in memory or in files, the same in every process.
         config: of the run.
         team: the processes.
         device: of this one.
         cache_first_aggregate: keep the product of the adjacency with the features.
 
     Raises:
-        ConfigError: if the processes have different graphs, or there are more parts than nodes.
+        DatasetError: if a file is damaged.
     """
-    sums = [float(part.double().sum()) for part in (dataset.x, dataset.y, dataset.edge_index, dataset.train)]
-    team.agree(graph=(dataset.num_nodes, dataset.edge_index.size(1), *sums))
-    order, record = find_order(dataset, config, team)
-    bounds = [order.cuts[len(order.cuts[1:]) * rank // team.size] for rank in range(team.size)]
-    shard = DistributedShard([*bounds, dataset.num_nodes], team.rank)
-    place = torch.empty_like(order.nodes)
-    place[order.nodes] = torch.arange(dataset.num_nodes)
-    whole = model_class_of(config.model).build_graph(place[dataset.edge_index.long()], dataset.num_nodes)
-    messages = config.messages
-    graph = partitioned(whole, shard, forward=messages.forward, backward=messages.backward)
-    graph = graph.map(lambda part: part.to(device))
-    mine = order.nodes[shard.start : shard.stop]
-    x = dataset.x[mine].to(device)
-    if cache_first_aggregate and isinstance(graph, Adjacency):
-        graph = graph.knowing(x)
-
-    def own(nodes: Tensor) -> Tensor:
-        places = place[nodes]
-        inside = places[(places >= shard.start) & (places < shard.stop)]
-        return (inside.sort().values - shard.start).to(device)
-
-    train = own(dataset.train)
+    facts = graph.facts
+    bounds = [facts.num_parts * rank // team.size for rank in range(team.size + 1)]
+    shard = DistributedShard([facts.cuts[bound] for bound in bounds], team.rank)
+    rows = graph.rows(*bounds[team.rank : team.rank + 2])
+    build, messages = model_class_of(config.model).build_graph, config.messages
+    assert isinstance(build, (ScaledAdjacency, EdgePattern))
+    whole = partitioned(build, rows.sources, rows.targets, shard, forward=messages.forward, backward=messages.backward)
+    mine = whole.map(lambda part: part.to(device))
+    x = rows.x.to(device)
+    if cache_first_aggregate and isinstance(mine, Adjacency):
+        mine = mine.knowing(x)
+    train, val, test = (split.to(device) for split in rows.splits)
     # Each loss counts by all training nodes, so that the losses of the processes add up to the mean.
-    weights = torch.full((shard.rows,), 1 / max(1, dataset.train.numel()), device=device)
-    view = View(x, dataset.y[mine].to(device), graph, train, weights)
-    problem = Problem(view, view, own(dataset.val), own(dataset.test), dataset.num_classes, None)
-    halo = halo_of(graph)
+    weights = torch.full((shard.rows,), 1 / max(1, facts.num_train), device=device)
+    view = View(x, rows.y.to(device), mine, train, weights)
+    problem = Problem(view, view, val, test, facts.num_classes, None)
+    halo = halo_of(mine)
     assert halo is not None
-    record |= {"processes": team.size, "nodes": shard.rows, "halo": halo.size, "edges": edge_count(graph)}
-    return problem, record
+    record = {"parts": facts.num_parts, **facts.partition, "processes": team.size}
+    return problem, record | {"nodes": shard.rows, "halo": halo.size, "edges": edge_count(mine)}
 
 
 def traffic_record(problem: Problem) -> dict[str, Any]:

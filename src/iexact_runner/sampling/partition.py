@@ -93,7 +93,7 @@ def find_partition(
 def edge_cut(pattern: Pattern, parts: Array) -> float:
     """Share of the edges that join two parts."""
     targets = np.repeat(np.arange(pattern.num_nodes), np.diff(pattern.offsets))
-    crossing = np.count_nonzero(parts[targets] != parts[pattern.columns])
+    crossing = int(np.count_nonzero(parts[targets] != parts[pattern.columns]))
     return crossing / max(1, pattern.num_edges)
 
 
