@@ -38,6 +38,7 @@ PAIRS = (
     ("int2", "int2"),
     ("int4", "fp32"),
     ("fp32", "int4"),
+    ("lowrank", "int4"),
 )
 MIB = 2**20
 
@@ -90,6 +91,7 @@ def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> lis
                     "epoch": epoch,
                     "forward": pair[0],
                     "backward": pair[1],
+                    "rank": config.messages.rank if pair[0] == "lowrank" else None,
                     "relative_error": sum(errors) / draws,
                     "sent_mib": sent,
                     "share_of_fp32": sent / full if full else 1.0,

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench_epoch import append_rows
 
-PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"))
+PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("lowrank", "int4"))
 SPACES = (("iexact0", "veth0", "10.213.7.1"), ("iexact1", "veth1", "10.213.7.2"))
 PORT = "29517"
 

@@ -105,6 +105,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "measure/step.py": (*_SAVED, "measure/test_out_of_memory.py", "test_experiment.py"),
     "measure/throughput.py": _SAVED,
     "parallel/halo.py": _SHARDS,
+    "parallel/messages.py": _SHARDS,
     "parallel/shard.py": _SHARDS,
     "parallel/team.py": ("parallel/test_runs.py",),
     "data/partitioned.py": _SHARDS,

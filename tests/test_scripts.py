@@ -211,7 +211,16 @@ def test_messages_benchmark_compares_gradients(tmp_path):
     error, sent = rows["relative_error"], rows["sent_mib"]
     assert 0 < error["int8", "int8"] < error["int4", "int4"] < error["int2", "int2"] < 2
     assert sent["int2", "int2"] < sent["int4", "int4"] < sent["int8", "int8"] < sent["bf16", "bf16"]
-    assert sent["bf16", "bf16"] == sent["fp32", "fp32"] / 2
+    assert sent["bf16", "bf16"] == sent["fp32", "fp32"] / 2 and 0 < error["lowrank", "int4"] < 2
+
+
+def test_message_accuracy_benchmark_pairs_repeats(tmp_path):
+    fields = ("dataset=digits", "model=gcn", "parallel.partition=label_propagation", "--epochs", 3, "--runs", 2)
+    result = script("bench_message_accuracy.py", "--csv", "a.csv", *fields, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = pd.read_csv(tmp_path / "a.csv").set_index(["forward", "backward"])
+    assert rows["difference_mean"]["fp32", "fp32"] == pytest.approx(0, abs=0.01) and len(rows) == 5
+    assert (rows["repeats"] == 2).all() and rows["one_process_mean"].nunique() == 1
 
 
 def test_growth_benchmark_fits_exponents(tmp_path):

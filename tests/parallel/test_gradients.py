@@ -158,12 +158,16 @@ def test_a_few_columns_at_a_time_travel_as_well_as_all(model):
     assert max(errors(whole[0], runs)) <= EXACT
 
 
-@pytest.mark.parametrize(("messages", "low", "high"), [("bf16", 1e-5, 0.05), ("int8", 1e-5, 0.1), ("int4", 1e-3, 0.6)])
+@pytest.mark.parametrize(
+    ("messages", "low", "high"),
+    [("bf16", 1e-5, 0.05), ("int8", 1e-5, 0.1), ("int4", 1e-3, 0.6), ("lowrank", 1e-3, 0.3)],
+)
 def test_messages_of_fewer_bits_move_the_gradient_a_little(messages, low, high):
     dataset, overrides = tiny_dataset(nodes=401), ["model=sage", "compression=none", "parallel.parts=2"]
     exact = in_processes(2, steps, dataset, overrides)
+    backward = "int8" if messages == "lowrank" else messages
     found = in_processes(
-        2, steps, dataset, [*overrides, f"messages.forward={messages}", f"messages.backward={messages}"]
+        2, steps, dataset, [*overrides, f"messages.forward={messages}", f"messages.backward={backward}"]
     )
     assert low < max(errors(exact[0], found)) < high
     assert all(np.array_equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))

@@ -11,7 +11,9 @@ from torch import nn
 
 from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
 from iexact_runner.kernels.ops import RowSeed
+from iexact_runner.parallel import messages
 from iexact_runner.parallel.halo import Halo
+from iexact_runner.parallel.messages import format_of
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, column_statistics, sampled_rows
 from iexact_runner.sampling.parallel import aligned_order
 from parallel.processes import in_processes
@@ -136,17 +138,17 @@ def test_parts_begin_with_whole_blocks(rows):
     assert aligned_order(np.zeros(5, int), 3, rows=8).cuts == (0, 5, 5, 5)
 
 
-def exchanged(team, messages, draws):
+def exchanged(team, name, draws):
     """Rows 0 to 2 of the next process, as they come, many times over; and bytes of one exchange."""
     shard = DistributedShard([0, 40, 80], team.rank)
     x = torch.randn(40, 7, generator=torch.Generator().manual_seed(team.rank)) + 3
     first = 40 - shard.start
-    halo = Halo.of(shard, torch.arange(first, first + 3), messages=messages)
+    halo = Halo.of(shard, torch.arange(first, first + 3), form=format_of(name, rank=3))
     scale = torch.full((40, 1), 2.0)
     total, squares = torch.zeros(3, 7, dtype=torch.float64), torch.zeros(3, 7, dtype=torch.float64)
     for draw in range(draws):
         halo.draws.begin(1000 * draw)
-        rows = halo.start(x, scale).wait()
+        rows = torch.cat([part for _, part in halo.exchange(x, scale)], dim=1)
         total += rows
         squares += rows.double().square()
     mean = total / draws
@@ -154,7 +156,8 @@ def exchanged(team, messages, draws):
 
 
 @pytest.mark.parametrize(
-    ("messages", "row_bytes"), [("fp32", 28), ("bf16", 14), ("int8", 7 + 4), ("int4", 4 + 4), ("int2", 2 + 4)]
+    ("messages", "row_bytes"),
+    [("fp32", 28), ("bf16", 14), ("int8", 7 + 4), ("int4", 4 + 4), ("int2", 2 + 4), ("lowrank", 3 + 28 + 4)],
 )
 def test_rows_come_as_they_were_sent_on_average(messages, row_bytes):
     draws = 1 if messages in ("fp32", "bf16") else 4000
@@ -169,6 +172,29 @@ def test_rows_come_as_they_were_sent_on_average(messages, row_bytes):
             deviations = np.sqrt(np.maximum(variance, 1e-12) / draws)
             assert np.all(np.abs(mean - own) <= 5 * deviations + 2e-3)
             assert (variance > 0).mean() > 0.5
+
+
+def test_low_rank_messages_hold_what_the_leading_directions_do(monkeypatch):
+    """Of rows in more directions than travel, that is their projection, whatever runs of rows it is found in."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(90, 5, generator=generator) @ torch.randn(5, 24, generator=generator)
+    rows += 0.01 * torch.randn(90, 24, generator=generator)
+    counts, seeds = (30, 0, 60), iter(range(100))
+    left, scales, right = torch.linalg.svd(rows, full_matrices=False)
+    found = {}
+    for chunk in (1, 8 << 20):
+        monkeypatch.setattr(messages, "CHUNK_BYTES", chunk)
+        for rank in (3, 5, 40):
+            form = messages.LowRank(rank)
+            message = form.encode(rows, counts, lambda: next(seeds))
+            assert message.numel() == sum(form.length(count, 24) for count in counts)
+            kept = min(rank, 24)
+            found[rank] = form.decode(message, counts, 24, slice(None))
+            expected = left[:, :kept] * scales[:kept] @ right[:kept]
+            assert (found[rank] - expected).norm() < 0.01 * rows.norm()
+            columns = form.decode(message, counts, 24, slice(8, 16))
+            torch.testing.assert_close(columns, found[rank][:, 8:16])
+    assert (found[3] - rows).norm() > 10 * (found[5] - rows).norm()
 
 
 def test_what_travels_at_once_has_a_limit():

@@ -11,7 +11,8 @@ from iexact_runner.config.checks import check, check_above, check_at_least, chec
 from iexact_runner.config.sampler import PARTITIONERS
 
 # How a row of a map travels: float32, rounded to bfloat16, or quantized with stochastic rounding.
-MESSAGES = ("fp32", "bf16", "int8", "int4", "int2")
+UNBIASED = ("fp32", "bf16", "int8", "int4", "int2")
+MESSAGES = (*UNBIASED, "lowrank")
 
 
 @dataclass
@@ -63,16 +64,20 @@ class MessagesConfig:
 
     Args:
         forward: of activations: ``fp32``, ``bf16``, or ``int8``, ``int4``, ``int2`` with a zero and a scale a row and
-            stochastic rounding. A rounded activation goes through ReLU, so the gradient has a bias.
-        backward: of gradients, likewise; what is rounded is unbiased there.
+            stochastic rounding, or ``lowrank``: coefficients of 8 bits in the leading directions of the rows that a
+            process sends. A rounded activation goes through ReLU, so the gradient has a bias.
+        backward: of gradients, likewise; what is rounded is unbiased there, for which reason ``lowrank`` is refused.
+        rank: directions of ``lowrank``.
     """
 
     forward: str = "fp32"
     backward: str = "fp32"
+    rank: int = 32
 
     def __post_init__(self) -> None:
         check_choice("messages.forward", self.forward, MESSAGES)
-        check_choice("messages.backward", self.backward, MESSAGES)
+        check_choice("messages.backward", self.backward, UNBIASED)
+        check_at_least("messages.rank", self.rank, 1)
 
 
 PARALLEL_CONFIGS: dict[str, type[NoParallelConfig]] = {"none": NoParallelConfig, "graph": ParallelConfig}

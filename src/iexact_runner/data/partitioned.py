@@ -15,6 +15,7 @@ from torch import Tensor
 from iexact_runner.data.graph import Adjacency, EdgePattern, Graph, ScaledAdjacency
 from iexact_runner.data.sparse import COLUMNS, CSR
 from iexact_runner.parallel.halo import Draws, Halo, Traffic
+from iexact_runner.parallel.messages import Format
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, Shard
 
 
@@ -49,14 +50,10 @@ class PartitionedMatrix(CSR):
         Rows of others are on their way while own ones are multiplied.
         """
         assert self.far is not None and self.halo is not None
-        runs = self.halo.column_runs(x.size(1))
-        incoming = self.halo.start(x[:, runs[0]], column_scale)
+        incoming = self.halo.exchange(x, column_scale)
         scales = dict(column_scale=column_scale, row_scale=row_scale)
         out = super().matmul(x, **scales, bias=bias, out=out, add=add)
-        for number, part in enumerate(runs):
-            rows = incoming.wait()
-            if number + 1 < len(runs):
-                incoming = self.halo.start(x[:, runs[number + 1]], column_scale)
+        for part, rows in incoming:
             self.far.matmul(rows, row_scale=row_scale, out=out[:, part], add=True)
         return out
 
@@ -70,8 +67,7 @@ class PartitionedMatrix(CSR):
     ) -> Tensor:
         """:meth:`matmul` written over ``x``, a few columns at a time."""
         assert self.far is not None and self.halo is not None
-        for run in self.halo.column_runs(x.size(1)):
-            rows = self.halo.start(x[:, run], column_scale).wait()
+        for run, rows in self.halo.exchange(x, column_scale):
             columns = rows.size(1) if x.is_cuda else COLUMNS
             for start in range(0, rows.size(1), columns):
                 few = slice(start, start + columns)
@@ -152,8 +148,8 @@ def partitioned(
     targets: CSR | None,
     shard: DistributedShard,
     *,
-    forward: str,
-    backward: str,
+    forward: Format,
+    backward: Format,
 ) -> Graph:
     """The rows of one process of what a model applies; every process must call it.
 
@@ -178,28 +174,28 @@ def partitioned(
         adjoint = matrix
     else:
         assert matrix.halo is not None
-        adjoint = replace(matrix, halo=replace(matrix.halo, messages=backward))
+        adjoint = replace(matrix, halo=replace(matrix.halo, form=backward))
     return Adjacency(matrix, adjoint, *build.scales(sources))
 
 
-def _rows_of(rows: CSR, shard: DistributedShard, messages: str, options: dict[str, Any]) -> PartitionedMatrix:
+def _rows_of(rows: CSR, shard: DistributedShard, form: Format, options: dict[str, Any]) -> PartitionedMatrix:
     near = (rows.columns >= shard.start) & (rows.columns < shard.stop)
     own, far = rows.masked(near), rows.masked(~near)
     needed, columns = _halo_columns(far.columns, shard)
-    halo = Halo.of(shard, needed, messages=messages, **options)
+    halo = Halo.of(shard, needed, form=form, **options)
     return PartitionedMatrix(own.offsets, own.columns - shard.start, None, CSR(far.offsets, columns), halo)
 
 
 def _edges_of(
-    rows: CSR, shard: DistributedShard, forward: str, backward: str, options: dict[str, Any]
+    rows: CSR, shard: DistributedShard, forward: Format, backward: Format, options: dict[str, Any]
 ) -> PartitionedEdges:
     near = (rows.columns >= shard.start) & (rows.columns < shard.stop)
     needed, far = _halo_columns(rows.columns[~near], shard)
-    halo = Halo.of(shard, needed, messages=forward, **options)
+    halo = Halo.of(shard, needed, form=forward, **options)
     columns = rows.columns - shard.start
     columns[~near] = shard.rows + far
     offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(needed.numel())])
-    return PartitionedEdges(offsets, columns, None, halo, replace(halo, messages=backward))
+    return PartitionedEdges(offsets, columns, None, halo, replace(halo, form=backward))
 
 
 def _halo_columns(columns: Tensor, shard: DistributedShard) -> tuple[Tensor, Tensor]:

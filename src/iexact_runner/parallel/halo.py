@@ -1,11 +1,12 @@
-"""The rows of a map that a process needs of others, its halo, and how they travel: as they are, halved, or quantized.
+"""The rows of a map that a process needs of others, its halo, and how they come and their gradients return.
 
-Shapes: N rows of this process, H rows of its halo, D columns.
+Shapes: N rows of this process, n of them that others need, H rows of its halo, D columns.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,14 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from iexact_runner.kernels import ops
-from iexact_runner.kernels.reference import stored_dtype
+from iexact_runner.parallel import messages
 from iexact_runner.parallel.shard import DistributedShard
 
-# Bits of an element of the messages that are quantized.
-_BITS = {"int8": 8, "int4": 4, "int2": 2}
 # Of rows in float32 that travel at once, in runs of columns of a multiple of this many.
-MESSAGE_BYTES, COLUMNS = 8 << 20, 8
+MESSAGE_BYTES, COLUMNS = messages.CHUNK_BYTES, 8
 
 
 @dataclass
@@ -75,7 +73,7 @@ class Halo:
         send_counts: how many go to each process.
         receive_counts: how many come from each.
         most: the most rows that any process sends or receives.
-        messages: how rows travel: ``fp32``, ``bf16``, ``int8``, ``int4`` or ``int2``.
+        form: how rows travel.
         draws: seeds of the rounding.
         traffic: is counted here.
     """
@@ -85,7 +83,7 @@ class Halo:
     send_counts: tuple[int, ...]
     receive_counts: tuple[int, ...]
     most: int
-    messages: str = "fp32"
+    form: messages.Format = messages.Plain()
     draws: Draws = field(default_factory=Draws, compare=False)
     traffic: Traffic = field(default_factory=Traffic, compare=False)
 
@@ -115,22 +113,12 @@ class Halo:
         step = max(COLUMNS, fitting)
         return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
-    def start(self, x: Tensor, scale: Tensor | None = None) -> Incoming:
-        """Sends rows of ``x`` (N, D), each times its ``scale`` (N, 1) if there is one; what comes is waited for later.
+    def exchange(self, x: Tensor, scale: Tensor | None = None) -> Exchange:
+        """Sends rows of ``x`` (N, D), each times its ``scale`` (N, 1) if there is one, for others that do the same.
 
-        Every process of the graph must do so.
+        Every process of the graph must do so, and take what comes.
         """
-        if isinstance(x, FakeTensor):  # which has no process to ask
-            return Incoming(self, x.new_empty(self.size, x.size(1)), x, None)
-        rows = x.detach().index_select(0, self.rows)
-        if scale is not None:
-            rows = rows * scale.index_select(0, self.rows).to(rows.dtype)
-        payload = self._encode(rows)
-        received = payload.new_empty(self.size, *payload.shape[1:])
-        work = _all_to_all(received, payload, self.receive_counts, self.send_counts, asynchronous=True)
-        self.traffic.exchanges += 1
-        self.traffic.sent_bytes += payload.nbytes
-        return Incoming(self, received, x, work)
+        return Exchange(self, x, scale)
 
     def add_back_(self, x: Tensor, far: Tensor) -> Tensor:
         """Adds rows ``far`` (H, D), which belong to other processes, to the rows ``x`` (N, D) of those: the adjoint.
@@ -139,84 +127,92 @@ class Halo:
         """
         if isinstance(x, FakeTensor):
             return x
-        payload = self._encode(far)
-        received = payload.new_empty(self.rows.numel(), *payload.shape[1:])
-        work = _all_to_all(received, payload, self.send_counts, self.receive_counts, asynchronous=True)
+        assert not self.form.whole
+        for run in self.column_runs(x.size(1)):
+            part = x[:, run]
+            arriving = self.send(_Rows(far[:, run]), self.receive_counts, self.send_counts)
+            part.index_add_(0, self.rows, arriving.wait().to(x.dtype))
+        return x
+
+    def send(self, rows: _Rows, to: tuple[int, ...], of: tuple[int, ...]) -> Arriving:
+        """Sends so many of the rows ``to`` each process, for as many ``of`` each as come."""
+        message = self.form.encode(rows, to, self.draws.next)
+        width = rows.shape[1]
+        going, coming = ([self.form.length(count, width) for count in counts] for counts in (to, of))
+        received = message.new_empty(sum(coming))
+        work = _all_to_all(received, message, coming, going, asynchronous=True)
         self.traffic.exchanges += 1
-        self.traffic.sent_bytes += payload.nbytes
-        return x.index_add_(0, self.rows, Incoming(self, received, x, work).wait())
+        self.traffic.sent_bytes += message.nbytes
+        return Arriving(self, received, of, width, work)
 
-    def _encode(self, rows: Tensor) -> Tensor:
-        """Rows as they travel; quantized ones are bytes: codes, then the row's zero and scale."""
-        if self.messages == "fp32":
-            return rows.contiguous()
-        if self.messages == "bf16":
-            return rows.bfloat16()
-        bits, width = _BITS[self.messages], rows.size(1)
-        # Whole bytes a row, filled up with its last element, which changes no extremum.
-        padded = torch.cat([rows, rows[:, -1:].expand(-1, -width % (8 // bits))], dim=1).float()
-        codes, zero, scale = ops.quantize(
-            padded, bits=bits, block_size=padded.size(1), levels=None, seed=self.draws.next(), backend="auto"
-        )
-        parts = [
-            codes.view(rows.size(0), padded.size(1) * bits // 8),
-            *(_bytes(part.unsqueeze(1)) for part in (zero, scale)),
-        ]
-        return torch.cat(parts, dim=1)
 
-    def decode(self, payload: Tensor, like: Tensor) -> Tensor:
-        """Rows (H, D) of what has come, for a map like this one."""
-        if self.messages not in _BITS or isinstance(like, FakeTensor):
-            return payload.to(like.dtype)
-        bits, width = _BITS[self.messages], like.size(1)
-        padded = width + -width % (8 // bits)
-        kind = stored_dtype(torch.float32)
-        codes, zero, scale = payload.split([padded * bits // 8, kind.itemsize, kind.itemsize], dim=1)
-        decoded = ops.dequantize(
-            codes.contiguous().flatten(),
-            *(_typed(part, kind) for part in (zero, scale)),
-            bits=bits,
-            block_size=padded,
-            levels=None,
-            shape=(payload.size(0), padded),
-            dtype=torch.float32,
-            backend="auto",
+class Exchange:
+    """Rows of a halo on their way: iterating waits for them and yields some columns, and all rows (H, .) of these."""
+
+    def __init__(self, halo: Halo, x: Tensor, scale: Tensor | None) -> None:
+        self._halo, self._x, self._scale = halo, x, scale
+        self._runs = halo.column_runs(x.size(1))
+        self._first = (
+            None if isinstance(x, FakeTensor) else self._send(slice(None) if halo.form.whole else self._runs[0])
         )
-        return decoded[:, :width].to(like.dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        arriving, whole = self._first, self._halo.form.whole
+        for number, run in enumerate(self._runs):
+            if arriving is None:  # a fake tensor has no process to ask
+                yield run, self._x.new_empty(self._halo.size, len(range(self._x.size(1))[run]))
+                continue
+            rows = arriving.wait(run if whole else slice(None)).to(self._x.dtype)
+            if not whole and number + 1 < len(self._runs):
+                arriving = self._send(self._runs[number + 1])
+            yield run, rows
+
+    def _send(self, run: slice) -> Arriving:
+        halo = self._halo
+        return halo.send(_Rows(self._x.detach()[:, run], halo.rows, self._scale), halo.send_counts, halo.receive_counts)
+
+
+class _Rows:
+    """Rows of a map, or those that ``index`` names, gathered and scaled as they are asked for."""
+
+    def __init__(self, x: Tensor, index: Tensor | None = None, scale: Tensor | None = None) -> None:
+        self._x, self._index, self._scale = x, index, scale
+        self.shape = (x.size(0) if index is None else index.numel(), x.size(1))
+        self.dtype, self.device = x.dtype, x.device
+
+    def __getitem__(self, part: slice) -> Tensor:
+        if self._index is None:
+            return self._x[part]
+        index = self._index[part]
+        rows = self._x.index_select(0, index)
+        return rows if self._scale is None else rows.mul_(self._scale.index_select(0, index).to(rows.dtype))
 
 
 @dataclass
-class Incoming:
-    """Rows on their way."""
+class Arriving:
+    """A message on its way."""
 
     halo: Halo
-    payload: Tensor
-    like: Tensor
+    message: Tensor
+    counts: tuple[int, ...]
+    width: int
     work: dist.Work | None
 
-    def wait(self) -> Tensor:
-        """The rows (H, D), once they are there."""
+    def wait(self, columns: slice = slice(None)) -> Tensor:
+        """Columns of the rows (H, D), once they are there."""
         if self.work is not None:
             start = time.perf_counter()
             self.work.wait()
             self.halo.traffic.waiting_seconds += time.perf_counter() - start
-        return self.halo.decode(self.payload, self.like)
-
-
-def _typed(x: Tensor, kind: torch.dtype) -> Tensor:
-    """Numbers from their bytes, which a copy of their own aligns."""
-    return x.clone(memory_format=torch.contiguous_format).view(kind).flatten()
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+            self.work = None
+        return self.halo.form.decode(self.message, self.counts, self.width, columns)
 
 
 def _all_to_all(
     received: Tensor,
     sent: Tensor,
-    receive_counts: tuple[int, ...] | None,
-    send_counts: tuple[int, ...] | None,
+    receive_counts: Sequence[int] | None,
+    send_counts: Sequence[int] | None,
     *,
     asynchronous: bool = False,
 ) -> dist.Work | None:

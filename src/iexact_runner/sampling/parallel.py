@@ -22,6 +22,7 @@ from iexact_runner.data.partitioned import halo_of, partitioned
 from iexact_runner.data.parts import GraphInParts, OrderedGraph
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import model_class_of
+from iexact_runner.parallel.messages import format_of
 from iexact_runner.parallel.shard import DistributedShard
 from iexact_runner.parallel.team import Team
 from iexact_runner.problem import Problem, View
@@ -136,9 +137,10 @@ def parallel_problem(
     bounds = [facts.num_parts * rank // team.size for rank in range(team.size + 1)]
     shard = DistributedShard([facts.cuts[bound] for bound in bounds], team.rank)
     rows = graph.rows(*bounds[team.rank : team.rank + 2])
-    build, messages = model_class_of(config.model).build_graph, config.messages
+    build, chosen = model_class_of(config.model).build_graph, config.messages
     assert isinstance(build, (ScaledAdjacency, EdgePattern))
-    whole = partitioned(build, rows.sources, rows.targets, shard, forward=messages.forward, backward=messages.backward)
+    forward, backward = (format_of(name, rank=chosen.rank) for name in (chosen.forward, chosen.backward))
+    whole = partitioned(build, rows.sources, rows.targets, shard, forward=forward, backward=backward)
     mine = whole.map(lambda part: part.to(device))
     x = rows.x.to(device)
     if cache_first_aggregate and isinstance(mine, Adjacency):
