@@ -4,10 +4,11 @@ python scripts/gpu_suite.py --out benchmarks
 
 1. gpu_parity.csv: every kernel against the reference, bit for bit.
 2. gpu_steps.csv: loss and gradient of every model and preset, and losses of mini-batches, on the GPU and on the CPU.
-3. gpu_profile.csv, gpu_profile_kernels.csv: launches, copies, waits and the longest kernels of a training step.
-4. gpu_epochs.csv: a training step against plain PyG FP32 in the same process.
-5. gpu_graph.csv: training steps captured in a CUDA graph against the same steps without.
-6. gpu_kernels.csv: bandwidth of each kernel against a copy on the same device.
+3. gpu_parallel.csv: gradients of two processes that share a graph against those of one.
+4. gpu_profile.csv, gpu_profile_kernels.csv: launches, copies, waits and the longest kernels of a training step.
+5. gpu_epochs.csv: a training step against plain PyG FP32 in the same process.
+6. gpu_graph.csv: training steps captured in a CUDA graph against the same steps without.
+7. gpu_kernels.csv: bandwidth of each kernel against a copy on the same device.
 
 Each row has the device, the versions and the commit. Ends with status 1 if a kernel or a step differs, or a part fails.
 """
@@ -149,6 +150,19 @@ def _steps_of(device: Any, model: str) -> list[dict[str, Any]]:
     return compare_steps(device, models=[model]) if model else compare_epochs(device)
 
 
+def check_processes(device: Any, out: Path) -> bool:
+    """Compares gradients of two processes with those of one; whether all agree."""
+    from gpu_parallel import compare_processes
+
+    rows = compare_processes(str(device))
+    _write(rows, out / "gpu_parallel.csv", device)
+    problems = [row for row in rows if row["problem"]]
+    for row in problems:
+        print(f"{row['model']} {row['preset']}, {row['forward']}/{row['backward']}: {row['problem']}")
+    print(f"parallel: {len(rows)} compared, {len(problems)} differ")
+    return not problems
+
+
 def profile_steps(device: Any, out: Path, *, models: tuple[str, ...], deadline: float) -> bool:
     """Launches, copies and waits of a training step of every model, in the sizes of arxiv."""
     from bench_epoch import PRESETS, append_rows
@@ -268,6 +282,7 @@ def _parity(arguments: argparse.Namespace) -> bool:
 PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "parity": _parity,
     "steps": lambda arguments: check_steps(arguments.device, arguments.out),
+    "parallel": lambda arguments: check_processes(arguments.device, arguments.out),
     "profile": lambda arguments: profile_steps(
         arguments.device, arguments.out, models=arguments.models, deadline=arguments.deadline
     ),
