@@ -162,6 +162,11 @@ def test_figures_of_a_gpu_are_those_of_the_rows():
         assert f"| {row.model} | {row.preset} | {times} | {sizes} |" in text
     parity = pd.read_csv(rows / "gpu_parity.csv").iloc[0]
     assert f"{parity.compared} of {parity.of} cases" in text and f": {parity.differences} differences" in text
+    shared = pd.read_csv(rows / "gpu_parallel.csv")
+    exact = shared[(shared["preset"] == "none") & (shared["forward"] == "fp32")]
+    most = exact["gradient_error"].max(), shared[shared["preset"] != "none"]["gradient_error"].max()
+    assert shared["problem"].isna().all() and len(exact) == 5
+    assert f"{most[0]:.1e} of their norm without compression, {most[1]:.1e} under" in " ".join(text.split())
     steps = pd.read_csv(rows / "gpu_steps.csv")
     epochs = steps["gradient_difference"].isna()
     assert (len(steps), epochs.sum(), steps["preset"][~epochs].nunique()) == (100, 15, 17)
@@ -332,6 +337,7 @@ def test_budgets_are_those_of_the_rows():
 
 def test_tables_of_several_processes_are_those_of_the_rows():
     lines = (REPOSITORY / "docs" / "guides" / "parallel.md").read_text().splitlines()
+    words = " ".join(" ".join(lines).split())
     ranks = pd.read_csv(REPOSITORY / "benchmarks" / "ranks_cpu.csv")
     for (model, scheme, processes), found in ranks.groupby(["model", "scheme", "processes"]):
         assert len(found) == processes
@@ -340,6 +346,13 @@ def test_tables_of_several_processes_are_those_of_the_rows():
         assert f"| {model} | `{scheme}` | {processes} | {figures} |" in lines
         # The share of the rows and of the halo, with a margin for what every process has.
         assert most.peak_of_one <= 1.15 * (1 / processes + found["halo_share"].max())
+    large, parts = (
+        pd.read_csv(REPOSITORY / "benchmarks" / f"{name}_products_cpu.csv") for name in ("ranks", "partition")
+    )
+    found = f"found four parts in {parts.seconds[0]:.0f} seconds and {parts.peak_resident_mib[0] / 1024:.1f} GiB"
+    resident, loading = (large[f"{name}peak_resident_mib"].max() / 1024 for name in ("", "loading_"))
+    assert found in words and f"more than {resident:.1f} GiB resident, {loading:.1f} GiB while it loaded" in words
+    assert 0.6 < large["halo_share"].max() < 0.7 and resident < 3.5
     messages = pd.read_csv(REPOSITORY / "benchmarks" / "messages_cpu.csv")
     for (forward, backward), found in messages.groupby(["forward", "backward"]):
         cells = []
