@@ -115,9 +115,11 @@ def gradient(
     model.zero_grad()
     halo = halo_of(problem.training.graph)
     assert halo is not None
-    halo.draws.stream, before = draw, halo.traffic.sent_bytes
+    before = halo.traffic.sent_bytes
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training_loss(model, problem, kind=config.training.loss, precision="float32", seed=seed).backward()
+    training_loss(
+        model, problem, kind=config.training.loss, precision="float32", seed=seed, map_seed=mix(seed, draw)
+    ).backward()
     problem.training.shard.sum_gradients(model.parameters())
     for name, buffer in model.named_buffers():
         buffer.copy_(statistics[name])

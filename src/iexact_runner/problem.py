@@ -24,7 +24,7 @@ from iexact_runner.config import (
 from iexact_runner.config.checks import check
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.graph import Adjacency, Graph, training_subgraph
-from iexact_runner.data.partitioned import shard_of
+from iexact_runner.data.partitioned import shard_of, with_exact_messages
 from iexact_runner.errors import ConfigError
 from iexact_runner.kernels import ops
 from iexact_runner.nn import model_class_of
@@ -122,6 +122,11 @@ class Problem:
             for view in (self.training, self.whole)
         )
         return replace(self, training=whole if self.training is self.whole else training, whole=whole)
+
+    def with_exact_messages(self) -> Problem:
+        """The problem of one of several processes, whose rows travel as they are; any other is the same."""
+        view = replace(self.whole, graph=with_exact_messages(self.whole.graph))
+        return replace(self, whole=view, training=view) if self.whole.shard.distributed else self
 
     def of_batch(self, view: View) -> Problem:
         """The problem of one step, on a mini-batch."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_dataset
+from iexact_runner.analysis.fidelity import checkpoints
 from iexact_runner.cli import compose_config
 from iexact_runner.config import MODEL_CONFIGS
 from iexact_runner.config.parallel import MODELS
@@ -171,6 +172,46 @@ def test_messages_of_fewer_bits_move_the_gradient_a_little(messages, low, high):
     )
     assert low < max(errors(exact[0], found)) < high
     assert all(np.array_equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+
+
+def figures(team, dataset, overrides):
+    """Of the gradient after an epoch, and the loss of the step that follows."""
+    config = compose_config(
+        "dataset=digits", "parallel=graph", "parallel.partition=label_propagation", "task=fidelity", *overrides
+    )
+    problem, _ = parallel_problem(in_parts(dataset, config, team), config, team, torch.device("cpu"))
+    ((_, found),) = checkpoints(build_(config, problem), problem, config, seed=3)
+    return [found[name] for name in ("relative_error", "cosine", "bias", "bias_standard_error")]
+
+
+@pytest.mark.parametrize("model", ["sage", "gat"])
+def test_fidelity_holds_messages_against_exact_ones(model):
+    dataset = tiny_dataset(nodes=401)
+    fields = [f"model={model}", "parallel.parts=2", "fidelity.epochs=[1]", "fidelity.draws=3", "compression=none"]
+    exact = in_processes(2, figures, dataset, fields)
+    assert exact[0][0] < EXACT and exact[0][1] > 1 - EXACT
+    errors_by_bits = []
+    for bits in (8, 4):
+        first, second = in_processes(2, figures, dataset, [*fields, f"messages.forward=int{bits}"])
+        assert first == second
+        errors_by_bits.append(first[0])
+    assert 1e-4 < errors_by_bits[0] < errors_by_bits[1] / 4
+    (alone,) = in_processes(1, figures, dataset, [*fields, "compression=iexact"])
+    together = in_processes(2, figures, dataset, [*fields, "compression=iexact"])
+    assert together[0][0] == pytest.approx(alone[0], rel=0.3)
+
+
+def cached(team, dataset, overrides):
+    config = compose_config("dataset=digits", "parallel=graph", "parallel.partition=label_propagation", *overrides)
+    graph = in_parts(dataset, config, team)
+    problem, _ = parallel_problem(graph, config, team, torch.device("cpu"), cache_first_aggregate=True)
+    return problem.training.graph.known[1].numpy()
+
+
+def test_the_product_with_the_features_is_exchanged_once_and_exactly():
+    dataset, fields = tiny_dataset(nodes=401), ["model=sage", "parallel.parts=2", "messages.forward=int2"]
+    (whole,) = in_processes(1, cached, dataset, fields)
+    np.testing.assert_allclose(np.concatenate(in_processes(2, cached, dataset, fields)), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_models_over_several_processes_are_those_that_gather_sums_or_attend():

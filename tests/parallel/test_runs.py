@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,7 +74,8 @@ def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_p
     (status, _, error), (killed, *_) = ended(processes)
     assert status == 1 and killed == -signal.SIGKILL
     (line,) = [line for line in error.splitlines() if line.startswith("iexact: ")]
-    assert "process 0 of 2 on" in line and "another process" in line and "resume=auto" in line
+    assert "process 0 of 2 on" in line and f": process 1 on {socket.gethostname()} has ended" in line
+    assert "resume=auto" in line
     (folder,) = path.iterdir()
     summary, lines = records(folder)
     assert summary["status"] == "failed" and summary["error"] in line and lines
@@ -97,6 +99,22 @@ def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_p
         np.testing.assert_allclose(found, [line["loss"] for line in expected], rtol=1e-3)
 
 
+def test_processes_measure_and_compare_together(tmp_path):
+    quick = ("measure.timed_epochs=4", "measure.warmup_epochs=1", "fidelity.epochs=[1]", "fidelity.draws=2")
+    for task in ("measure", "fidelity"):
+        fields = (f"task={task}", f"output_dir={task}", "messages.forward=int4", *quick)
+        results = ended(start(tmp_path, 2, *fields, epochs=1))
+        assert [status for status, *_ in results] == [0, 0], results
+        assert results[1][1] == results[1][2] == ""
+        (folder,) = (tmp_path / task).iterdir()
+        summary = json.loads((folder / "summary.json").read_text())
+        assert len(summary["parallel"]["ranks"]) == 2
+        if task == "measure":
+            assert summary["throughput"]["timed_epochs"] == 4
+        else:
+            assert summary["fidelity"]["after"]["1"]["relative_error"][0] > 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -104,7 +122,7 @@ def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_p
         (["model=gat", "model.label_input=true"], "model.label_input=true: parallel=graph works with false"),
         (["compression=auto"], "compression.scheme=auto: parallel=graph works with"),
         (["sampler=cluster"], "sampler=cluster: parallel=graph works with none"),
-        (["task=measure"], "task=measure: parallel=graph works with train"),
+        (["task=inspect"], "task=inspect: parallel=graph works with train"),
         (
             ["dataset=cora", "dataset.inductive=true"],
             "dataset.inductive=true: parallel=graph works with false",
@@ -148,10 +166,27 @@ def test_processes_tell_each_other():
     assert alone[:2] == ("first", [0]) and alone[3] == ""
 
 
+def lost(team):
+    """What a process says of one that is gone, and of one that noticed with it."""
+    if team.rank == 2:
+        time.sleep(1)
+        return ""
+    with pytest.raises(TeamError) as raised, team.guarded():
+        raise RuntimeError("Connection closed by peer")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return str(raised.value)
+
+
+def test_processes_that_notice_a_loss_name_the_one_that_does_not():
+    first, second, _ = in_processes(3, lost)
+    place = f": process 2 on {socket.gethostname()} has ended, or has not answered for 60 s"
+    assert place in first and place in second
+
+
 def test_only_a_lost_process_is_told_as_one():
     team = Team(1, 2, 1, 5.0)
     with (
-        pytest.raises(TeamError, match=r"process 1 of 2 on .*another process on 10\.0\.0\.7 has ended.* 5 s"),
+        pytest.raises(TeamError, match=r"process 1 of 2 on .*: another process has ended, or has not .* 5 s"),
         team.guarded(),
     ):
         raise RuntimeError("[gloo/pair.cc:553] Connection closed by peer [10.0.0.7]:25010")

@@ -94,7 +94,8 @@ def checkpoints(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Trains ``model`` exactly and yields, after each of ``config.fidelity.epochs``, that epoch and its figures.
 
-    Training and the exact gradient are in float32, the draws in ``config.precision``. FP32 maps are compared as their
+    Training and the exact gradient are in float32, what several processes send each other too; the draws are in
+    ``config.precision``, with messages as configured. FP32 maps are compared as their
     exact twin: an error of 0 in float32, for they are what the others are held against. Directions of the low-rank
     scheme are as old as they become in training, found ``refresh`` - 1 epochs ago, or as old as the model is.
     ``passed`` is called after every epoch, and may have the model keep its maps in another way.
@@ -106,7 +107,8 @@ def checkpoints(
     optimization = Optimization(model, config.training)
     names = [name for name, _ in model.named_parameters()]
     directions: dict[int, list[Directions]] = {}
-    train_epoch = epoch_trainer(model, optimization, problem, seed=seed)
+    undisturbed = problem.with_exact_messages()
+    train_epoch = epoch_trainer(model, optimization, undisturbed, seed=seed)
     for epoch in range(config.fidelity.epochs[-1] + 1):
         if epoch > 0:
             train_epoch(epoch)
@@ -123,7 +125,7 @@ def checkpoints(
         if epoch in config.fidelity.epochs:
             # A copy, for a forward pass also moves the running statistics of BatchNorm.
             probe = copy.deepcopy(model)
-            exact = gradients(probe, problem, kind=config.training.loss, seed=mix(seed, epoch + 1))
+            exact = gradients(probe, undisturbed, kind=config.training.loss, seed=mix(seed, epoch + 1))
             probe.compression = compared
             states = directions.get(epoch, model.directions)
             draws = _draws(probe, problem, config, states, seeds=(seed, epoch + 1))
@@ -222,7 +224,7 @@ def gradients(
     """Gradient of every parameter in one training step that is not taken; ``seed`` draws the dropout masks."""
     model.train()
     loss = training_loss(model, problem, kind=kind, precision=precision, seed=seed, map_seed=map_seed)
-    return list(torch.autograd.grad(loss, list(model.parameters())))
+    return problem.training.shard.summed(torch.autograd.grad(loss, list(model.parameters())))
 
 
 def compare(draws: Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]], *, names: Sequence[str]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def check_parallel(config: Any) -> None:
     compression, training = config.compression, config.training
     labels = getattr(config.model, "label_input", False)
     for field, value, valid in (
-        ("task", config.task, ("train", "partition")),
+        ("task", config.task, ("train", "measure", "fidelity", "partition")),
         ("model", config.model.name, MODELS),
         ("model.label_input", labels, (False,)),
         ("sampler", config.sampler.name, ("none",)),

@@ -15,7 +15,7 @@ from torch import Tensor
 from iexact_runner.data.graph import Adjacency, EdgePattern, Graph, ScaledAdjacency
 from iexact_runner.data.sparse import COLUMNS, CSR
 from iexact_runner.parallel.halo import Draws, Halo, Traffic
-from iexact_runner.parallel.messages import Format
+from iexact_runner.parallel.messages import Format, Plain
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, Shard
 
 
@@ -140,6 +140,24 @@ def begin_pass(graph: Graph, seed: int | Tensor) -> Shard:
     assert isinstance(seed, int)
     halo.draws.begin(seed)
     return halo.shard
+
+
+def with_exact_messages(graph: Graph) -> Graph:
+    """The same graph, whose rows travel as they are."""
+
+    def exact(matrix: CSR) -> CSR:
+        if isinstance(matrix, PartitionedMatrix) and matrix.halo is not None:
+            return replace(matrix, halo=replace(matrix.halo, form=Plain()))
+        if isinstance(matrix, PartitionedEdges) and matrix.halo is not None:
+            halo = replace(matrix.halo, form=Plain())
+            return replace(matrix, halo=halo, back=halo)
+        return matrix
+
+    if isinstance(graph, Adjacency):
+        matrix = exact(graph.matrix)
+        adjoint = matrix if graph.adjoint is graph.matrix else exact(graph.adjoint)
+        return replace(graph, matrix=matrix, adjoint=adjoint)
+    return exact(graph) if isinstance(graph, CSR) else graph
 
 
 def partitioned(

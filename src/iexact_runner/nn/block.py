@@ -143,7 +143,7 @@ class GNN(nn.Module, ABC):
             seed=seed,
             map_seed=map_seed,
             directions=self.directions,
-            shard=begin_pass(graph, seed),
+            shard=begin_pass(graph, seed if map_seed is None else map_seed),
         )
         graph = self.prepare_graph(graph, ops)
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)

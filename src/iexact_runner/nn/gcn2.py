@@ -144,7 +144,7 @@ class GCN2(nn.Module):
             seed=seed,
             map_seed=map_seed,
             directions=self.directions,
-            shard=begin_pass(graph, seed),
+            shard=begin_pass(graph, seed if map_seed is None else map_seed),
         )
         x = ops.scaled(ops.input(features, dropout=self.input_dropout), self.input_factor)
         h = [ops.linear(x, self.lin_in.weight, self.lin_in.bias)]

@@ -42,13 +42,11 @@ class Draws:
 
     Args:
         rank: of the process.
-        stream: of several that round the same step in different ways.
         seed: of the step.
         drawn: seeds that it has taken.
     """
 
     rank: int = 0
-    stream: int = 0
     seed: int = 0
     drawn: int = 0
 
@@ -59,7 +57,7 @@ class Draws:
     def next(self) -> int:
         """Seed of the next message; distinct ones suffice, as for maps."""
         self.drawn += 1
-        key = self.seed + (self.rank << 40) + (self.stream << 32) + self.drawn
+        key = self.seed + (self.rank << 40) + self.drawn
         return (key + (1 << 63)) % (1 << 64) - (1 << 63)
 
 

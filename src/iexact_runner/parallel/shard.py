@@ -40,6 +40,10 @@ class Shard:
         """Mean of each column of the whole map, in float32."""
         return x.float().mean(0)
 
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of some tensors over all processes, in one message."""
+        return list(tensors)
+
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sums the gradients over all processes."""
 
@@ -96,8 +100,14 @@ class DistributedShard(Shard):
         """Mean of each column of the whole map, in float32."""
         return self.sum_(x.float().sum(0)) / self.total
 
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of some tensors over all processes, in one message."""
+        together = self.sum_(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = together.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sums the gradients over all processes, all in one message; one that has none in this process counts as 0."""
+        """Sums the gradients over all processes; one that has none in this process counts as 0."""
         held = [parameter for parameter in parameters if parameter.requires_grad]
         if self.processes == 1 or not held:
             return
@@ -105,9 +115,8 @@ class DistributedShard(Shard):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in held if parameter.grad is not None]
-        summed = self.sum_(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, summed.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        for grad, total in zip(grads, self.summed(grads), strict=True):
+            grad.copy_(total)
 
 
 WHOLE = Shard()

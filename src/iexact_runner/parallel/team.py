@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from iexact_runner.errors import ConfigError, TeamError, UserError, first_line
 from iexact_runner.parallel.launch import launched_local_rank, launched_rank, launched_size
+
+# Seconds in which processes that lost another one say that they are there: they notice at about the same time.
+CHECK_IN = 5.0
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class Team:
         size: how many there are.
         local_rank: number of this process on its machine.
         timeout: seconds after which a process that does not answer counts as lost.
+        store: what processes leave notes in for the others.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     timeout: float = 0.0
+    store: Store | None = None
 
     @property
     def first(self) -> bool:
@@ -85,10 +92,10 @@ class Team:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """A context that says in one line that another process is lost, which torch.distributed says in many ways.
+        """A context that says in one line which process is lost, for which torch.distributed has many errors.
 
         Raises:
-            TeamError: naming this process, the machine of the lost one where it is known, and what to do.
+            TeamError: naming this process, the lost ones and their machines, and what to do.
         """
         try:
             yield
@@ -97,12 +104,30 @@ class Team:
                 raise
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others too, which ends by itself
-            peer = re.search(r"\[([0-9a-f.:]+)\]:\d+", str(error))
-            place = f" on {peer[1]}" if peer else ""
             raise TeamError(
-                f"{_place(self.rank, self.size)}: another process{place} has ended, or has not answered for "
-                f"{self.timeout:g} s (parallel.timeout); resume=auto goes on, with as many processes or others"
+                f"{_place(self.rank, self.size)}: {self._lost()}, or has not answered for {self.timeout:g} s "
+                "(parallel.timeout); resume=auto goes on, with as many processes or others"
             ) from error
+
+    def _lost(self) -> str:
+        """Which processes have ended: those that do not say that they are there."""
+        if self.store is None:
+            return "another process has ended"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        try:
+            self.store.set(_note("there", self.rank), "")
+            hosts = {rank: self.store.get(_note("host", rank)).decode() for rank in others}
+        except RuntimeError:  # its own process kept the notes
+            return "process 0 has ended"
+        missing, deadline = others, time.monotonic() + CHECK_IN
+        while missing and time.monotonic() < deadline:
+            try:
+                missing = [rank for rank in missing if not self.store.check([_note("there", rank)])]
+            except RuntimeError:
+                break
+            time.sleep(0.05)
+        names = [f"process {rank} on {hosts[rank]}" for rank in missing]
+        return f"{' and '.join(names) or 'another process'} has ended"
 
 
 @contextmanager
@@ -125,12 +150,18 @@ def joined(*, device: str, timeout: float) -> Iterator[Team]:
         raise ConfigError(f"parallel=graph: {missing[0]} is not set; start the processes with torchrun")
     # Its many lines about a lost connection say less than the one line of TeamError.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend_of(device), timeout=timedelta(seconds=timeout))
+        store, _, _ = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        notes = PrefixStore("iexact", store)
+        notes.set(_note("host", rank), socket.gethostname())
+        own = PrefixStore("torch", store)
+        dist.init_process_group(backend_of(device), store=own, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
         raise TeamError(f"{_place(rank, size)}: cannot reach the others: {first_line(error)}") from error
     try:
-        yield Team(rank, size, launched_local_rank(), timeout)
+        yield Team(rank, size, launched_local_rank(), timeout, notes)
     finally:
         dist.destroy_process_group()
 
@@ -145,6 +176,10 @@ def _says_lost(error: BaseException) -> bool:
     message = str(error).lower()
     signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "timeout")
     return isinstance(error, dist.DistBackendError) or any(sign in message for sign in signs)
+
+
+def _note(name: str, rank: int) -> str:
+    return f"{name}/{rank}"
 
 
 def _place(rank: int, size: int) -> str:

@@ -7,6 +7,7 @@ one part each do.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from iexact_runner.config import Config, ParallelConfig
 from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.data.graph import Adjacency, EdgePattern, ScaledAdjacency, edge_count, edges_of
 from iexact_runner.data.part_files import PartFolder
-from iexact_runner.data.partitioned import halo_of, partitioned
+from iexact_runner.data.partitioned import halo_of, partitioned, with_exact_messages
 from iexact_runner.data.parts import GraphInParts, OrderedGraph
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import model_class_of
@@ -143,8 +144,10 @@ def parallel_problem(
     whole = partitioned(build, rows.sources, rows.targets, shard, forward=forward, backward=backward)
     mine = whole.map(lambda part: part.to(device))
     x = rows.x.to(device)
-    if cache_first_aggregate and isinstance(mine, Adjacency):
-        mine = mine.knowing(x)
+    exact = with_exact_messages(mine)
+    if cache_first_aggregate and isinstance(mine, Adjacency) and isinstance(exact, Adjacency):
+        # What is exchanged once may be exact, and what is kept for the whole run should be.
+        mine = replace(mine, known=(x, exact.matmul(x)))
     train, val, test = (split.to(device) for split in rows.splits)
     # Each loss counts by all training nodes, so that the losses of the processes add up to the mean.
     weights = torch.full((shard.rows,), 1 / max(1, facts.num_train), device=device)

@@ -27,7 +27,7 @@ def run(context: Context) -> None:
         seconds = clock(device) - start
         if work is not None:
             findings.work.append((seconds, work))
-        return seconds
+        return float(context.team.from_first(seconds))  # by which all processes go on or end
 
     context.lock.exclude_others(patience=config.measure.max_wait)
     meter = EnergyMeter(device, country=config.measure.country) if config.measure.energy else None
