@@ -41,6 +41,6 @@ def write_first_page(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """What the build calls when."""
-    app.config_reference = runpy.run_path(str(ROOT / "scripts" / "config_reference.py"))
+    app.config_reference = runpy.run_path(str(ROOT / "scripts" / "docs" / "config_reference.py"))
     app.connect("source-read", fill_in)
     app.connect("build-finished", write_first_page)

@@ -1,6 +1,6 @@
 """Captured training steps: the same numbers as without, whatever has to be captured anew.
 
-A graph is stood in for by work that is done again into the same tensors; scripts/gpu_suite.py captures on a GPU.
+A graph is stood in for by work that is done again into the same tensors; scripts/bench/gpu_suite.py captures on a GPU.
 """
 
 from __future__ import annotations

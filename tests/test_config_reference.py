@@ -21,7 +21,7 @@ from iexact_runner.config import (
     DatasetConfig,
 )
 
-REFERENCE = runpy.run_path(str(REPOSITORY / "scripts" / "config_reference.py"))
+REFERENCE = runpy.run_path(str(REPOSITORY / "scripts" / "docs" / "config_reference.py"))
 GROUPS = REFERENCE["groups"]()
 PAGES = {path.stem: path.read_text() for path in (REPOSITORY / "docs" / "reference").glob("*.md")}
 CLASSES = {
@@ -105,6 +105,6 @@ def test_a_field_without_a_meaning_is_refused():
 
 
 def test_script_prints_a_page():
-    script = [sys.executable, str(REPOSITORY / "scripts" / "config_reference.py")]
+    script = [sys.executable, str(REPOSITORY / "scripts" / "docs" / "config_reference.py")]
     result = subprocess.run([*script, "bins"], capture_output=True, text=True, check=True)
     assert "| `bins.bits` | `2` | int, one of 1, 2, 4, 8 |" in result.stdout

@@ -1,4 +1,4 @@
-"""A seeded few of the bad overrides and damaged files of ``scripts/damage_campaign.py``."""
+"""A seeded few of the bad overrides and damaged files of ``scripts/campaigns/damage_campaign.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 
 @pytest.fixture
 def campaign(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "campaigns"))
     import damage_campaign
 
     for name, value in damage_campaign.DEAD.items():

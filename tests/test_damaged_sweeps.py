@@ -1,4 +1,4 @@
-"""A seeded few of the damaged status files of ``scripts/damaged_sweeps.py``."""
+"""A seeded few of the damaged status files of ``scripts/campaigns/damaged_sweeps.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from iexact_runner.runs.jobs import Job
 
 @pytest.fixture
 def campaign(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "campaigns"))
     import damaged_sweeps
 
     return damaged_sweeps

@@ -166,7 +166,7 @@ def check_arguments(words, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Parsed):
         patch.setattr(argparse.ArgumentParser, "parse_args", parse)
         patch.setattr(sys, "argv", list(words))
-        patch.syspath_prepend(str(REPOSITORY / "scripts"))
+        patch.syspath_prepend(str((REPOSITORY / words[0]).parent))
         runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
 
 

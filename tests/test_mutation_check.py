@@ -1,4 +1,4 @@
-"""What ``scripts/mutation_check.py`` changes, and that it tells who notices."""
+"""What ``scripts/campaigns/mutation_check.py`` changes, and that it tells who notices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def work(x: int | None, *, deep: bool = False):
 
 @pytest.fixture
 def check(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "campaigns"))
     import mutation_check
 
     return mutation_check
@@ -110,7 +110,7 @@ def test_who_notices_is_told_and_the_module_is_put_back(tmp_path):
             print(mutant.line, row["outcome"], row["noticed_by"])
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), REPOSITORY / "scripts"],
+        [sys.executable, "-c", textwrap.dedent(program), REPOSITORY / "scripts" / "campaigns"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -71,7 +71,7 @@ def test_every_requirement_has_a_lower_bound_that_the_pinned_version_keeps():
 
 
 def test_build_is_checked_against_what_git_tracks(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "checks"))
     import check_packaging
 
     checks = check_packaging.Checks()
@@ -86,7 +86,7 @@ def test_build_is_checked_against_what_git_tracks(tmp_path, monkeypatch):
 
 
 def test_lower_bounds_are_pins(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "checks"))
     import check_packaging
 
     lowest = check_packaging.lowest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import subprocess
@@ -22,8 +23,9 @@ from recorded import edit_summary, record
 
 
 def script(name, *arguments, cwd):
+    (path,) = (REPOSITORY / "scripts").glob(f"*/{name}")
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / name), *map(str, arguments)],
+        [sys.executable, str(path), *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -101,7 +103,7 @@ def test_gpu_suite_says_at_once_what_is_missing(tmp_path):
 
 
 def test_gpu_suite_notices_a_difference(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
     import gpu_suite
 
     device = torch.device("cpu")
@@ -117,7 +119,7 @@ def test_gpu_suite_notices_a_difference(tmp_path, monkeypatch):
 
 
 def test_a_step_that_differs_between_devices_is_named(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
     import gpu_steps
 
     agreeing = {"loss_gpu": 2.5, "loss_cpu": 2.50001, "gradient_difference": 1e-6}
@@ -132,7 +134,7 @@ def test_a_step_that_differs_between_devices_is_named(monkeypatch):
 
 
 def test_steps_and_epochs_of_mini_batches_are_compared_between_devices(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
     import gpu_steps
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -146,7 +148,7 @@ def test_steps_and_epochs_of_mini_batches_are_compared_between_devices(monkeypat
 
 
 def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
     import gpu_suite
 
     for deadline in (time.monotonic() + 600, 0.0):
@@ -159,7 +161,7 @@ def test_gpu_suite_times_epochs_until_its_deadline(tmp_path, monkeypatch, capsys
 
 
 def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "checks"))
     import quick_experiments
 
     for job, scheme in enumerate(({}, {"col_size": 64})):
@@ -202,7 +204,7 @@ def test_ranks_benchmark_has_a_row_for_each_process(tmp_path):
 def test_messages_benchmark_compares_gradients(tmp_path):
     fields = ("dataset=digits", "model=gcn", "parallel.partition=label_propagation")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launcher, REPOSITORY / "scripts" / "bench_messages.py"]
+    command = [*launcher, REPOSITORY / "scripts" / "bench" / "bench_messages.py"]
     options = ["--epochs", "2", "--draws", "2", "--csv", "m.csv"]
     result = subprocess.run([*command, *options, *fields], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -258,3 +260,11 @@ def test_rows_measured_again_are_held_to_the_spread_of_the_committed_ones(tmp_pa
     ):
         off = compared(rows.assign(**change).iloc[3:4])
         assert off.returncode == 1 and word in off.stdout and off.stdout.endswith("1 off\n")
+
+
+def test_every_script_has_its_line():
+    text = (REPOSITORY / "scripts" / "README.md").read_text()
+    for path in (REPOSITORY / "scripts").glob("*/*.py"):
+        first = ast.get_docstring(ast.parse(path.read_text())).partition("\n")[0]
+        assert f"| `{path.parent.name}/{path.name}` | {first} |" in text
+    assert text.count("| `") == len(list((REPOSITORY / "scripts").glob("*/*.py")))

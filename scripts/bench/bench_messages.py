@@ -1,0 +1,133 @@
+"""What messages of fewer bits between processes do to the gradient, and how many bytes they save.
+
+torchrun --nproc-per-node 2 scripts/bench/bench_messages.py --csv benchmarks/messages_cpu.csv dataset=amazon_computers
+
+Trains with messages in float32, and after some epochs compares the gradient of one step, at the same weights and masks,
+with that of the same step under each pair of messages. The bytes are those that all processes send in the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench_epoch import append_rows, seeded_model
+from iexact_runner.cli import compose_config
+from iexact_runner.compression.seeds import mix
+from iexact_runner.config import Config, ParallelConfig
+from iexact_runner.data import load_dataset
+from iexact_runner.data.partitioned import halo_of
+from iexact_runner.measure import environment
+from iexact_runner.nn import Model
+from iexact_runner.parallel.team import Team, joined
+from iexact_runner.problem import Problem
+from iexact_runner.sampling.parallel import in_parts, parallel_problem
+from iexact_runner.training import Optimization, step, training_loss
+
+# Forward and backward.
+PAIRS = (
+    ("bf16", "bf16"),
+    ("int8", "int8"),
+    ("int8", "int4"),
+    ("int4", "int4"),
+    ("int2", "int2"),
+    ("int4", "fp32"),
+    ("fp32", "int4"),
+    ("lowrank", "int4"),
+)
+MIB = 2**20
+
+
+def main() -> None:
+    """Prints a line for each pair and writes the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, nargs="+", default=(5, 30), help="after which gradients are compared")
+    parser.add_argument("--draws", type=int, default=5, help="of the rounding")
+    parser.add_argument("--csv", type=Path, help="file to append the rows to")
+    parser.add_argument("overrides", nargs="*", help="of the configuration: dataset=NAME model=NAME ...")
+    arguments = parser.parse_args()
+    config = compose_config("parallel=graph", "compression=none", *arguments.overrides)
+    assert isinstance(config.parallel, ParallelConfig)
+    with joined(device="cpu", timeout=config.parallel.timeout) as team:
+        rows = compare(config, team, epochs=arguments.epochs, draws=arguments.draws)
+    if team.first and arguments.csv:
+        append_rows(rows, arguments.csv)
+
+
+def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> list[dict[str, Any]]:
+    """A row for each epoch and pair of messages."""
+    device = torch.device("cpu")
+    graph = in_parts(load_dataset(config.dataset), config, team)
+
+    def problem_of(forward: str, backward: str) -> Problem:
+        messages = replace(config.messages, forward=forward, backward=backward)
+        return parallel_problem(graph, replace(config, messages=messages), team, device)[0]
+
+    exact = problem_of("fp32", "fp32")
+    compared = {pair: problem_of(*pair) for pair in PAIRS}
+    model = seeded_model(config, exact, device)
+    optimization = Optimization(model, config.training)
+    rows: list[dict[str, Any]] = []
+    for epoch in range(1, max(epochs) + 1):
+        step(model, optimization, exact, seed=mix(0, epoch), epoch=epoch)
+        if epoch not in epochs:
+            continue
+        expected, full = gradient(model, exact, config, team, seed=mix(1, epoch))
+        for pair, problem in {("fp32", "fp32"): exact, **compared}.items():
+            errors, sent = [], 0.0
+            for draw in range(draws):
+                found, sent = gradient(model, problem, config, team, seed=mix(1, epoch), draw=draw)
+                errors.append(((found - expected).norm() / expected.norm()).item())
+            rows.append(
+                {
+                    "dataset": config.dataset.name,
+                    "model": config.model.name,
+                    "processes": team.size,
+                    "epoch": epoch,
+                    "forward": pair[0],
+                    "backward": pair[1],
+                    "rank": config.messages.rank if pair[0] == "lowrank" else None,
+                    "relative_error": sum(errors) / draws,
+                    "sent_mib": sent,
+                    "share_of_fp32": sent / full if full else 1.0,
+                    "draws": draws,
+                }
+                | {key: environment.describe(device, backend="auto")[key] for key in ("python", "torch", "git_commit")}
+            )
+            if team.first:
+                row = rows[-1]
+                print(
+                    f"epoch {epoch}  {pair[0]}/{pair[1]}  error {row['relative_error']:.4f}  {sent:.2f} MiB", flush=True
+                )
+    return rows
+
+
+def gradient(
+    model: Model, problem: Problem, config: Config, team: Team, *, seed: int, draw: int = 0
+) -> tuple[Tensor, float]:
+    """The gradient of a step that is not taken, all parameters in a row, and MiB that all processes sent for it."""
+    model.train()
+    model.zero_grad()
+    halo = halo_of(problem.training.graph)
+    assert halo is not None
+    before = halo.traffic.sent_bytes
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training_loss(
+        model, problem, kind=config.training.loss, precision="float32", seed=seed, map_seed=mix(seed, draw)
+    ).backward()
+    problem.training.shard.sum_gradients(model.parameters())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(statistics[name])
+    sent = sum(team.gathered(halo.traffic.sent_bytes - before)) / MIB
+    return torch.cat(
+        [parameter.grad.flatten().clone() for parameter in model.parameters() if parameter.grad is not None]
+    ), sent
+
+
+if __name__ == "__main__":
+    main()

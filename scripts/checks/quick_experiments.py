@@ -1,0 +1,107 @@
+"""Runs the quick variant of every experiment and holds the cells of its table against the summaries of its runs.
+
+python scripts/checks/quick_experiments.py --out FOLDER [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from iexact_runner.cli import config_dir
+
+REPORT = "from iexact_runner.report.command import main; main()"
+
+
+def main() -> None:
+    """Runs them all, then exits with 1 if a run failed or a cell is not what its runs recorded."""
+    names = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default all: {', '.join(names)}")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="experiments at once")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = pool.map(lambda name: run(name, arguments.out / name, threads=threads), arguments.names or names)
+        problems = [problem for several in found for problem in several]
+    print(f"{len(problems)} problems, {time.monotonic() - began:.0f} s")
+    sys.exit("\n".join(problems) if problems else 0)
+
+
+def run(name: str, folder: Path, *, threads: int) -> list[str]:
+    """Runs one experiment in a folder of its own on so many threads; what is wrong, a line each."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "iexact_runner", "-m", f"+experiment={name}", "quick=true", f"output_dir={folder}"]
+    shared = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    finished = subprocess.run(command, capture_output=True, text=True, env=shared)
+    if finished.returncode:
+        return [f"{name}: exit status {finished.returncode}: {finished.stderr.strip()}"]
+    reported = [sys.executable, "-c", REPORT, str(folder), "--format", "markdown"]
+    table = subprocess.run(reported, capture_output=True, text=True)
+    if table.returncode:
+        return [f"{name}: iexact-report: {table.stderr.strip()}"]
+    problems = [f"{name}: {problem}" for problem in differences(table.stdout, folder)]
+    print(f"{name}: {time.monotonic() - began:.0f} s, {len(problems)} problems")
+    return problems
+
+
+def differences(markdown: str, folder: Path) -> Iterator[str]:
+    """Cells of the first table that differ from what the summaries below a folder say, computed apart."""
+    header, *rows = list(_first_table(markdown))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    jobs = sorted(folder.rglob("summary.json"), key=lambda path: int(path.parent.name))
+    for summary in (json.loads(path.read_text()) for path in jobs):
+        config = summary["config"]
+        names = [config[group]["name"] for group in ("model", "dataset")]
+        key = [*names, config["compression"], config.get("sampler"), config.get("precision")]
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(summary)
+    if len(rows) != len(groups):
+        yield f"{len(rows)} rows for {len(groups)} configurations"
+    for row, summaries in zip(rows, groups.values(), strict=False):
+        for heading, wanted in expected(summaries).items():
+            shown = dict(zip(header, row, strict=True)).get(heading)
+            if shown != wanted:
+                yield f"{', '.join(row[:3])}: {heading} is {shown}, the runs say {wanted}"
+
+
+def expected(summaries: list[dict[str, Any]]) -> dict[str, str]:
+    """Cells by heading that a table must have for these runs of one configuration."""
+    cells = {}
+    scores = [score for summary in summaries for score in (summary["accuracy"] or {}).get("test", {}).get("values", [])]
+    if scores:
+        cells["test accuracy [%]"] = f"{100 * statistics.fmean(scores):.2f} +- {100 * statistics.stdev(scores):.2f}"
+    rates = [summary["throughput"]["epochs_per_second"] for summary in summaries if summary["throughput"]]
+    if len(rates) == 1:
+        cells["epochs/s"] = "{median:.2f} ({p20:.2f} - {p80:.2f})".format(**rates[0])
+    cells["saved [MiB]"] = f"{summaries[0]['memory']['saved_mib']:.2f}"
+    for summary in summaries:
+        for epoch, figures in (summary["fidelity"] or {"after": {}})["after"].items():
+            errors = figures["relative_error"]
+            shown = f"{statistics.fmean(errors):.3f} +- {statistics.stdev(errors):.3f}"
+            cells[f"gradient error, epoch {epoch}"] = shown
+    return cells
+
+
+def _first_table(markdown: str) -> Iterator[list[str]]:
+    lines = markdown.splitlines()
+    begin = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    for place in range(begin, len(lines)):
+        if not lines[place].startswith("|"):
+            return
+        if place != begin + 1:  # the rule below the header
+            yield [cell.strip() for cell in lines[place].strip("|").split(" | ")]
+
+
+if __name__ == "__main__":
+    main()
