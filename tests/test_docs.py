@@ -335,6 +335,17 @@ def test_budgets_are_those_of_the_rows():
     assert f"Planning took {100 * planning.share:.1f} % of the time of {planning.epochs} epochs of GCN" in text
 
 
+def test_predictions_for_a_larger_graph_are_those_of_the_model(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
+    import scale
+
+    text = (REPOSITORY / "docs" / "scale.md").read_text().splitlines()
+    assert not [line for line in scale.lines() if line not in text]
+    rows = scale.measured()
+    ratios = rows["modelled"] / rows["measured"]
+    assert len(rows) == 4 and 0.9 < ratios.min() and ratios.max() < 1.1
+
+
 def test_tables_of_several_processes_are_those_of_the_rows():
     lines = (REPOSITORY / "docs" / "guides" / "parallel.md").read_text().splitlines()
     words = " ".join(" ".join(lines).split())
