@@ -268,7 +268,9 @@ class Experiment:
             own = {name: record.pop(name) for name in OF_A_PROCESS} | traffic_record(problem)
             own |= {name: self._findings.memory[name] for name in MEMORY_OF_A_PROCESS}
             own["peak_resident_mib"] = measure.peak_mib(self._device)["peak_resident_mib"]
-            record["ranks"] = self._team.gathered(own)
+            record["ranks"] = ranks = self._team.gathered(own)
+            # Where it has to fit decides: the figures of tables are those of the process that needs most.
+            self._findings.memory |= {name: max(rank[name] for rank in ranks) for name in MEMORY_OF_A_PROCESS}
 
     def _advice(self, error: PhaseOutOfMemory) -> str:
         """What ran out, and what would help in that phase; also completes the record of the memory."""

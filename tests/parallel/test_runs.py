@@ -65,6 +65,8 @@ def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_p
     assert sum(rank["nodes"] for rank in parallel["ranks"]) == 1797
     assert all(rank["sent_mib"] > 0 and rank["halo"] > 0 and rank["step_peak_mib"] > 0 for rank in parallel["ranks"])
     assert len(expected) == 6 and summary["status"] == "completed"
+    for name in ("saved_mib", "step_peak_mib", "data_mib"):
+        assert summary["memory"][name] == max(rank[name] for rank in parallel["ranks"])
     # A run that loses a process goes on from its checkpoint, with as many processes to the last bit.
     processes = start(tmp_path, 2, "output_dir=cut", "checkpoint.every=1", "training.epochs=2000")
     path = tmp_path / "cut"
