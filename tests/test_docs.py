@@ -119,7 +119,7 @@ def test_gradients_and_accuracy_of_the_low_rank_scheme_are_those_of_the_rows():
     for name, rows in paired.groupby("dataset.name"):
         first, second = (rows[rows["compression.map_bits"].isna() == old].iloc[0] for old in (True, False))
         figures = " | ".join(
-            f"{100 * row['test_difference_mean']:.2f} +- {100 * row['test_difference_interval']:.2f}"
+            f"{100 * row['test_difference_mean']:.2f} ± {100 * row['test_difference_interval']:.2f}"
             for row in (first, second)
         )
         counts = f"{first['test_difference_repeats']:.0f} | {first['training.epochs']:.0f}"
@@ -250,7 +250,7 @@ def test_mini_batches_stand_in_the_committed_rows():
             sampling = [f"{100 * row['sampling_share']:.1f},", f"{100 * row['waiting_share']:.1f}"]
         expected = [
             *(row["sampler.name"], schemes[row["compression.scheme"]], f"{row['training.epochs']}"),
-            *(f"{100 * row['test_mean']:.2f}", "+-", f"{100 * row['test_std']:.2f}", f"{row['saved_mib']:.2f}"),
+            *(f"{100 * row['test_mean']:.2f}", "±", f"{100 * row['test_std']:.2f}", f"{row['saved_mib']:.2f}"),
             *(f"{row['step_peak_mib']:.2f}", f"{row['seconds_to_best_mean']:.1f}", *sampling),
         ]
         assert expected in lines, expected
@@ -270,7 +270,7 @@ def option_cells(row, *, error, seconds):
     host = f" ({row['offloaded_mib']:.2f} on the host)" if row["offloaded_mib"] else ""
     return [
         "`" + row["option"].replace(", ", "`, `") + "`",
-        f"{100 * row['test_mean']:.2f} +- {100 * row['test_std']:.2f}",
+        f"{100 * row['test_mean']:.2f} ± {100 * row['test_std']:.2f}",
         f"{error:.3f}",
         f"{row['saved_mib']:.2f}{host}",
         *(f"{row[name]:.1f}" for name in ("step_peak_mib", "evaluation_peak_mib")),

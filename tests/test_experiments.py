@@ -115,10 +115,10 @@ def test_sweep_ends_with_the_table_of_its_runs(tmp_path):
     for summary in summaries:
         if summary["config"]["task"] == "train":
             scores = summary["accuracy"]["test"]
-            assert f"{100 * scores['mean']:.2f} +- {100 * scores['std']:.2f}" in table
+            assert f"{100 * scores['mean']:.2f} ± {100 * scores['std']:.2f}" in table
         else:
             errors = summary["fidelity"]["after"]["8"]["relative_error"]
-            assert f"{sum(errors) / 2:.3f} +- " in table
+            assert f"{sum(errors) / 2:.3f} ± " in table
     (command,) = re.findall(r"iexact-report (\S+) --format html", table)
     arguments = ["", command, "--format", "csv"]
     code = f"import sys; from iexact_runner.report import command; sys.argv = {arguments!r}; command.main()"

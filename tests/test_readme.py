@@ -31,7 +31,7 @@ def test_it_is_short_and_its_table_is_that_of_the_guide():
 def test_figures_stand_in_the_committed_rows():
     rows = pd.read_csv(REPOSITORY / "benchmarks" / "amazon_computers_cpu.csv")
     for _, row in rows.iterrows():
-        shown = f"{100 * row.test_mean:.2f} +- {100 * row.test_std:.2f} | {row.saved_mib:.2f} |"
+        shown = f"{100 * row.test_mean:.2f} ± {100 * row.test_std:.2f} | {row.saved_mib:.2f} |"
         assert shown in RESULTS
     for _, row in pd.read_csv(REPOSITORY / "benchmarks" / "coauthor_physics_cpu.csv").iterrows():
         assert f"| {100 * row.test_mean:.2f} | {row.saved_mib:.2f} | {row.epochs_per_second_median:.2f} (" in RESULTS
@@ -44,7 +44,7 @@ def test_figures_stand_in_the_committed_rows():
     paired = pd.read_csv(REPOSITORY / "benchmarks" / "paired_accuracy_cpu.csv").set_index("dataset.name")
     paired = paired.loc["amazon_computers"].dropna(subset=["test_difference_mean"]).sort_values("compression.map_bits")
     new, old = (
-        "{:.2f} +- {:.2f}".format(*(100 * row[f"test_difference_{figure}"] for figure in ("mean", "interval")))
+        "{:.2f} ± {:.2f}".format(*(100 * row[f"test_difference_{figure}"] for figure in ("mean", "interval")))
         for row in paired.to_dict("records")
     )
     assert f"`lowrank` and FP32 differ by {new} points" in RESULTS

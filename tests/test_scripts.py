@@ -168,7 +168,7 @@ def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
         edit_summary(record(tmp_path / str(job), compression=scheme, saved_mib=1.5 + job), fidelity=None)
     text = tables.markdown(read_report([tmp_path]).grids(title="results")[0])
     assert list(quick_experiments.differences(text, tmp_path)) == []
-    for right, wrong in (("91.00 +- 1.41", "91.01 +- 1.41"), ("| 2.50 |", "| 2.51 |"), ("4.00 (3.50", "4.01 (3.50")):
+    for right, wrong in (("91.00 ± 1.41", "91.01 ± 1.41"), ("| 2.50 |", "| 2.51 |"), ("4.00 (3.50", "4.01 (3.50")):
         assert right in text
         found = list(quick_experiments.differences(text.replace(right, wrong), tmp_path))
         assert found and all("the runs say" in problem for problem in found)

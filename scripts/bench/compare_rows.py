@@ -58,7 +58,7 @@ def main() -> None:
                 continue
             compared += 1
             if not abs(after[figure] - before[figure]) <= allowed:
-                off.append((name, figure, f"{before[figure]:.6g} +- {allowed:.3g}, now {after[figure]:.6g}"))
+                off.append((name, figure, f"{before[figure]:.6g} ± {allowed:.3g}, now {after[figure]:.6g}"))
     show(off, Console())
     print(f"{compared} figures of {len(again)} rows compared, {len(off)} off")
     sys.exit(1 if off or not compared else 0)

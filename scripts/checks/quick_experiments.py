@@ -80,7 +80,7 @@ def expected(summaries: list[dict[str, Any]]) -> dict[str, str]:
     cells = {}
     scores = [score for summary in summaries for score in (summary["accuracy"] or {}).get("test", {}).get("values", [])]
     if scores:
-        cells["test accuracy [%]"] = f"{100 * statistics.fmean(scores):.2f} +- {100 * statistics.stdev(scores):.2f}"
+        cells["test accuracy [%]"] = f"{100 * statistics.fmean(scores):.2f} ± {100 * statistics.stdev(scores):.2f}"
     rates = [summary["throughput"]["epochs_per_second"] for summary in summaries if summary["throughput"]]
     if len(rates) == 1:
         cells["epochs/s"] = "{median:.2f} ({p20:.2f} - {p80:.2f})".format(**rates[0])
@@ -88,7 +88,7 @@ def expected(summaries: list[dict[str, Any]]) -> dict[str, str]:
     for summary in summaries:
         for epoch, figures in (summary["fidelity"] or {"after": {}})["after"].items():
             errors = figures["relative_error"]
-            shown = f"{statistics.fmean(errors):.3f} +- {statistics.stdev(errors):.3f}"
+            shown = f"{statistics.fmean(errors):.3f} ± {statistics.stdev(errors):.3f}"
             cells[f"gradient error, epoch {epoch}"] = shown
     return cells
 

@@ -109,7 +109,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], *, folder: str) -
     if accuracy is not None and accuracy["test"]["mean"] is not None:
         for split in ("train", "val", "test"):
             figures = accuracy[split]
-            spread = f" +- {100 * figures['std']:.2f}" if len(figures["values"]) > 1 else ""
+            spread = f" ± {100 * figures['std']:.2f}" if len(figures["values"]) > 1 else ""
             table.add_row(unmarked(f"{split} {accuracy['metric']}"), f"{100 * figures['mean']:.2f}{spread} %")
     fp32 = summary.get("fp32") or {}
     if memory is not None:

@@ -47,7 +47,7 @@ def test_markdown(text, written):
         ("a\n\\b", r"a\textbackslash{}n\textbackslash{}b"),
         ("[5cm] x [%]", r"{[}5cm] x [\%]"),
         ("*", "{*}"),
-        ("-0.5 +- 0.1", r"$-$0.5 $\pm$ 0.1"),
+        ("-0.5 ± 0.1", r"$-$0.5 $\pm$ 0.1"),
     ],
 )
 def test_latex(text, written):

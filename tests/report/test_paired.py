@@ -53,4 +53,4 @@ def test_column_stands_beside_the_scores_and_only_where_it_is_wanted(tmp_path):
     assert names.index("test_difference") == names.index("test") + 1
     assert [metric.name for metric in read_report([tmp_path], metrics=["test"]).results.metrics] == ["test"]
     chosen = read_report([tmp_path], metrics=["test_difference"])
-    assert chosen.grids(title="t")[0].rows[1][-1] == "0.00 +- 0.00"
+    assert chosen.grids(title="t")[0].rows[1][-1] == "0.00 ± 0.00"

@@ -33,7 +33,7 @@ def to_tex(text: str) -> str:
     escaped = "".join(_TEX.get(sign, rf"\{sign}" if sign in "&%$#_{}" else sign) for sign in visible(text))
     escaped = re.sub(r"^[\[*]", r"{\g<0>}", escaped)  # an option of the line end before it
     escaped = re.sub(r"(?<![\w.])([+-])(?=\d)", r"$\1$", escaped)  # a sign, not a hyphen
-    return escaped.replace(" +- ", r" $\pm$ ").replace(" - ", "--")
+    return escaped.replace(" ± ", r" $\pm$ ").replace(" - ", "--")
 
 
 def to_html(text: str) -> str:

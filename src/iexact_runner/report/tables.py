@@ -112,10 +112,10 @@ def show_cell(cell: Cell | None, metric: Metric) -> str:
         for figure in (cell.value, cell.std, cell.p20, cell.p80, cell.interval)
     )
     if interval is not None:
-        return f"{value} +- {interval}"
+        return f"{value} ± {interval}"
     if low is not None:
         return f"{value} ({low} - {high})"
-    return f"{value} +- {std}" if std is not None and cell.repeats > 1 else str(value)
+    return f"{value} ± {std}" if std is not None and cell.repeats > 1 else str(value)
 
 
 def listing_of(runs: Sequence[Run]) -> Grid:

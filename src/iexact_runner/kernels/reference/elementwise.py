@@ -73,7 +73,7 @@ def _scale_kept(x: Tensor, kept: Tensor, p: float) -> Tensor:
 
 
 def rademacher(rows: int, columns: int, *, seed: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Projection P (rows, columns) of independent +-1 / sqrt(columns), so that E[P P^T] = I (EXACT, section 3.2)."""
+    """Projection P (rows, columns) of independent ±1 / sqrt(columns), so that E[P P^T] = I (EXACT, section 3.2)."""
     draws = draw16(rows * columns, seed=seed, purpose=PROJECTION, device=device)
     signs = (draws >= DRAWS // 2).float() * 2 - 1
     scaled: Tensor = signs * columns**-0.5
