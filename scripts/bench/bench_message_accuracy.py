@@ -17,7 +17,7 @@ from bench_epoch import append_rows
 from bench_ranks import run
 from iexact_runner.report.paired import interval
 
-PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("lowrank", "int4"))
+MESSAGES = ("fp32/fp32", "int8/int8", "int8/int4", "int4/int4", "lowrank/int4")
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--messages", nargs="+", default=MESSAGES, help="forward/backward")
     parser.add_argument("--csv", type=Path, help="file to append the rows to")
     parser.add_argument("overrides", nargs="*", help="of the configuration: dataset=NAME model=NAME ...")
     arguments = parser.parse_args()
@@ -33,7 +34,7 @@ def main() -> None:
     fixed = [f"parallel.parts={size}", f"training.epochs={arguments.epochs}", f"runs={arguments.runs}"]
     alone = run(1, [*arguments.overrides, *fixed])["accuracy"]["test"]["values"]
     rows: list[dict[str, Any]] = []
-    for forward, backward in PAIRS:
+    for forward, backward in (pair.split("/") for pair in arguments.messages):
         messages = [f"messages.forward={forward}", f"messages.backward={backward}"]
         summary = run(size, [*arguments.overrides, *fixed, *messages])
         rows.append(row(summary, alone))

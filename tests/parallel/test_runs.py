@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,10 +69,10 @@ def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_p
     for name in ("saved_mib", "step_peak_mib", "data_mib"):
         assert summary["memory"][name] == max(rank[name] for rank in parallel["ranks"])
     # A run that loses a process goes on from its checkpoint, with as many processes to the last bit.
-    processes = start(tmp_path, 2, "output_dir=cut", "checkpoint.every=1", "training.epochs=2000")
+    processes = start(tmp_path, 2, "output_dir=cut", "checkpoint.every=1", epochs=40)
     path = tmp_path / "cut"
     while not (path.exists() and any(path.glob("*/checkpoint.previous.pt"))):
-        time.sleep(0.05)
+        time.sleep(0.02)
     processes[1].send_signal(signal.SIGKILL)
     (status, _, error), (killed, *_) = ended(processes)
     assert status == 1 and killed == -signal.SIGKILL
@@ -81,24 +82,21 @@ def test_a_run_has_one_folder_and_goes_on_with_another_number_of_processes(tmp_p
     (folder,) = path.iterdir()
     summary, lines = records(folder)
     assert summary["status"] == "failed" and summary["error"] in line and lines
-    for number, size in enumerate((2, 1)):
-        name = f"again{number}"
-        processes = start(tmp_path, 2, f"output_dir={name}", "checkpoint.every=1", epochs=6)
-        while not any(tmp_path.glob(f"{name}/*/checkpoint.pt")):
-            time.sleep(0.02)
-            if processes[0].poll() is not None:
-                break
-        processes[0].send_signal(signal.SIGINT)
-        ended(processes)
-        (folder,) = (tmp_path / name).iterdir()
-        if json.loads((folder / "summary.json").read_text())["status"] == "completed":
-            continue  # it was faster
-        results = ended(start(tmp_path, size, f"resume={folder}", epochs=6))
-        assert [status for status, *_ in results] == [0] * size, results
-        found = [line["loss"] for line in records(folder)[1]]
-        if size == 2:
-            assert found == [line["loss"] for line in expected]
-        np.testing.assert_allclose(found, [line["loss"] for line in expected], rtol=1e-3)
+    shutil.copytree(folder, tmp_path / "copy")
+    again = [records_of(tmp_path, size, resumed) for size, resumed in ((2, folder), (1, tmp_path / "copy"))]
+    assert again[0][: len(lines)] == [line["loss"] for line in lines] and len(again[0]) == 40
+    assert again[0][:6] == [line["loss"] for line in expected]
+    # Sums of another order move codes, and these the weights: from then on the runs part slowly.
+    few = slice(0, len(lines) + 4)
+    np.testing.assert_allclose(again[1][few], again[0][few], rtol=1e-3)
+    assert len(again[1]) == 40
+
+
+def records_of(folder, size, resumed):
+    """The losses of a run that goes on to its end with so many processes."""
+    results = ended(start(folder, size, f"resume={resumed}", epochs=40))
+    assert [status for status, *_ in results] == [0] * size, results
+    return [line["loss"] for line in records(resumed)[1]]
 
 
 def test_processes_measure_and_compare_together(tmp_path):
