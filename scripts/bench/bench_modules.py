@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from bench_epoch import append_rows
 from iexact_runner import compress
 from iexact_runner.cli import compose_config
 from iexact_runner.data import load_dataset
+from iexact_runner.kernels import backends
 from iexact_runner.measure import MIB, SavedTensors, environment
 from iexact_runner.measure.peak import PeakMemory
+from iexact_runner.training import clock
 
 HIDDEN, LAYERS, CLASSES = 128, 3, 10
 AGGREGATORS, SCALERS = ("mean", "min", "max", "std"), ("identity", "amplification", "attenuation")
@@ -133,9 +134,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="all but PNA, which takes 20 GiB in FP32")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path, help="file to append the rows to")
     arguments = parser.parse_args()
     data = load_dataset(compose_config(f"dataset={arguments.dataset}", f"dataset.root={arguments.root}").dataset)
+    device = torch.device(arguments.device)
     edges = data.edge_index.long()
     known = models(data.x.size(1), torch.bincount(torch.bincount(edges[1], minlength=data.num_nodes)))
     generator = torch.Generator().manual_seed(0)
@@ -145,6 +148,7 @@ def main() -> None:
     for name in arguments.models or [name for name in known if name != "PNA"]:
         graph = (edges, features) if name == "GINE" else (edges,)
         inputs, labels = ((words,), sorts) if name == "TransformerEncoder" else ((data.x, *graph), data.y)
+        inputs, labels = tuple(part.to(device) for part in inputs), labels.to(device)
         rows = [measured(known[name], way, inputs, labels, arguments.rounds) for way in arguments.ways]
         for row in compared(rows):
             row = {"model": name, "dataset": arguments.dataset} | row
@@ -153,7 +157,7 @@ def main() -> None:
                 flush=True,
             )
             if arguments.csv:
-                facts = environment.describe(torch.device("cpu"), backend="numba")
+                facts = environment.describe(device, backend=backends.resolve("auto", device))
                 kept = ("device_name", "torch_threads", "python", "torch", "torch_geometric", "git_commit")
                 append_rows([row | {key: facts[key] for key in kept}], arguments.csv)
 
@@ -163,7 +167,8 @@ def measured(
 ) -> dict[str, Any]:
     """Figures of a step, and its gradient."""
     torch.manual_seed(0)
-    model = make().train()
+    device = labels.device
+    model = make().train().to(device)
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.MultiheadAttention)):
             setattr(module, "p" if isinstance(module, nn.Dropout) else "dropout", 0.0)
@@ -183,13 +188,13 @@ def measured(
     gradient = torch.cat([part.grad.flatten() for part in model.parameters() if part.grad is not None])
     model.zero_grad()
     seconds = []
-    with PeakMemory(torch.device("cpu")) as peak:
+    with PeakMemory(device) as peak:
         step()
     for _ in range(rounds):
         model.zero_grad()
-        start = time.perf_counter()
+        start = clock(device)
         step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock(device) - start)
     return {
         "way": way,
         "saved_mib": kept / MIB,

@@ -523,3 +523,28 @@ def test_torch_compile_leaves_training_passes_as_they_are():
     x, edge_index, _ = data()
     assert torch.equal(compiled(x, edge_index), twin(x, edge_index)) and report.functions["linear"] == 2 * 3
     assert torch.equal(compiled.eval()(x, edge_index), twin.eval()(x, edge_index))
+
+
+class WithDefault(nn.Module):
+    """A layer whose default argument is a layer, one for all that are ever made, as PyG's PerformerAttention has it."""
+
+    def __init__(self, kernel=nn.ReLU()):  # noqa: B008
+        super().__init__()
+        self.linear, self.kernel = nn.Linear(4, 4), kernel
+
+    def forward(self, x):
+        return self.kernel(self.linear(x))
+
+
+def test_layers_that_are_default_arguments_stay_as_they_are_for_other_models():
+    first, other, third = WithDefault(), WithDefault(), WithDefault()
+    mine = nn.ReLU()
+    given = WithDefault(mine)
+    for model in (first, given):
+        compress(model, INT2)
+        assert type(model.kernel) is not nn.ReLU and isinstance(model.kernel, nn.ReLU)
+    assert given.kernel is mine and first.kernel is not other.kernel
+    assert type(other.kernel) is nn.ReLU
+    compress(third, INT2)  # which is not compressed already
+    x = torch.randn(6, 4)
+    assert torch.equal(other.train()(x), torch.relu(other.linear(x)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -166,6 +167,7 @@ def compress(
         raise ConfigError.of("compression.refresh", config.refresh, valid)
     check_choice("fallback", fallback, ("saved_tensors", None))
     model_name = type(model).__name__
+    _take_own_defaults(model)
     if compressed := [name for name, module in model.named_modules() if isinstance(module, Compressed)]:
         layer = f" (layer {compressed[0]})" if compressed[0] else ""
         raise ConfigError.of("model", model_name, f"is compressed already{layer}; compress a model once, as a whole")
@@ -211,6 +213,18 @@ def _chosen(compression: str | CompressionConfig, fields: dict[str, Any]) -> Com
         raise ConfigError.of("compression", repr(compression), valid)
     check_names(fields)
     return replace(compression, **fields)
+
+
+def _take_own_defaults(model: nn.Module) -> None:
+    """Gives a model copies of layers that are default arguments of its classes, which every other model shares."""
+    for parent in list(model.modules()):
+        makers = [vars(kind).get("__init__") for kind in type(parent).__mro__]
+        positional = [value for make in makers for value in getattr(make, "__defaults__", None) or ()]
+        named = [value for make in makers for value in (getattr(make, "__kwdefaults__", None) or {}).values()]
+        defaults = {id(value) for value in (*positional, *named)}
+        for name, child in list(parent.named_children()):
+            if id(child) in defaults:
+                setattr(parent, name, copy.copy(child))
 
 
 def _judge(module: nn.Module) -> tuple[str | None, str]:
