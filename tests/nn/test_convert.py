@@ -530,10 +530,10 @@ class WithDefault(nn.Module):
 
     def __init__(self, kernel=nn.ReLU()):  # noqa: B008
         super().__init__()
-        self.linear, self.kernel = nn.Linear(4, 4), kernel
+        self.linear, self.kernel, self.passed_on = nn.Linear(4, 4), kernel, nn.Sequential(kernel)
 
     def forward(self, x):
-        return self.kernel(self.linear(x))
+        return self.kernel(self.linear(x)) + self.passed_on(x)
 
 
 def test_layers_that_are_default_arguments_stay_as_they_are_for_other_models():
@@ -543,8 +543,11 @@ def test_layers_that_are_default_arguments_stay_as_they_are_for_other_models():
     for model in (first, given):
         compress(model, INT2)
         assert type(model.kernel) is not nn.ReLU and isinstance(model.kernel, nn.ReLU)
+        assert model.passed_on[0] is model.kernel
     assert given.kernel is mine and first.kernel is not other.kernel
     assert type(other.kernel) is nn.ReLU
     compress(third, INT2)  # which is not compressed already
     x = torch.randn(6, 4)
-    assert torch.equal(other.train()(x), torch.relu(other.linear(x)))
+    assert torch.equal(other.train()(x), torch.relu(other.linear(x)) + torch.relu(x))
+    for _ in range(2):
+        compress(pyg.GPSConv(8, pyg.SAGEConv(8, 8), heads=2, attn_type="performer"), "int8")

@@ -217,14 +217,14 @@ def _chosen(compression: str | CompressionConfig, fields: dict[str, Any]) -> Com
 
 def _take_own_defaults(model: nn.Module) -> None:
     """Gives a model copies of layers that are default arguments of its classes, which every other model shares."""
-    for parent in list(model.modules()):
-        makers = [vars(kind).get("__init__") for kind in type(parent).__mro__]
-        positional = [value for make in makers for value in getattr(make, "__defaults__", None) or ()]
-        named = [value for make in makers for value in (getattr(make, "__kwdefaults__", None) or {}).values()]
-        defaults = {id(value) for value in (*positional, *named)}
-        for name, child in list(parent.named_children()):
-            if id(child) in defaults:
-                setattr(parent, name, copy.copy(child))
+    makers = [vars(kind).get("__init__") for kind in {kind for each in model.modules() for kind in type(each).__mro__}]
+    positional = [value for make in makers for value in getattr(make, "__defaults__", None) or ()]
+    named = [value for make in makers for value in (getattr(make, "__kwdefaults__", None) or {}).values()]
+    own = {id(value): copy.copy(value) for value in (*positional, *named) if isinstance(value, nn.Module)}
+    for parent in list(model.modules()) if own else ():
+        for name, child in parent._modules.items():
+            if id(child) in own:
+                setattr(parent, name, own[id(child)])
 
 
 def _judge(module: nn.Module) -> tuple[str | None, str]:
