@@ -223,6 +223,15 @@ def test_figures_of_a_gpu_in_the_results_are_those_of_the_rows():
 
 def test_figures_of_models_without_twins_are_those_of_the_rows():
     text = (REPOSITORY / "docs" / "guides" / "own.md").read_text()
+    gpu = pd.read_csv(REPOSITORY / "benchmarks" / "modules_gpu.csv").set_index("way")
+    error, times, others = (
+        gpu.loc[way, name]
+        for way, name in (("int8", "gradient_error"), ("int8", "time_ratio"), ("checkpoint", "time_ratio"))
+    )
+    words = " ".join((REPOSITORY / "docs" / "guides" / "own.md").read_text().split())
+    assert f"errors of {error.min():.3f} to {error.max():.3f} under `int8`" in words
+    assert f"take {times.min():.1f} to {times.max():.1f} times as long as FP32's" in words
+    assert f"checkpoint`'s {others.min():.1f} to {others.max():.1f} times" in words
     rows = pd.read_csv(REPOSITORY / "benchmarks" / "modules_cpu.csv")
     shown = 0
     for model, ways in rows.groupby("model", sort=False):

@@ -293,3 +293,19 @@ def test_a_part_called_by_itself_runs_a_pass_of_its_own_and_several_can_share_on
     assert dtypes == ["int2", "mask", "int2"] and report.functions["relu"] == 1
     with pytest.raises(ConfigError, match="model=Linear: is not compressed"):
         compressed_pass(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 8), (2, 3, 4, 8)])
+@pytest.mark.parametrize("name", ["lowrank", "int8"])
+def test_activations_of_more_dimensions_keep_their_signs(name, shape):
+    """As those between the layers of a transformer, of which ``lowrank`` has no sketch."""
+
+    def gradient(compressed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)).train()
+        if compressed:
+            compress(model, name, fallback=None)
+        model(torch.randn(shape, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    assert_close(gradient(True), gradient(False), tolerance=1e-6)

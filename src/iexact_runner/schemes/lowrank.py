@@ -168,8 +168,11 @@ class LowRank(Projected):
         return Activation(value, Kept(self._normalized or self._kept_sketch(value)))
 
     def rectified(self, x: Activation, negative_slope: float, *, inplace: bool = False) -> Activation:
-        """LeakyReLU; after ReLU of a sketched map the mask is added to its sketch."""
-        if negative_slope:
+        """LeakyReLU; after ReLU of a sketched map the mask is added to its sketch.
+
+        Of a map that is no table of nodes and features, a sketch would have no rows: it keeps 1 bit an element.
+        """
+        if negative_slope or x.value.dim() != 2:
             return super().rectified(x, negative_slope, inplace=inplace)
         sketch = x.source.kept
         layout = None if sketch is None else sketch.layout
