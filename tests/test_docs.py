@@ -373,6 +373,10 @@ def test_tables_of_several_processes_are_those_of_the_rows():
     resident, loading = (large[f"{name}peak_resident_mib"].max() / 1024 for name in ("", "loading_"))
     assert found in words and f"more than {resident:.1f} GiB resident, {loading:.1f} GiB while it loaded" in words
     assert 0.6 < large["halo_share"].max() < 0.7 and resident < 3.5
+    kills = pd.read_csv(REPOSITORY / "benchmarks" / "kill_ranks_cpu.csv")
+    tried, survived, lost = (kills[name].sum() for name in ("tried", "survived", "lost"))
+    assert f"{tried} runs tried, {survived} survived, {lost} lost; after" in words
+    assert f"others had ended in {kills['longest_seconds'].max():.0f} seconds" in words
     for row in pd.read_csv(REPOSITORY / "benchmarks" / "message_accuracy_cpu.csv").itertuples():
         difference = f"{100 * row.difference_mean:+.2f} ± {100 * row.difference_interval:.2f}"
         assert f"| {row.forward} / {row.backward} | {100 * row.test_mean:.2f} | {difference} |" in lines
