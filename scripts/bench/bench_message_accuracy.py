@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from bench_epoch import append_rows
-from bench_ranks import run
+from bench_ranks import run, setting
 from iexact_runner.report.paired import interval
 
 MESSAGES = ("fp32/fp32", "int8/int8", "int8/int4", "int4/int4", "lowrank/int4")
@@ -54,11 +54,7 @@ def row(summary: dict[str, Any], alone: list[float]) -> dict[str, Any]:
     scores = summary["accuracy"]["test"]["values"]
     differences = [score - other for score, other in zip(scores, alone, strict=True)]
     return {
-        "dataset": config["dataset"]["name"],
-        "model": config["model"]["name"],
-        "scheme": config["compression"]["scheme"],
-        "forward": config["messages"]["forward"],
-        "backward": config["messages"]["backward"],
+        **setting(summary),
         "rank": config["messages"]["rank"],
         "processes": summary["parallel"]["processes"],
         "partition": summary["parallel"]["method"],

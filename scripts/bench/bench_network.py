@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from bench_epoch import append_rows
+from bench_ranks import setting
 
 PAIRS = (("fp32", "fp32"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("lowrank", "int4"))
 SPACES = (("iexact0", "veth0", "10.213.7.1"), ("iexact1", "veth1", "10.213.7.2"))
@@ -47,7 +48,7 @@ def main() -> None:
         exact = [seconds(summary) for summary in found[PAIRS[0]]]
         for pair, summaries in found.items():
             ratios = [seconds(each) / one for each, one in zip(summaries, exact, strict=True)]
-            rows.append(row(rate, pair, summaries, ratios))
+            rows.append(row(rate, summaries, ratios))
             print(
                 f"{rate}  {pair[0]}/{pair[1]}  {rows[-1]['epoch_seconds']:.2f} s an epoch, {rows[-1]['ratio']:.2f}",
                 flush=True,
@@ -111,17 +112,13 @@ def seconds(summary: dict[str, Any]) -> float:
     return 1 / float(summary["throughput"]["epochs_per_second"]["median"])
 
 
-def row(rate: str, pair: tuple[str, str], summaries: list[dict[str, Any]], ratios: list[float]) -> dict[str, Any]:
+def row(rate: str, summaries: list[dict[str, Any]], ratios: list[float]) -> dict[str, Any]:
     """What the rounds of a pair of messages come to."""
-    config, environment = summaries[0]["config"], summaries[0]["environment"]
+    environment = summaries[0]["environment"]
     ranks = [rank for summary in summaries for rank in summary["parallel"]["ranks"]]
     return {
-        "dataset": config["dataset"]["name"],
-        "model": config["model"]["name"],
-        "scheme": config["compression"]["scheme"],
+        **setting(summaries[0]),
         "rate": rate,
-        "forward": pair[0],
-        "backward": pair[1],
         "epoch_seconds": median(map(seconds, summaries)),
         "ratio": median(ratios),
         "ratio_least": min(ratios),

@@ -59,17 +59,25 @@ def run(size: int, overrides: list[str]) -> dict[str, Any]:
     return summary
 
 
-def row(summary: dict[str, Any], rank: int) -> dict[str, Any]:
-    """What the record of a run says of one process."""
-    parallel, config, environment = summary["parallel"], summary["config"], summary["environment"]
-    own = parallel["ranks"][rank]
-    nodes = sum(each["nodes"] for each in parallel["ranks"])
+def setting(summary: dict[str, Any]) -> dict[str, Any]:
+    """What rows of runs over several processes begin with."""
+    config = summary["config"]
     return {
         "dataset": config["dataset"]["name"],
         "model": config["model"]["name"],
         "scheme": config["compression"]["scheme"],
         "forward": config["messages"]["forward"],
         "backward": config["messages"]["backward"],
+    }
+
+
+def row(summary: dict[str, Any], rank: int) -> dict[str, Any]:
+    """What the record of a run says of one process."""
+    parallel, environment = summary["parallel"], summary["environment"]
+    own = parallel["ranks"][rank]
+    nodes = sum(each["nodes"] for each in parallel["ranks"])
+    return {
+        **setting(summary),
         "processes": parallel["processes"],
         "parts": parallel["parts"],
         "partition": parallel["method"],

@@ -132,12 +132,7 @@ def check_steps(device: Any, out: Path) -> bool:
     """Compares a training step of every model and preset with the same on the CPU; whether all agree."""
     with ProcessPoolExecutor(len(MODELS) + 1, mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = [row for found in pool.map(_steps_of, itertools.repeat(device), [*MODELS, ""]) for row in found]
-    _write(rows, out / "gpu_steps.csv", device)
-    problems = [row for row in rows if row["problem"]]
-    for row in problems:
-        print(f"{row['model']} {row['preset']}: {row['problem']}")
-    print(f"steps: {len(rows)} compared, {len(problems)} differ")
-    return not problems
+    return _agree("steps", rows, out / "gpu_steps.csv", device)
 
 
 def _steps_of(device: Any, model: str) -> list[dict[str, Any]]:
@@ -154,12 +149,17 @@ def check_processes(device: Any, out: Path) -> bool:
     """Compares gradients of two processes with those of one; whether all agree."""
     from gpu_parallel import compare_processes
 
-    rows = compare_processes(str(device))
-    _write(rows, out / "gpu_parallel.csv", device)
+    return _agree("parallel", compare_processes(str(device)), out / "gpu_parallel.csv", device)
+
+
+def _agree(part: str, rows: list[dict[str, Any]], path: Path, device: Any) -> bool:
+    """Writes rows that compare, tells of those that differ, and says whether none does."""
+    _write(rows, path, device)
     problems = [row for row in rows if row["problem"]]
     for row in problems:
-        print(f"{row['model']} {row['preset']}, {row['forward']}/{row['backward']}: {row['problem']}")
-    print(f"parallel: {len(rows)} compared, {len(problems)} differ")
+        named = (str(row[name]) for name in ("model", "preset", "forward", "backward") if name in row)
+        print(f"{' '.join(named)}: {row['problem']}")
+    print(f"{part}: {len(rows)} compared, {len(problems)} differ")
     return not problems
 
 

@@ -125,8 +125,10 @@ class Problem:
 
     def with_exact_messages(self) -> Problem:
         """The problem of one of several processes, whose rows travel as they are; any other is the same."""
+        if not self.whole.shard.distributed:
+            return self
         view = replace(self.whole, graph=with_exact_messages(self.whole.graph))
-        return replace(self, whole=view, training=view) if self.whole.shard.distributed else self
+        return replace(self, whole=view, training=view)
 
     def of_batch(self, view: View) -> Problem:
         """The problem of one step, on a mini-batch."""

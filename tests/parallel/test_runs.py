@@ -183,6 +183,20 @@ def test_processes_that_notice_a_loss_name_the_one_that_does_not():
     assert place in first and place in second
 
 
+def test_a_process_that_keeps_the_notes_and_hangs_holds_up_no_other(monkeypatch):
+    class Hanging:
+        def set(self, *arguments):
+            time.sleep(60)
+
+    monkeypatch.setattr("iexact_runner.parallel.team.CHECK_IN", 0.1)
+    start = time.monotonic()
+    with pytest.raises(TeamError, match=": process 0 has ended, or has not answered"):
+        with Team(1, 2, 1, 5.0, Hanging()).guarded():
+            raise RuntimeError("timed out")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert time.monotonic() - start < 10
+
+
 def test_only_a_lost_process_is_told_as_one():
     team = Team(1, 2, 1, 5.0)
     with (

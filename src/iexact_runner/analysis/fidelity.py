@@ -95,10 +95,10 @@ def checkpoints(
     """Trains ``model`` exactly and yields, after each of ``config.fidelity.epochs``, that epoch and its figures.
 
     Training and the exact gradient are in float32, what several processes send each other too; the draws are in
-    ``config.precision``, with messages as configured. FP32 maps are compared as their
-    exact twin: an error of 0 in float32, for they are what the others are held against. Directions of the low-rank
-    scheme are as old as they become in training, found ``refresh`` - 1 epochs ago, or as old as the model is.
-    ``passed`` is called after every epoch, and may have the model keep its maps in another way.
+    ``config.precision``, with messages as configured. FP32 maps are compared as their exact twin: an error of 0 in
+    float32, for they are what the others are held against. Directions of the low-rank scheme are as old as they become
+    in training, found ``refresh`` - 1 epochs ago, or as old as the model is. ``passed`` is called after every epoch,
+    and may have the model keep its maps in another way.
     """
     twin = exact_twin(config.compression)
     compared = twin if config.compression.scheme == "none" else config.compression

@@ -10,9 +10,9 @@ from omegaconf import MISSING
 from iexact_runner.config.checks import check, check_above, check_at_least, check_choice
 from iexact_runner.config.sampler import PARTITIONERS
 
-# How a row of a map travels: float32, rounded to bfloat16, or quantized with stochastic rounding.
-UNBIASED = ("fp32", "bf16", "int8", "int4", "int2")
-MESSAGES = (*UNBIASED, "lowrank")
+# How rows of gradients travel: float32, rounded to bfloat16, or quantized with stochastic rounding; and of activations.
+BACKWARD = ("fp32", "bf16", "int8", "int4", "int2")
+FORWARD = (*BACKWARD, "lowrank")
 
 
 @dataclass
@@ -75,8 +75,8 @@ class MessagesConfig:
     rank: int = 32
 
     def __post_init__(self) -> None:
-        check_choice("messages.forward", self.forward, MESSAGES)
-        check_choice("messages.backward", self.backward, UNBIASED)
+        check_choice("messages.forward", self.forward, FORWARD)
+        check_choice("messages.backward", self.backward, BACKWARD)
         check_at_least("messages.rank", self.rank, 1)
 
 

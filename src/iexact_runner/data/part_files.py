@@ -74,17 +74,20 @@ class PartFolder:
             DatasetError: if a file is missing or damaged.
         """
         parts = [self._part(number) for number in range(first, last)]
+        if len(parts) == 1:  # as it is, for a copy would double the peak of loading
+            return parts[0]
         bases = [cut - self.facts.cuts[first] for cut in self.facts.cuts[first:last]]
         targets = [part.targets for part in parts if part.targets is not None]
+        train, val, test = (
+            torch.cat([part.splits[index] + base for part, base in zip(parts, bases, strict=True)])
+            for index in range(len(SPLITS))
+        )
         return Rows(
             torch.cat([part.x for part in parts]),
             torch.cat([part.y for part in parts]),
             _stacked([part.sources for part in parts]),
             _stacked(targets) if targets else None,
-            tuple(  # type: ignore[arg-type]
-                torch.cat([part.splits[index] + base for part, base in zip(parts, bases, strict=True)])
-                for index in range(len(SPLITS))
-            ),
+            (train, val, test),
         )
 
     def _part(self, number: int) -> Rows:
@@ -104,6 +107,12 @@ class PartFolder:
         return part
 
 
+def check_free(folder: Path) -> None:
+    """Refuses a folder that has a graph already."""
+    if (folder / GRAPH).exists():
+        raise ConfigError.of("parallel.folder", folder, "has a graph already; name another folder, or remove it")
+
+
 def write_parts(graph: OrderedGraph, folder: Path, dataset: DatasetConfig) -> Iterator[dict[str, Any]]:
     """Writes a graph part by part, and yields the nodes, the halo, the edges and the bytes of each.
 
@@ -113,10 +122,8 @@ def write_parts(graph: OrderedGraph, folder: Path, dataset: DatasetConfig) -> It
         dataset: what the graph is of.
 
     Raises:
-        ConfigError: if the folder has a graph already, or cannot be written.
+        ConfigError: if the folder cannot be written.
     """
-    if (folder / GRAPH).exists():
-        raise ConfigError.of("parallel.folder", folder, "has a graph already; name another folder, or remove it")
     facts = graph.facts
     try:
         folder.mkdir(parents=True, exist_ok=True)

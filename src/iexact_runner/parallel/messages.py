@@ -46,9 +46,6 @@ class Format(Protocol):
     def whole(self) -> bool:
         """Whether one message has all columns; else a few columns travel at a time."""
 
-    def kind(self, dtype: torch.dtype) -> torch.dtype:
-        """Type of a message's elements, for a map of this one."""
-
     def length(self, rows: int, width: int) -> int:
         """Elements for a process that so many rows of so many columns go to."""
 
@@ -70,17 +67,13 @@ class Plain:
     dtype: torch.dtype | None = None
     whole = False
 
-    def kind(self, dtype: torch.dtype) -> torch.dtype:
-        """Type of a message's elements."""
-        return self.dtype or dtype
-
     def length(self, rows: int, width: int) -> int:
         """Elements for so many rows."""
         return rows * width
 
     def encode(self, rows: Rows, counts: Sequence[int], seeds: Seeds) -> Tensor:
         """The message."""
-        return rows[:].to(self.kind(rows.dtype)).flatten()
+        return rows[:].to(self.dtype or rows.dtype).flatten()
 
     def decode(self, message: Tensor, counts: Sequence[int], width: int, columns: slice) -> Tensor:
         """Columns of the rows that came."""
@@ -99,10 +92,6 @@ class Quantized:
 
     bits: int
     whole = False
-
-    def kind(self, dtype: torch.dtype) -> torch.dtype:
-        """Bytes."""
-        return torch.uint8
 
     def length(self, rows: int, width: int) -> int:
         """Bytes for so many rows."""
@@ -148,10 +137,6 @@ class LowRank:
 
     rank: int
     whole = True
-
-    def kind(self, dtype: torch.dtype) -> torch.dtype:
-        """Bytes."""
-        return torch.uint8
 
     def length(self, rows: int, width: int) -> int:
         """Bytes for so many rows, directions included."""

@@ -110,19 +110,29 @@ class Team:
             ) from error
 
     def _lost(self) -> str:
-        """Which processes have ended: those that do not say that they are there."""
+        """Which processes have ended; asked in a thread, for the process that keeps the notes may hang."""
         if self.store is None:
             return "another process has ended"
+        found: list[str] = []
+        asking = threading.Thread(
+            target=lambda store: found.append(self._missing(store)), args=[self.store], daemon=True
+        )
+        asking.start()
+        asking.join(2 * CHECK_IN)
+        return found[0] if found else "process 0 has ended"
+
+    def _missing(self, store: Store) -> str:
+        """Which processes do not say that they are there."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         try:
-            self.store.set(_note("there", self.rank), "")
-            hosts = {rank: self.store.get(_note("host", rank)).decode() for rank in others}
+            store.set(_note("there", self.rank), "")
+            hosts = {rank: store.get(_note("host", rank)).decode() for rank in others}
         except RuntimeError:  # its own process kept the notes
             return "process 0 has ended"
         missing, deadline = others, time.monotonic() + CHECK_IN
         while missing and time.monotonic() < deadline:
             try:
-                missing = [rank for rank in missing if not self.store.check([_note("there", rank)])]
+                missing = [rank for rank in missing if not store.check([_note("there", rank)])]
             except RuntimeError:
                 break
             time.sleep(0.05)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from iexact_runner.config import Config, ParallelConfig
 from iexact_runner.data import load_dataset
-from iexact_runner.data.part_files import GRAPH, write_parts
+from iexact_runner.data.part_files import check_free, write_parts
 from iexact_runner.errors import ConfigError
 from iexact_runner.measure.peak import peak_mib
 from iexact_runner.parallel.team import Team
@@ -29,8 +29,7 @@ def run(config: Config, console: Console, team: Team) -> dict[str, Any]:
     if team.size > 1:
         raise ConfigError.of("task", config.task, f"works in one process, and {team.size} were started")
     folder = Path(parallel.folder)
-    if (folder / GRAPH).exists():  # before minutes are spent
-        raise ConfigError.of("parallel.folder", folder, "has a graph already; name another folder, or remove it")
+    check_free(folder)  # before minutes are spent
     with console.status(f"loading {config.dataset.name}"):
         dataset = load_dataset(config.dataset)
     with console.status("finding the parts"):
