@@ -198,7 +198,9 @@ def test_ranks_benchmark_has_a_row_for_each_process(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = pd.read_csv(tmp_path / "r.csv")
     assert list(rows["processes"]) == [1, 2, 2] and list(rows["parts"]) == [2, 2, 2]
-    assert rows["halo"][0] == 0 and (rows["halo"][1:] > 0).all() and (rows["peak_of_one"][1:] < 1).all()
+    assert rows["halo"][0] == 0 and (rows["halo"][1:] > 0).all()
+    # What is kept is counted exactly; the resident peak of so small a graph is mostly the allocator's.
+    assert (rows["saved_mib"][1:] < rows["saved_mib"][0]).all() and (rows["peak_of_one"] > 0).all()
 
 
 def test_messages_benchmark_compares_gradients(tmp_path):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -186,15 +187,17 @@ def test_processes_that_notice_a_loss_name_the_one_that_does_not():
 def test_a_process_that_keeps_the_notes_and_hangs_holds_up_no_other(monkeypatch):
     class Hanging:
         def set(self, *arguments):
-            time.sleep(60)
+            asked.set()
+            threading.Event().wait()
 
+    asked = threading.Event()
     monkeypatch.setattr("iexact_runner.parallel.team.CHECK_IN", 0.1)
     start = time.monotonic()
     with pytest.raises(TeamError, match=": process 0 has ended, or has not answered"):
         with Team(1, 2, 1, 5.0, Hanging()).guarded():
             raise RuntimeError("timed out")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert time.monotonic() - start < 10
+    assert asked.is_set() and time.monotonic() - start < 10
 
 
 def test_only_a_lost_process_is_told_as_one():
