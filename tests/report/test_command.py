@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 from conftest import REPOSITORY
 from iexact_runner.config.presets import preset
 from iexact_runner.report import command as report
-from iexact_runner.report.figures.tradeoffs import draw_cost
+from iexact_runner.report.figures.looks import Looks
+from iexact_runner.report.figures.tradeoffs import draw_cost, draw_pareto
 from iexact_runner.report.figures.training import draw_curves
 from iexact_runner.report.reading import read_report
 from recorded import FP32, edit_summary, observed_map, record
@@ -321,7 +323,37 @@ def test_cost_shows_time_and_peak_with_the_error_of_the_gradient(tmp_path):
     scale, norm = figure.axes[1]._colorbar.cmap, figure.axes[1]._colorbar.norm
     shades = [point.get_markerfacecolor() for point in points]
     assert shades == [scale(norm(error)) for error in (1e-3, 0.2, 9.0)]
-    texts = [text.get_text() for text in axes.texts]
-    assert texts == ["1", "2", "3", " 1  none\n 2  recompute\n 3  iexact"]
+    assert [text.get_text() for text in axes.texts] == ["none", "recompute", "iexact"]
     record(tmp_path / "alone")
     assert draw_cost({"a": read_report([tmp_path / "alone"]).results.rows}) is None
+
+
+def test_names_stand_beside_their_points_and_apart(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ("none", "iexact", "int4", "lowrank", "actnn", "velora", "dropit", "prac")
+    for number, name in enumerate(names):
+        close = 10 * 1.05**number, (0.9 + 0.001 * number,)
+        record(tmp_path / name, compression=asdict(preset(name)), saved_mib=close[0], scores=close[1], runs=1)
+    (axes, *_) = draw_pareto({"a": read_report([tmp_path]).results.rows}).axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert {text.get_text() for text in axes.texts} == set(names)
+    assert not [one for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    panel = axes.get_window_extent()
+    assert all(panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1 for box in boxes)
+
+
+def test_a_compression_looks_the_same_in_every_figure(tmp_path):
+    names = ("lowrank", "lowrank_v1", "none", "iexact", "exact")
+    for name in names:
+        record(tmp_path / name, compression=asdict(preset(name)))
+    record(tmp_path / "rank", compression=asdict(preset("lowrank_v1", rank=16)))
+    rows = read_report([tmp_path]).results.rows
+    once, again = Looks(), Looks()
+    assert [once.of(row) for row in rows] == [again.of(row) for row in reversed(rows)][::-1]
+    low_rank = [once.of(row) for row in rows if row.labels["compression"].startswith("low rank")]
+    assert len(low_rank) == 3 and len(set(low_rank)) == 3 and len({look.colour for look in low_rank}) == 1
+    slow, fast = ({"training": {"lr": rate}} for rate in (0.1, 0.2))
+    for number, fields in enumerate((slow, fast)):
+        record(tmp_path / "b" / str(number), **fields)
+    other = Looks()
+    assert len({other.of(row) for row in read_report([tmp_path / "b"]).results.rows}) == 2

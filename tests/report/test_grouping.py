@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from iexact_runner.report.grouping import METRICS, group, metrics_named
+from iexact_runner.report.grouping import group
+from iexact_runner.report.metrics import METRICS, metrics_named
 from iexact_runner.report.published import FIGURES
 from iexact_runner.runs.records import read_run
 from recorded import ENVIRONMENT, FP32, edit_summary, record
@@ -47,6 +48,26 @@ def test_figures_of_several_tasks_share_a_row(tmp_path):
     measured = {"task": "measure", "runs": 1, "rates": (8.0, 7.0, 9.0)}
     (row,) = results(tmp_path, {}, measured).rows
     assert row.cells["test"].repeats == 2 and row.cells["epochs_per_second"].value == 6.0
+
+
+def test_a_task_with_epochs_of_its_own_joins_the_row_that_was_trained(tmp_path):
+    taken = {"task": "fidelity", "training": {"epochs": 500}}
+    (row,) = results(tmp_path, taken, {"training": {"epochs": 50}}).rows
+    assert len(row.runs) == 2 and list(row.labels) == ["dataset", "model", "compression"]
+    found = results(tmp_path / "b", {"training": {"epochs": 50}}, {"training": {"epochs": 60}}, taken)
+    assert [row.labels["training.epochs"] for row in found.rows] == [50, 60, None] and found.warnings == []
+
+
+def test_rows_of_a_dataset_and_of_a_model_on_it_stand_together(tmp_path):
+    runs = [
+        {"dataset": {"name": dataset}, "model": {"name": model}, "compression": compression}
+        for compression in ({}, FP32)
+        for dataset in ("reddit", "arxiv")
+        for model in ("sage", "gcn")
+    ]
+    found = [(row.labels["dataset"], row.labels["model"]) for row in results(tmp_path, *runs).rows]
+    pairs = [("reddit", "sage"), ("reddit", "gcn"), ("arxiv", "sage"), ("arxiv", "gcn")]
+    assert found == [pair for pair in pairs for _ in range(2)]
 
 
 @pytest.mark.parametrize("name", ["torch", "device_name", "git_commit", "torch_threads", "iexact_runner"])

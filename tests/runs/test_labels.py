@@ -12,19 +12,25 @@ from iexact_runner.runs.labels import compression_label, preset_of
 def test_compression_in_words():
     assert compression_label({"scheme": "none", "bits": None}) == "FP32"
     fields = {"scheme": "projected", "bits": None, "kept_frac": 0.125, "col_size": 64, "alpha": 1.0}
-    assert compression_label(fields) == "FP32 maps, kept_frac 0.125, col_size 64"
-    assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "INT2, kept_frac 0.125, col_size 64, alpha auto"
+    assert compression_label(fields) == "i-EXACT, FP32 maps, G = 64"
+    assert compression_label(fields | {"bits": 2, "alpha": "auto"}) == "i-EXACT, INT2, G = 64, alpha auto"
+    assert compression_label(fields | {"bits": 4, "kept_frac": 0.25, "col_size": 0}) == "EXACT, INT4, kept_frac 0.25"
+    assert compression_label(fields | {"bits": 4, "kept_frac": 1.0}) == "INT4, G = 64"
     assert compression_label(fields | {"bits": 8, "kept_frac": 1.0, "col_size": 0}) == "INT8"
     fitted = {"scheme": "lowrank", "bits": 4, "rank": 8, "refresh": None, "col_size": 16}
-    assert compression_label(fitted) == "INT4, low rank, rank 8"
+    assert compression_label(fitted) == "low rank, INT4, rank 8"
     labels = {
-        "lowrank_v1": "INT4, low rank, rank 8",
-        "lowrank": "low rank, 48 bits a node, sign_threshold 2.0, sign_share 0.33",
+        "lowrank_v1": "low rank, INT4, rank 8",
+        "lowrank": "low rank, 48 bits a node",
+        "prac": "PRAC, INT4, rank 8, residual 8",
+        "exact": "EXACT, INT2",
     }
     for name, label in labels.items():
         assert compression_label(asdict(compose_config(f"compression={name}").compression)) == label
+    other = asdict(compose_config("compression=lowrank", "compression.sign_share=0.5").compression)
+    assert compression_label(other) == "low rank, 48 bits a node, sign_threshold 2.0, sign_share 0.5"
     changed = {"rank": None, "energy": 0.9, "refresh": 5, "residual": 2, "levels": "optimal"}
-    words = "INT4, low rank, energy 0.9, refresh 5, residual 2, levels optimal"
+    words = "low rank, INT4, energy 0.9, refresh 5, residual 2, levels optimal"
     assert compression_label(fitted | changed) == words
     published = {
         "recompute": "FP32, recomputed",

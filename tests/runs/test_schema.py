@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from iexact_runner.report.grouping import METRICS
+from iexact_runner.report.metrics import METRICS
 from iexact_runner.runs.records import DamagedRecord, read_run
 from iexact_runner.runs.schema import Summary, check
 from recorded import edit_summary, observed_map, record

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.report import tables
-from iexact_runner.report.grouping import METRICS
+from iexact_runner.report.metrics import METRICS
 from iexact_runner.report.reading import Report, read_report
 from iexact_runner.runs.files import write_atomically
 from iexact_runner.untrusted.text import visible

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from iexact_runner.report.grouping import METRICS, Cell, Metric, Results, Row, experiment_of
+from iexact_runner.report.grouping import Results, Row, experiment_of
+from iexact_runner.report.metrics import METRICS, Cell, Metric
 from iexact_runner.runs.records import Run, mean_std
 
 DIFFERENCE = METRICS["test_difference"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.report import tables
-from iexact_runner.report.grouping import Results, check_fields, group, matches, metrics_named
+from iexact_runner.report.grouping import Results, check_fields, group, matches
+from iexact_runner.report.metrics import metrics_named
 from iexact_runner.report.paired import with_differences
 from iexact_runner.runs.records import DamagedRecord, Run, read_run, run_folders
 

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from iexact_runner.errors import UserError
 from iexact_runner.report import published
-from iexact_runner.report.grouping import ENVIRONMENT, Cell, Metric, Results, Row
+from iexact_runner.report.grouping import ENVIRONMENT, Results, Row
 from iexact_runner.report.inert import to_cell, to_html, to_markdown, to_tex
+from iexact_runner.report.metrics import Cell, Metric, show_cell
 from iexact_runner.runs.records import Run, value_at
 from iexact_runner.untrusted.text import unmarked, visible
 
@@ -101,21 +102,6 @@ def grid_of(results: Results, *, title: str = "results") -> Grid:
     notes += [published.NOTES[kind] for kind in kinds_shown] + [f"warning: {warning}" for warning in results.warnings]
     texts = [[column.show(row) for column in columns] for row in rows]
     return Grid(title, [column.heading for column in columns], texts, [column.figure for column in columns], notes)
-
-
-def show_cell(cell: Cell | None, metric: Metric) -> str:
-    """A figure with its spread, for people."""
-    if cell is None:
-        return ""
-    value, std, low, high, interval = (
-        None if figure is None else f"{figure * metric.scale:.{metric.digits}f}"
-        for figure in (cell.value, cell.std, cell.p20, cell.p80, cell.interval)
-    )
-    if interval is not None:
-        return f"{value} ± {interval}"
-    if low is not None:
-        return f"{value} ({low} - {high})"
-    return f"{value} ± {std}" if std is not None and cell.repeats > 1 else str(value)
 
 
 def listing_of(runs: Sequence[Run]) -> Grid:
@@ -242,7 +228,8 @@ def html_table(grid: Grid) -> str:
     body = "\n".join(line(row, "td") for row in grid.rows)
     notes = "\n".join(f"<p>{to_html(note)}</p>" for note in grid.notes)
     head = f"<thead>{line(grid.header, 'th')}</thead>"
-    return f"<h2>{to_html(grid.title)}</h2>\n<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>\n{notes}\n"
+    table = f'<div class="wide">\n<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>\n</div>'
+    return f"<h2>{to_html(grid.title)}</h2>\n{table}\n{notes}\n"
 
 
 def flat_rows(results: Results) -> list[dict[str, Any]]:

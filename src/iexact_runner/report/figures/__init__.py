@@ -11,6 +11,7 @@ from iexact_runner.report.figures.activations import draw_activations
 from iexact_runner.report.figures.kept import draw_memory
 from iexact_runner.report.figures.looks import NEEDS_MATPLOTLIB, can_draw, style
 from iexact_runner.report.figures.planned import draw_plans
+from iexact_runner.report.figures.points import with_titles
 from iexact_runner.report.figures.tradeoffs import draw_cost, draw_pareto
 from iexact_runner.report.figures.training import draw_curves, draw_throughput
 from iexact_runner.report.grouping import Row
@@ -83,4 +84,4 @@ def to_svg(figure: Figure) -> str:
     text = io.StringIO()
     with style():
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return with_titles(text.getvalue()[text.getvalue().index("<svg") :])

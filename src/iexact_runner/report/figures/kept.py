@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from iexact_runner.report.figures.looks import MIB, Looks, name_bars, panels_of
+from iexact_runner.report.figures.looks import COLOURS, MIB, legend_below, name_bars, panels_of
 from iexact_runner.report.grouping import Row
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ def draw_memory(settings: dict[str, list[Row]]) -> Figure | None:
     if not panels:
         return None
     figure, places = panels_of(len(panels), columns=1, height=0.8 + 0.26 * max(len(bars) for _, bars in panels))
-    looks = Looks()
+    shown: dict[str, Any] = {}
     for axes, (title, bars) in zip(places, panels, strict=False):
-        _stack(axes, bars, looks)
-        axes.set(title=title, xlabel="saved [MiB]")
-    looks.legend(figure)
+        shown |= _stack(axes, bars)
+        axes.set(title=title, xlabel="saved [MiB], less is better")
+    if shown:
+        legend_below(figure, list(shown.values()))
     return figure
 
 
@@ -53,13 +54,15 @@ def _kept_by_kind(row: Row) -> dict[str, float]:
     return kinds
 
 
-def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], looks: Looks) -> None:
+def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]]) -> dict[str, Any]:
+    """Draws the bars; a handle for a legend by kind of operation that is there."""
+    drawn: dict[str, Any] = {}
     places = range(len(bars))
     left = [0.0] * len(bars)
-    for name in (*(kind for _, kind in KINDS), "other"):
+    for name, colour in zip((*(kind for _, kind in KINDS), "other"), COLOURS, strict=False):
         widths = [kinds.get(name, 0.0) for _, kinds in bars]
         if any(widths):
-            axes.barh(places, widths, 0.7, left=left, color=looks.of(name)[0])
+            drawn[name] = axes.barh(places, widths, 0.7, left=left, color=colour, label=name)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, total in zip(places, left, strict=True):
         axes.annotate(f"{total:.2f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -67,3 +70,4 @@ def _stack(axes: Axes, bars: Sequence[tuple[Row, dict[str, float]]], looks: Look
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * (max(left) or 1.0))
     axes.grid(visible=False, axis="y")
+    return drawn

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from iexact_runner.report.figures.looks import Looks, axis_name, panels_of, plain_numbers, short_name
-from iexact_runner.report.grouping import METRICS, Metric, Row
-from iexact_runner.report.inert import to_figure
-from iexact_runner.runs.labels import preset_of
+from iexact_runner.report.figures.points import name_points, point_names, under_pointer
+from iexact_runner.report.grouping import Row
+from iexact_runner.report.metrics import METRICS, Metric, show_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Errors below are those of rounding in FP32.
+EXACT = 1e-5
 # Ends of the scale of colours for gradient errors.
 LEAST_ERROR, LARGEST_ERROR = 1e-3, 10.0
 
 
 def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
-    """Score, and the last gradient error that was taken, against saved MiB; rows that no other beats are joined."""
+    """Score, and the last gradient error that was taken, against saved MiB; rows that no other beats are joined.
+
+    Exact gradients are left out, for a logarithmic axis has no place for them.
+    """
     saved = METRICS["saved_mib"]
     errors = dict.fromkeys(name for rows in settings.values() for row in rows for name in row.cells if "error" in name)
     measures = [(METRICS["test"], 1)]
@@ -29,25 +33,34 @@ def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
         (title, metric, sign, points)
         for title, rows in settings.items()
         for metric, sign in measures
-        if len(points := _points(rows, saved, metric)) > 1
+        if len(points := [point for point in _points(rows, saved, metric) if sign > 0 or point[2] > EXACT]) > 1
     ]
     if not panels:
         return None
-    figure, places = panels_of(len(panels), columns=2, height=3.2)
+    figure, places = panels_of(len(panels), columns=2, height=3.6)
     looks = Looks()
     for axes, (title, metric, sign, points) in zip(places, panels, strict=False):
         front = _front([(x, sign * y) for _, x, y in points])
         axes.plot([x for x, _ in front], [sign * y for _, y in front], color="#999999", linewidth=1.2, zorder=2)
+        name = axis_name(metric, [row for row, _, _ in points])
         for row, x, y in points:
-            colour, marker = looks.of(short_name(row))
+            look = looks.of(row)
             spread = (row.cells[metric.name].std or 0.0) * metric.scale
-            axes.errorbar([x], [y], [spread], fmt=marker, color=colour, capsize=3, markersize=7, zorder=3)
-        axes.set(title=title, xscale="log", xlabel=saved.title, ylabel=axis_name(metric, [row for row, _, _ in points]))
+            drawn = axes.errorbar(
+                [x], [y], [spread], fmt=look.marker, color=look.colour, capsize=3, markersize=7, zorder=3
+            )
+            shown = show_cell(row.cells[metric.name], metric)
+            under_pointer(drawn.lines[0], f"{short_name(row)}: {name} {shown}, {saved.title} {x:.2f}")
+        axes.set(title=title, xscale="log", xlabel=f"{saved.title}, less is better")
+        axes.set_ylabel(f"{name}, {'more' if sign > 0 else 'less'} is better")
         if sign < 0:
-            axes.set_yscale("log")  # where FP32, whose error is 0, has no place
+            axes.set_yscale("log")
             plain_numbers(axes.yaxis, [y for _, _, y in points])
         plain_numbers(axes.xaxis, [x for _, x, _ in points])
-    looks.legend(figure)
+        axes.margins(0.12, 0.12)
+    figure.draw_without_rendering()
+    for axes, (_, _, _, points) in zip(places, panels, strict=False):
+        name_points(axes, point_names([row for row, _, _ in points]), [(x, y) for _, x, y in points], radius=4)
     return figure
 
 
@@ -75,23 +88,24 @@ def draw_cost(settings: dict[str, list[Row]]) -> Figure | None:
     for axes, (title, points) in zip(places, panels.items(), strict=False):
         front = _front([(x, -y) for _, x, y in points])
         axes.plot([x for x, _ in front], [-y for _, y in front], color="#999999", linewidth=1.2, zorder=2)
-        names = _names([row for row, _, _ in points])
-        for number, (row, x, y) in enumerate(points, 1):
+        for row, x, y in points:
             error = _error(row)
-            shade = None if error is None else norm(max(error, LEAST_ERROR))
-            colour = "#ffffff" if shade is None else scale(shade)
-            axes.plot([x], [y], "o", markersize=13, markerfacecolor=colour, markeredgecolor="#444444", zorder=3)
-            ink = "#ffffff" if shade is not None and shade > 0.5 else "#000000"
-            axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=7, color=ink, zorder=4)
-        listed = "\n".join(f"{number:2d}  {name}" for number, name in enumerate(names, 1))
-        axes.annotate(listed, (1.02, 1.0), xycoords="axes fraction", va="top", fontsize=8, linespacing=1.35)
+            colour = "#ffffff" if error is None else scale(norm(max(error, LEAST_ERROR)))
+            (drawn,) = axes.plot(
+                [x], [y], "o", markersize=9, markerfacecolor=colour, markeredgecolor="#444444", zorder=3
+            )
+            taken = "" if error is None else f", gradient error {error:.3f}"
+            under_pointer(drawn, f"{short_name(row)}: peak {x:.1f} MiB, {y:.3g} s an epoch{taken}")
         axes.set(title=title, xscale="log", yscale="log", xlabel="peak of a step [MiB], less is better")
         axes.set_ylabel("seconds an epoch, less is better")
         plain_numbers(axes.xaxis, [x for _, x, _ in points])
         plain_numbers(axes.yaxis, [y for _, _, y in points])
-        axes.margins(0.08, 0.08)
+        axes.margins(0.1, 0.1)
     bar = figure.colorbar(ScalarMappable(norm, scale), ax=places, location="bottom", aspect=40, extend="both")
     bar.set_label(f"relative error of the gradient (below {LEAST_ERROR:g}: exact; white: not taken)")
+    figure.draw_without_rendering()
+    for axes, points in zip(places, panels.values(), strict=False):
+        name_points(axes, point_names([row for row, _, _ in points]), [(x, y) for _, x, y in points], radius=5)
     return figure
 
 
@@ -110,22 +124,6 @@ def _error(row: Row) -> float | None:
             if errors and None not in errors:
                 return statistics.fmean(errors)
     return None
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    """Short names of rows: the preset, and of other labels those that are not the usual ones of these rows."""
-    usual = {name: Counter(str(row.labels[name]) for row in rows).most_common(1)[0][0] for name in rows[0].labels}
-    names = []
-    for row in rows:
-        found = preset_of(row.runs[0].summary["config"]["compression"])
-        words = [str(row.labels.get("compression", "")) if found is None else found]
-        words += [
-            str(value)
-            for name, value in row.labels.items()
-            if name not in ("model", "dataset", "compression") and str(value) != usual[name]
-        ]
-        names.append(to_figure(", ".join(words)))
-    return names
 
 
 def _points(rows: Sequence[Row], across: Metric, upwards: Metric) -> list[tuple[Row, float, float]]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iexact_runner.report.figures.looks import COLOURS, Looks, axis_name, name_bars, panels_of, short_name
-from iexact_runner.report.grouping import METRICS, Row
+from iexact_runner.report.figures.looks import COLOURS, Look, Looks, axis_name, name_bars, panels_of
+from iexact_runner.report.grouping import Row
+from iexact_runner.report.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,9 +29,9 @@ def draw_curves(settings: dict[str, list[Row]]) -> Figure | None:
     for index, (title, rows) in enumerate(list(found.items())[: len(places) // 2]):
         losses, scores = places[2 * index : 2 * index + 2]
         for row, curves in rows[:MOST_CURVES]:
-            colour, _ = looks.of(short_name(row))
-            _draw_band(losses, [_by_epoch(curve, "loss") for curve in curves], colour)
-            _draw_band(scores, [_by_epoch(curve, "test", factor=100) for curve in curves], colour)
+            look = looks.of(row)
+            _draw_band(losses, [_by_epoch(curve, "loss") for curve in curves], look)
+            _draw_band(scores, [_by_epoch(curve, "test", factor=100) for curve in curves], look)
         left_out = f" (first {MOST_CURVES} of {len(rows)})" if len(rows) > MOST_CURVES else ""
         losses.set(title=title + left_out, xlabel="epoch", ylabel="training loss", yscale="log")
         scores.set(title=title + left_out, xlabel="epoch", ylabel=axis_name(METRICS["test"], [row for row, _ in rows]))
@@ -57,7 +58,7 @@ def draw_throughput(settings: dict[str, list[Row]]) -> Figure | None:
         axes.barh(range(len(rows)), values, 0.7, xerr=whiskers, color=COLOURS[0], ecolor="#444444", capsize=3)
         name_bars(axes, range(len(rows)), [row for row, _ in rows])
         axes.invert_yaxis()
-        axes.set(title=title, xlabel="epochs/s (20th to 80th percentile)")
+        axes.set(title=title, xlabel="epochs/s (20th to 80th percentile), more is better")
         axes.grid(visible=False, axis="y")
     return figure
 
@@ -76,12 +77,12 @@ def _by_epoch(curve: Sequence[Mapping[str, Any]], name: str, *, factor: float = 
     return {line["epoch"]: factor * line[name] for line in curve if line[name] is not None}
 
 
-def _draw_band(axes: Axes, curves: Sequence[Mapping[int, float]], colour: str) -> None:
+def _draw_band(axes: Axes, curves: Sequence[Mapping[int, float]], look: Look) -> None:
     """Mean over the curves with a band of one sample standard deviation, at the epochs that all have."""
     epochs = sorted(set(curves[0]).intersection(*curves[1:]))
     columns = [[curve[epoch] for curve in curves] for epoch in epochs]
     middle = [statistics.fmean(column) for column in columns]
     spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
     low, high = ([m + sign * s for m, s in zip(middle, spread, strict=True)] for sign in (-1, 1))
-    axes.plot(epochs, middle, color=colour, linewidth=1.2)
-    axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(epochs, middle, color=look.colour, linestyle=look.line, linewidth=1.2)
+    axes.fill_between(epochs, low, high, color=look.colour, alpha=0.18, linewidth=0)
