@@ -14,8 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 project = "iexact_runner"
 project_copyright = "the authors of iexact_runner"
-extensions = ["myst_parser"]
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md"]
+extensions = ["myst_nb"]
+# Run once for each version of the notebook; what fails in it ends the build.
+nb_execution_mode = "cache"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "docs/tutorial.ipynb"]
 root_doc = "docs/index"
 myst_heading_anchors = 3
 html_theme = "furo"

@@ -41,6 +41,12 @@ def test_partner_differs_in_nothing_but_its_compression(tmp_path, other):
     assert cells(report_of(tmp_path, {"compression": FP32} | other, {})) == [None, None]
 
 
+def test_a_row_with_figures_of_other_tasks_is_paired_by_its_scores(tmp_path):
+    measured = {"task": "measure", "training": {"epochs": 500}}
+    reference, compared = cells(report_of(tmp_path, {"compression": FP32}, {}, measured))
+    assert reference is None and compared.repeats == 2
+
+
 def test_one_pair_has_no_interval(tmp_path):
     report = report_of(tmp_path, {"compression": FP32, "scores": (0.9,)}, {"scores": (0.8,)})
     assert cells(report) == [None, None]

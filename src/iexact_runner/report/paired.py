@@ -70,10 +70,11 @@ def _is_fp32(row: Row) -> bool:
 
 
 def _partner_key(row: Row) -> str:
-    """What the two have in common: all but the compression; a row that mixes more has no partner."""
+    """What the runs with scores have in common: all but the compression; a row that mixes more has no partner."""
     keys = {
         json.dumps({name: value for name, value in experiment_of(run).items() if not name.startswith("compression.")})
         for run in row.runs
+        if run.lookup("accuracy.test.values")
     }
     return " ".join(sorted(keys))
 
