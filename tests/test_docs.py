@@ -386,9 +386,10 @@ def test_tables_of_several_processes_are_those_of_the_rows():
         figures = f"{row.epoch_seconds:.2f} | {ratio} | {row.waiting_seconds:.1f}"
         assert f"| {row.forward} / {row.backward} | {figures} |" in lines
     messages = pd.read_csv(REPOSITORY / "benchmarks" / "messages_cpu.csv")
-    for (forward, backward), found in messages.groupby(["forward", "backward"]):
+    for (forward, backward, share), found in messages.groupby(["forward", "backward", "halo_sample"]):
         cells = []
         for _, rows in found.groupby("processes"):
             early, late = (rows.loc[rows["epoch"] == epoch].iloc[0] for epoch in (5, 30))
             cells += [f"{early.relative_error:.3f} / {late.relative_error:.3f}", f"{early.sent_mib:.2f}"]
-        assert f"| {forward} / {backward} | {' | '.join(cells)} |" in lines
+        part = "" if share == 1.0 else f", {share:g} of the halo"
+        assert f"| {forward} / {backward}{part} | {' | '.join(cells)} |" in lines

@@ -210,7 +210,10 @@ def test_messages_benchmark_compares_gradients(tmp_path):
     options = ["--epochs", "2", "--draws", "2", "--csv", "m.csv"]
     result = subprocess.run([*command, *options, *fields], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = pd.read_csv(tmp_path / "m.csv").set_index(["forward", "backward"])
+    rows = pd.read_csv(tmp_path / "m.csv")
+    half, tenth = (rows[rows["halo_sample"] == share].iloc[0] for share in (0.5, 0.1))
+    assert 0 < half["relative_error"] < tenth["relative_error"] and tenth["share_of_fp32"] < half["share_of_fp32"] < 0.6
+    rows = rows[rows["halo_sample"] == 1.0].set_index(["forward", "backward"])
     assert rows.loc[("fp32", "fp32"), "relative_error"] == 0
     error, sent = rows["relative_error"], rows["sent_mib"]
     assert 0 < error["int8", "int8"] < error["int4", "int4"] < error["int2", "int2"] < 2

@@ -3,7 +3,7 @@
 torchrun --nproc-per-node 2 scripts/bench/bench_messages.py --csv benchmarks/messages_cpu.csv dataset=amazon_computers
 
 Trains with messages in float32, and after some epochs compares the gradient of one step, at the same weights and masks,
-with that of the same step under each pair of messages. The bytes are those that all processes send in the step.
+with that of the same step under each kind of messages. The bytes are those that all processes send in the step.
 """
 
 from __future__ import annotations
@@ -29,22 +29,25 @@ from iexact_runner.problem import Problem
 from iexact_runner.sampling.parallel import in_parts, parallel_problem
 from iexact_runner.training import Optimization, step, training_loss
 
-# Forward and backward.
-PAIRS = (
-    ("bf16", "bf16"),
-    ("int8", "int8"),
-    ("int8", "int4"),
-    ("int4", "int4"),
-    ("int2", "int2"),
-    ("int4", "fp32"),
-    ("fp32", "int4"),
-    ("lowrank", "int4"),
+# Forward, backward, and the share of the halo that travels.
+MESSAGES = (
+    ("fp32", "fp32", 1.0),
+    ("bf16", "bf16", 1.0),
+    ("int8", "int8", 1.0),
+    ("int8", "int4", 1.0),
+    ("int4", "int4", 1.0),
+    ("int2", "int2", 1.0),
+    ("int4", "fp32", 1.0),
+    ("fp32", "int4", 1.0),
+    ("lowrank", "int4", 1.0),
+    ("fp32", "fp32", 0.5),
+    ("fp32", "fp32", 0.1),
 )
 MIB = 2**20
 
 
 def main() -> None:
-    """Prints a line for each pair and writes the rows."""
+    """Prints a line for each kind of messages and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, nargs="+", default=(5, 30), help="after which gradients are compared")
     parser.add_argument("--draws", type=int, default=5, help="of the rounding")
@@ -60,16 +63,17 @@ def main() -> None:
 
 
 def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> list[dict[str, Any]]:
-    """A row for each epoch and pair of messages."""
+    """A row for each epoch and kind of messages."""
     device = torch.device("cpu")
     graph = in_parts(load_dataset(config.dataset), config, team)
 
-    def problem_of(forward: str, backward: str) -> Problem:
+    def problem_of(forward: str, backward: str, share: float) -> Problem:
         messages = replace(config.messages, forward=forward, backward=backward)
-        return parallel_problem(graph, replace(config, messages=messages), team, device)[0]
+        parallel = replace(config.parallel, halo_sample=share)
+        return parallel_problem(graph, replace(config, messages=messages, parallel=parallel), team, device)[0]
 
-    exact = problem_of("fp32", "fp32")
-    compared = {pair: problem_of(*pair) for pair in PAIRS}
+    compared = {each: problem_of(*each) for each in MESSAGES}
+    exact = compared[MESSAGES[0]]
     model = seeded_model(config, exact, device)
     optimization = Optimization(model, config.training)
     rows: list[dict[str, Any]] = []
@@ -78,7 +82,7 @@ def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> lis
         if epoch not in epochs:
             continue
         expected, full = gradient(model, exact, config, team, seed=mix(1, epoch))
-        for pair, problem in {("fp32", "fp32"): exact, **compared}.items():
+        for (forward, backward, share), problem in compared.items():
             errors, sent = [], 0.0
             for draw in range(draws):
                 found, sent = gradient(model, problem, config, team, seed=mix(1, epoch), draw=draw)
@@ -89,9 +93,10 @@ def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> lis
                     "model": config.model.name,
                     "processes": team.size,
                     "epoch": epoch,
-                    "forward": pair[0],
-                    "backward": pair[1],
-                    "rank": config.messages.rank if pair[0] == "lowrank" else None,
+                    "forward": forward,
+                    "backward": backward,
+                    "halo_sample": share,
+                    "rank": config.messages.rank if forward == "lowrank" else None,
                     "relative_error": sum(errors) / draws,
                     "sent_mib": sent,
                     "share_of_fp32": sent / full if full else 1.0,
@@ -101,9 +106,8 @@ def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> lis
             )
             if team.first:
                 row = rows[-1]
-                print(
-                    f"epoch {epoch}  {pair[0]}/{pair[1]}  error {row['relative_error']:.4f}  {sent:.2f} MiB", flush=True
-                )
+                name = f"{forward}/{backward}{'' if share == 1.0 else f', {share:g} of the halo'}"
+                print(f"epoch {epoch}  {name}  error {row['relative_error']:.4f}  {sent:.2f} MiB", flush=True)
     return rows
 
 

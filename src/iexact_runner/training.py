@@ -16,6 +16,7 @@ from iexact_runner.capture import CapturedStep
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import TrainingConfig
 from iexact_runner.data.graph import Graph, edge_count
+from iexact_runner.data.partitioned import with_whole_halo
 from iexact_runner.errors import TrainingError
 from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import node_loss
@@ -249,11 +250,12 @@ def evaluate(model: Model, problem: Problem, *, precision: str = "float32") -> S
     """Scores of the exact forward pass."""
     model.eval()
     view, features, device = problem.whole, evaluation_input(problem), device_of(model)
+    graph = with_whole_halo(view.graph)
     with autocast(precision, device):
         if problem.layerwise:
-            scores = layerwise_scores(model, features, view.graph, device=device, maps_folder=problem.maps_folder)
+            scores = layerwise_scores(model, features, graph, device=device, maps_folder=problem.maps_folder)
         else:
-            scores = model(features, view.graph)
+            scores = model(features, graph)
     splits = (view.train, problem.val, problem.test)
     return Scores(*(score(scores[nodes], view.y[nodes], view.shard) for nodes in splits))
 

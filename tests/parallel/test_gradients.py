@@ -16,6 +16,7 @@ from iexact_runner.cli import compose_config
 from iexact_runner.config import MODEL_CONFIGS
 from iexact_runner.config.parallel import MODELS
 from iexact_runner.data.dataset import NodeDataset
+from iexact_runner.errors import ConfigError
 from iexact_runner.nn import build_model
 from iexact_runner.parallel import halo
 from iexact_runner.sampling.parallel import in_parts, parallel_problem, read_parts
@@ -172,6 +173,21 @@ def test_messages_of_fewer_bits_move_the_gradient_a_little(messages, low, high):
     )
     assert low < max(errors(exact[0], found)) < high
     assert all(np.array_equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("model", ["sage", "gcn2"])
+def test_a_share_of_the_halo_moves_the_gradient_and_no_score(model):
+    dataset, overrides = tiny_dataset(nodes=401), [f"model={model}", "compression=none", "parallel.parts=2"]
+    overrides.append("model.batch_norm=false")  # whose running means would move the scores
+    exact, half, most = (
+        in_processes(2, steps, dataset, [*overrides, f"parallel.halo_sample={share}"]) for share in (1.0, 0.5, 0.95)
+    )
+    assert 1e-3 < max(errors(exact[0], most)) < max(errors(exact[0], half)) < 3
+    assert half[0][2] == most[0][2] == exact[0][2]
+    with pytest.raises(ConfigError, match=r"parallel.halo_sample=0.5: must be 1 for gat"):
+        compose_config("dataset=digits", "parallel=graph", "model=gat", "parallel.halo_sample=0.5")
+    with pytest.raises(ConfigError, match=r"parallel.halo_sample=0.0: must be above 0 and at most 1"):
+        compose_config("dataset=digits", "parallel=graph", "parallel.halo_sample=0.0")
 
 
 def figures(team, dataset, overrides):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
 from iexact_runner.kernels.ops import RowSeed
 from iexact_runner.parallel import messages
 from iexact_runner.parallel.halo import Halo
+from iexact_runner.parallel.halo import _Rows as Gathered
 from iexact_runner.parallel.messages import format_of
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, column_statistics, sampled_rows
 from iexact_runner.sampling.parallel import aligned_order
@@ -195,6 +197,32 @@ def test_low_rank_messages_hold_what_the_leading_directions_do(monkeypatch):
             columns = form.decode(message, counts, 24, slice(8, 16))
             torch.testing.assert_close(columns, found[rank][:, 8:16])
     assert (found[3] - rows).norm() > 10 * (found[5] - rows).norm()
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4", "lowrank"])
+def test_a_share_of_the_rows_stands_for_all_on_average(name):
+    rows = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
+    form, counts, seeds, draws = format_of(name, rank=8, share=0.4), (31, 0, 59), itertools.count(), 3000
+    index = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:90]
+    held = torch.zeros(200, 6)
+    held[index] = rows / 2
+    sent = Gathered(held, index, torch.full((200, 1), 2.0))
+    total, squares = torch.zeros(90, 6), torch.zeros(90, 6)
+    for _ in range(draws):
+        message = form.encode(sent, counts, lambda: next(seeds))
+        assert message.numel() == sum(form.length(count, 6) for count in counts)
+        found = form.decode(message, counts, 6, slice(None))
+        total += found
+        squares += found.square()
+    mean = total / draws
+    deviations = ((squares / draws - mean.square()) / draws).sqrt()
+    assert ((mean - rows).abs() <= 5 * deviations + 2e-3).all()
+    came = found.abs().sum(1) > 0
+    assert came[:31].sum() == 13 and came[31:].sum() == 24
+    if name == "fp32":
+        torch.testing.assert_close(found[:31][came[:31]], rows[:31][came[:31]] * 31 / 13)
+        assert form.length(31, 6) == 13 * (4 + 6 * 4)
+    torch.testing.assert_close(form.decode(message, counts, 6, slice(2, 5)), found[:, 2:5])
 
 
 def test_what_travels_at_once_has_a_limit():

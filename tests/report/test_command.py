@@ -118,6 +118,19 @@ def test_distributions_of_activations_have_a_table_and_a_figure(tmp_path, monkey
     assert "JS 0.020" in (tmp_path / "figures" / "activations.svg").read_text()
 
 
+def test_processes_that_shared_a_graph_have_a_table(tmp_path, monkeypatch, capsys):
+    figures = {"edges": 70, "saved_mib": 0.5, "step_peak_mib": 3.0, "data_mib": 1.0, "waiting_seconds": 0.25}
+    ranks = [{"nodes": nodes, "halo": nodes // 4, "sent_mib": 2.0} | figures for nodes in (4000, 3000)]
+    run = record(tmp_path / "run", parallel={"name": "graph"})
+    edit_summary(run, parallel={"parts": 2, "ranks": ranks})
+    status, shown, _ = iexact_report(monkeypatch, capsys, run, "--format", "markdown")
+    assert status == 0 and "### processes" in shown
+    assert "| 0 | 4,000 | 1,000 | 70 | 0.50 | 3.0 | 1.0 | 2.0 | 0.2 |" in shown and "| 1 | 3,000 | 750 |" in shown
+    edit_summary(run, parallel={"parts": 2, "ranks": [ranks[0] | {"halo": "many"}]})
+    status, _, error = iexact_report(monkeypatch, capsys, run)
+    assert status == 1 and "parallel.ranks" in error and error.count("\n") <= 2
+
+
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
 def test_damaged_run_among_a_hundred_is_named_and_the_others_shown(tmp_path, monkeypatch, capsys, name):
     for seed in range(100):

@@ -41,12 +41,15 @@ class ParallelConfig(NoParallelConfig):
             where it is installed.
         folder: of a graph that ``task=partition`` writes and of which each process reads its parts alone; null finds
             the parts at the start of a run, for which every process loads the whole graph.
+        halo_sample: share of the halo's rows that travel in an exchange of a training step, drawn at random and divided
+            by the share, as the boundary nodes of BNS-GCN; 1 sends all.
         timeout: seconds after which a process that does not answer counts as lost, which ends the others.
     """
 
     parts: int | None = None
     partition: str = "auto"
     folder: str | None = None
+    halo_sample: float = 1.0
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class ParallelConfig(NoParallelConfig):
             check_at_least("parallel.parts", self.parts, 1)
         check_choice("parallel.partition", self.partition, PARTITIONERS)
         check(self.folder != "", "parallel.folder", "''", "must be a folder, or null")
+        valid = "must be above 0 and at most 1"
+        check(0.0 < self.halo_sample <= 1.0, "parallel.halo_sample", self.halo_sample, valid)
         check_above("parallel.timeout", self.timeout, 0)
 
 
@@ -103,6 +108,9 @@ def check_parallel(config: Any) -> None:
         check(parallel.parts is not None, "parallel.parts", parallel.parts, needed)
         check(parallel.folder is not None, "parallel.folder", parallel.folder, needed)
     compression, training = config.compression, config.training
+    if config.model.name == "gat":
+        weighed = "must be 1 for gat: attention over some neighbours is no sum of theirs"
+        check(config.parallel.halo_sample == 1.0, "parallel.halo_sample", config.parallel.halo_sample, weighed)
     labels = getattr(config.model, "label_input", False)
     for field, value, valid in (
         ("task", config.task, ("train", "measure", "fidelity", "partition")),

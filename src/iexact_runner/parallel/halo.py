@@ -185,6 +185,10 @@ class _Rows:
         rows = self._x.index_select(0, index)
         return rows if self._scale is None else rows.mul_(self._scale.index_select(0, index).to(rows.dtype))
 
+    def picked(self, places: Tensor) -> _Rows:
+        """Those at some places."""
+        return _Rows(self._x, places if self._index is None else self._index[places], self._scale)
+
 
 @dataclass
 class Arriving:

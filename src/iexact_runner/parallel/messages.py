@@ -1,4 +1,4 @@
-"""How rows of a map travel: as they are, in bfloat16, quantized, or as coefficients in a few directions.
+"""How rows of a map travel: as they are, in bfloat16, quantized, as coefficients in a few directions; or some of them.
 
 A message is a tensor of one dimension: what is for the first process, then what is for the second. Shapes: n rows that
 are sent, H rows that come, D columns, R directions.
@@ -6,6 +6,8 @@ are sent, H rows that come, D columns, R directions.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +26,8 @@ _COEFFICIENT_BITS = 8
 _FLOAT = torch.float32.itemsize
 _SCALE_TYPE = stored_dtype(torch.float32)
 _SCALE = _SCALE_TYPE.itemsize
+# Of the place of a row among those for a process.
+_PLACE = torch.int32.itemsize
 
 Seeds = Callable[[], int]
 
@@ -37,6 +41,9 @@ class Rows(Protocol):
 
     def __getitem__(self, part: slice) -> Tensor:
         """Some of them."""
+
+    def picked(self, places: Tensor) -> Rows:
+        """Those at some places."""
 
 
 class Format(Protocol):
@@ -185,11 +192,76 @@ class LowRank:
         return torch.cat(found)
 
 
-def format_of(name: str, *, rank: int) -> Format:
-    """The format that ``messages.forward`` or ``messages.backward`` names; ``rank`` is that of ``lowrank``."""
+@dataclass(frozen=True)
+class Sampled:
+    """A random share of the rows for each process, divided by that share, and their places; the others are 0.
+
+    So the sums of neighbours are right on average: boundary node sampling of BNS-GCN (Wan et al., MLSys 2022), with
+    a draw for every message in place of one an epoch.
+
+    Args:
+        share: of the rows for a process, of which at least one goes.
+        form: how those travel that do.
+    """
+
+    share: float
+    form: Format
+    whole = True
+
+    def length(self, rows: int, width: int) -> int:
+        """Bytes for so many rows, places included."""
+        drawn = self._drawn(rows)
+        return drawn * _PLACE + self._bytes_of(drawn, width)
+
+    def encode(self, rows: Rows, counts: Sequence[int], seeds: Seeds) -> Tensor:
+        """The message: for each process places and rows."""
+        generator = torch.Generator().manual_seed(seeds())
+        drawn, places = [self._drawn(count) for count in counts], []
+        for count, few in zip(counts, drawn, strict=True):
+            places.append(torch.randperm(count, generator=generator)[:few].sort().values)
+        firsts = itertools.accumulate(counts, initial=0)
+        chosen = torch.cat([first + own for first, own in zip(firsts, places, strict=False)])
+        message = self.form.encode(rows.picked(chosen.to(rows.device)), drawn, seeds)
+        parts = _bytes(message).split([self._bytes_of(few, rows.shape[1]) for few in drawn])
+        named = (_bytes(own.to(rows.device, torch.int32)) for own in places)
+        return torch.cat([part for pair in zip(named, parts, strict=True) for part in pair])
+
+    def decode(self, message: Tensor, counts: Sequence[int], width: int, columns: slice) -> Tensor:
+        """Columns of the rows that came, and zeros for the others."""
+        found = []
+        for count, own in zip(counts, message.split([self.length(count, width) for count in counts]), strict=True):
+            few = self._drawn(count)
+            places, rows = own.split([few * _PLACE, own.numel() - few * _PLACE])
+            decoded = self.form.decode(_typed(rows, self._type), [few], width, columns) * (count / max(1, few))
+            whole = decoded.new_zeros(count, decoded.size(1))
+            found.append(whole.index_copy_(0, _typed(places, torch.int32).long(), decoded))
+        return torch.cat(found)
+
+    def _drawn(self, count: int) -> int:
+        return math.ceil(self.share * count)
+
+    @property
+    def _type(self) -> torch.dtype:
+        """Of the elements of the messages of ``form``."""
+        return (self.form.dtype or torch.float32) if isinstance(self.form, Plain) else torch.uint8
+
+    def _bytes_of(self, rows: int, width: int) -> int:
+        return self.form.length(rows, width) * self._type.itemsize
+
+
+def format_of(name: str, *, rank: int, share: float = 1.0) -> Format:
+    """The format that ``messages.forward`` or ``messages.backward`` names.
+
+    Args:
+        name: as there.
+        rank: that of ``lowrank``.
+        share: of the rows that travel.
+    """
     formats: dict[str, Format] = {"fp32": Plain(), "bf16": Plain(torch.bfloat16), "lowrank": LowRank(rank)}
     formats |= {f"int{bits}": Quantized(bits) for bits in (8, 4, 2)}
-    return formats[name]
+    if share == 1.0:
+        return formats[name]
+    return Sampled(share, Plain(torch.float32) if name == "fp32" else formats[name])
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:

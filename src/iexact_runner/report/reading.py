@@ -36,8 +36,8 @@ class Report:
     def grids(self, *, title: str) -> list[tables.Grid]:
         """The tables that people are shown."""
         grids = [tables.grid_of(self.results, title=title)] if self.results.rows else []
-        observed = tables.distribution_of(self.results)
-        grids += [] if observed is None else [observed]
+        further = (tables.processes_of(self.results), tables.distribution_of(self.results))
+        grids += [grid for grid in further if grid is not None]
         return grids + ([tables.listing_of(self.incomplete)] if self.incomplete else [])
 
 

@@ -146,6 +146,32 @@ def distribution_of(results: Results) -> Grid | None:
     return Grid("distribution of activations", header, lines, [name in DISTRIBUTION for name in header])
 
 
+PROCESSES = {
+    "nodes": ("nodes", "{:,}"),
+    "halo": ("halo", "{:,}"),
+    "edges": ("edges", "{:,}"),
+    "saved [MiB]": ("saved_mib", "{:.2f}"),
+    "peak of a step [MiB]": ("step_peak_mib", "{:.1f}"),
+    "data [MiB]": ("data_mib", "{:.1f}"),
+    "sent [MiB]": ("sent_mib", "{:.1f}"),
+    "waited [s]": ("waiting_seconds", "{:.1f}"),
+}
+
+
+def processes_of(results: Results) -> Grid | None:
+    """What each process that shared a graph had and did, of the first run of each row; None where there are none."""
+    lines = []
+    for row in results.rows:
+        ranks: list[dict[str, Any]] = next((found for run in row.runs if (found := run.lookup("parallel.ranks"))), [])
+        for number, rank in enumerate(ranks):
+            figures = ["" if rank[name] is None else form.format(rank[name]) for name, form in PROCESSES.values()]
+            lines.append([*map(str, row.labels.values()), f"{number}", *figures])
+    if not lines:
+        return None
+    header = [*results.rows[0].labels, "process", *PROCESSES]
+    return Grid("processes", header, lines, [name in ("process", *PROCESSES) for name in header])
+
+
 def _label(name: str) -> Callable[[Row], str]:
     return lambda row: "" if row.labels[name] is None else str(row.labels[name])
 

@@ -233,6 +233,25 @@ class Plan(Struct):
     measured_error: Amount | None = None
 
 
+class Process(Struct):
+    """One of the processes that shared a graph."""
+
+    nodes: Count
+    halo: Count
+    edges: Count
+    saved_mib: Amount
+    step_peak_mib: Amount | None
+    data_mib: Amount
+    sent_mib: Amount
+    waiting_seconds: Amount
+
+
+class Parallel(Struct):
+    """How several processes shared a graph; records of a partition have no processes."""
+
+    ranks: Annotated[list[Process], Meta(max_length=_MOST)] = []
+
+
 class Summary(Struct):
     """``summary.json``."""
 
@@ -247,6 +266,7 @@ class Summary(Struct):
     fidelity: Fidelity | None = None
     distribution: list[Annotated[list[Map], Meta(max_length=_MOST)]] | None = None
     plans: Annotated[list[Plan], Meta(max_length=_MOST)] | None = None
+    parallel: Parallel | None = None
 
 
 class Epoch(Struct):

@@ -140,7 +140,11 @@ def parallel_problem(
     rows = graph.rows(*bounds[team.rank : team.rank + 2])
     build, chosen = model_class_of(config.model).build_graph, config.messages
     assert isinstance(build, (ScaledAdjacency, EdgePattern))
-    forward, backward = (format_of(name, rank=chosen.rank) for name in (chosen.forward, chosen.backward))
+    assert isinstance(config.parallel, ParallelConfig)
+    forward, backward = (
+        format_of(name, rank=chosen.rank, share=config.parallel.halo_sample)
+        for name in (chosen.forward, chosen.backward)
+    )
     whole = partitioned(build, rows.sources, rows.targets, shard, forward=forward, backward=backward)
     mine = whole.map(lambda part: part.to(device))
     x = rows.x.to(device)
