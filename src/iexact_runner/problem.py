@@ -106,6 +106,11 @@ class Problem:
         return self.whole.y.dim() == 2
 
     @property
+    def inductive(self) -> bool:
+        """Whether the graph that is trained on is another than the one that scores are of."""
+        return self.training is not self.whole
+
+    @property
     def metric(self) -> str:
         """Name of the score."""
         return "micro_f1" if self.multilabel else "accuracy"
@@ -127,8 +132,8 @@ class Problem:
         """The problem of one of several processes, whose rows travel as they are; any other is the same."""
         if not self.whole.shard.distributed:
             return self
-        view = replace(self.whole, graph=with_exact_messages(self.whole.graph))
-        return replace(self, whole=view, training=view)
+        whole, training = (replace(view, graph=with_exact_messages(view.graph)) for view in (self.whole, self.training))
+        return replace(self, whole=whole, training=training if self.inductive else whole)
 
     def of_batch(self, view: View) -> Problem:
         """The problem of one step, on a mini-batch."""

@@ -19,6 +19,7 @@ from iexact_runner.data.dataset import NodeDataset
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import build_model
 from iexact_runner.parallel import halo
+from iexact_runner.problem import prepare
 from iexact_runner.sampling.parallel import in_parts, parallel_problem, read_parts
 from iexact_runner.training import evaluate, forward, training_loss
 from parallel.processes import in_processes
@@ -145,6 +146,23 @@ def test_two_parts_a_process_are_as_good_as_one():
     two, four = (in_processes(size, steps, dataset, overrides) for size in (2, 4))
     assert max(errors(two[0], four)) <= EXACT
     assert sum(found[3]["halo"] for found in four) > sum(found[3]["halo"] for found in two) > 0
+
+
+@pytest.mark.parametrize(("model", "compression"), [("sage", "none"), ("sage", "lowrank"), ("gat", "none")])
+def test_training_on_the_training_nodes_alone_is_that_of_one_process(model, compression):
+    dataset = tiny_dataset(nodes=401, symmetric=model == "sage")
+    overrides = [f"model={model}", f"compression={compression}", "dataset.inductive=true", "parallel.parts=3"]
+    (one,) = in_processes(1, steps, dataset, overrides)
+    several = in_processes(3, steps, dataset, overrides)
+    assert sum(each[3]["nodes"] for each in several) == 401
+    assert max(errors(one, several)) <= (EXACT if compression == "none" else A_CODE)
+    for each in several:
+        assert each[2] == pytest.approx(one[2], abs=1e-6)
+    config = compose_config("dataset=digits", *overrides[:2], "dataset.inductive=true", "model.dropout=0")
+    alone = prepare(dataset, config.model, inductive=True, device=torch.device("cpu"))
+    whole = in_processes(2, steps, dataset, [*overrides, "model.dropout=0"], 1)
+    losses = training_loss(build_(config, alone), alone, kind="cross_entropy", precision="float32", seed=5)
+    assert whole[0][0][0] == pytest.approx(losses.item(), rel=1e-5)
 
 
 def steps_in_small_messages(team, dataset, overrides):

@@ -125,8 +125,8 @@ def test_processes_measure_and_compare_together(tmp_path):
         (["sampler=cluster"], "sampler=cluster: parallel=graph works with none"),
         (["task=inspect"], "task=inspect: parallel=graph works with train"),
         (
-            ["dataset=cora", "dataset.inductive=true"],
-            "dataset.inductive=true: parallel=graph works with false",
+            ["dataset=cora", "dataset.inductive=true", "parallel.folder=parts"],
+            "parallel.folder=parts: parts in files are of the whole graph: dataset.inductive=true needs null",
         ),
         (["compression.rounding=stochastic"], "compression.rounding=stochastic: parallel=graph works with nearest"),
         (["parallel.parts=1"], "parallel.parts=1: must be at least the number of processes, 2"),

@@ -108,6 +108,9 @@ def check_parallel(config: Any) -> None:
         check(parallel.parts is not None, "parallel.parts", parallel.parts, needed)
         check(parallel.folder is not None, "parallel.folder", parallel.folder, needed)
     compression, training = config.compression, config.training
+    if config.dataset.inductive:
+        whole = "parts in files are of the whole graph: dataset.inductive=true needs null"
+        check(config.parallel.folder is None, "parallel.folder", config.parallel.folder, whole)
     if config.model.name == "gat":
         weighed = "must be 1 for gat: attention over some neighbours is no sum of theirs"
         check(config.parallel.halo_sample == 1.0, "parallel.halo_sample", config.parallel.halo_sample, weighed)
@@ -120,7 +123,6 @@ def check_parallel(config: Any) -> None:
         ("compression.scheme", compression.scheme, SCHEMES),
         ("compression.rounding", compression.rounding, ("nearest",)),
         ("compression.offload", compression.offload, (False,)),
-        ("dataset.inductive", config.dataset.inductive, (False,)),
         ("training.cuda_graph", training.cuda_graph, (False,)),
     ):
         shown = ", ".join(str(each).lower() for each in valid)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from iexact_runner.config import DatasetConfig
-from iexact_runner.data.parts import Facts, OrderedGraph, Rows
+from iexact_runner.data.parts import Facts, GraphInParts, OrderedGraph, Rows
 from iexact_runner.data.sparse import CSR
 from iexact_runner.errors import ConfigError, DatasetError, first_line
 from iexact_runner.runs.files import replacing, write_atomically
@@ -47,6 +47,8 @@ class PartFolder:
         ConfigError: if there is no graph, or that of another dataset.
         DatasetError: if ``graph.json`` is damaged.
     """
+
+    training: GraphInParts | None = None
 
     def __init__(self, folder: Path, dataset: DatasetConfig) -> None:
         self._folder = folder

@@ -77,9 +77,10 @@ class Facts:
 
 
 class GraphInParts(Protocol):
-    """A graph of which runs of parts can be read."""
+    """A graph of which runs of parts can be read, and that of its training nodes, if these are trained on alone."""
 
     facts: Facts
+    training: GraphInParts | None
 
     def rows(self, first: int, last: int) -> Rows:
         """Rows of the parts from ``first`` to before ``last``."""
@@ -93,11 +94,19 @@ class OrderedGraph:
         nodes: old number (N,) of the node at each place.
         cuts: first place of each part, and N.
         partition: how the parts were found.
+        training: the graph of the training nodes, if these are trained on alone.
     """
 
     def __init__(
-        self, dataset: NodeDataset, nodes: Tensor, cuts: Sequence[int], *, partition: dict[str, Any] | None = None
+        self,
+        dataset: NodeDataset,
+        nodes: Tensor,
+        cuts: Sequence[int],
+        *,
+        partition: dict[str, Any] | None = None,
+        training: GraphInParts | None = None,
     ) -> None:
+        self.training = training
         self._dataset, self._nodes = dataset, nodes
         self._place = torch.empty_like(nodes)
         self._place[nodes] = torch.arange(dataset.num_nodes)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from iexact_runner.config import Config, ParallelConfig
 from iexact_runner.data.dataset import NodeDataset
-from iexact_runner.data.graph import Adjacency, EdgePattern, ScaledAdjacency, edge_count, edges_of
+from iexact_runner.data.graph import Adjacency, EdgePattern, ScaledAdjacency, edge_count, edges_of, training_subgraph
 from iexact_runner.data.part_files import PartFolder
 from iexact_runner.data.partitioned import halo_of, partitioned, with_exact_messages
-from iexact_runner.data.parts import GraphInParts, OrderedGraph
+from iexact_runner.data.parts import GraphInParts, OrderedGraph, Rows
 from iexact_runner.errors import ConfigError
 from iexact_runner.nn import model_class_of
 from iexact_runner.parallel.messages import format_of
@@ -89,7 +89,21 @@ def in_parts(dataset: NodeDataset, config: Config, team: Team) -> OrderedGraph:
         found = aligned_order(partition.parts, count, rows=rows_of_parts(config)), partition.record()
     order: Order
     order, record = team.from_first(found)
-    return OrderedGraph(dataset, order.nodes, order.cuts, partition=record)
+    training = _training_nodes(dataset, order, rows=rows_of_parts(config)) if config.dataset.inductive else None
+    return OrderedGraph(dataset, order.nodes, order.cuts, partition=record, training=training)
+
+
+def _training_nodes(dataset: NodeDataset, order: Order, *, rows: int) -> OrderedGraph:
+    """The graph of the training nodes, in the parts of the whole one."""
+    nodes, count = dataset.train, len(order.cuts) - 1
+    place = torch.empty_like(order.nodes)
+    place[order.nodes] = torch.arange(dataset.num_nodes)
+    parts = torch.bucketize(place[nodes], torch.tensor(order.cuts[1:-1]), right=True)
+    edges = training_subgraph(dataset.edge_index, nodes, dataset.num_nodes)
+    all_nodes, none = torch.arange(nodes.numel()), torch.arange(0)
+    graph = NodeDataset(dataset.x[nodes], dataset.y[nodes], edges, all_nodes, none, none, dataset.num_classes)
+    own = aligned_order(parts.numpy(), count, rows=rows)
+    return OrderedGraph(graph, own.nodes, own.cuts)
 
 
 def read_parts(config: Config, team: Team) -> PartFolder:
@@ -134,42 +148,51 @@ def parallel_problem(
     Raises:
         DatasetError: if a file is damaged.
     """
+    whole, rows = _view_of(graph, config, team, device, cached=cache_first_aggregate)
+    training = whole
+    if graph.training is not None:
+        training, _ = _view_of(graph.training, config, team, device, cached=cache_first_aggregate)
+    _, val, test = (split.to(device) for split in rows.splits)
+    facts, halo = graph.facts, halo_of(whole.graph)
+    problem = Problem(training, whole, val, test, facts.num_classes, None)
+    assert halo is not None
+    record = {"parts": facts.num_parts, **facts.partition, "processes": team.size}
+    return problem, record | {"nodes": halo.shard.rows, "halo": halo.size, "edges": edge_count(whole.graph)}
+
+
+def _view_of(
+    graph: GraphInParts, config: Config, team: Team, device: torch.device, *, cached: bool
+) -> tuple[View, Rows]:
+    """What a model sees of a graph in this process, and its rows."""
     facts = graph.facts
     bounds = [facts.num_parts * rank // team.size for rank in range(team.size + 1)]
     shard = DistributedShard([facts.cuts[bound] for bound in bounds], team.rank)
     rows = graph.rows(*bounds[team.rank : team.rank + 2])
     build, chosen = model_class_of(config.model).build_graph, config.messages
-    assert isinstance(build, (ScaledAdjacency, EdgePattern))
-    assert isinstance(config.parallel, ParallelConfig)
+    assert isinstance(build, (ScaledAdjacency, EdgePattern)) and isinstance(config.parallel, ParallelConfig)
     forward, backward = (
         format_of(name, rank=chosen.rank, share=config.parallel.halo_sample)
         for name in (chosen.forward, chosen.backward)
     )
-    whole = partitioned(build, rows.sources, rows.targets, shard, forward=forward, backward=backward)
-    mine = whole.map(lambda part: part.to(device))
-    x = rows.x.to(device)
+    held = partitioned(build, rows.sources, rows.targets, shard, forward=forward, backward=backward)
+    mine, x = held.map(lambda part: part.to(device)), rows.x.to(device)
     exact = with_exact_messages(mine)
-    if cache_first_aggregate and isinstance(mine, Adjacency) and isinstance(exact, Adjacency):
+    if cached and isinstance(mine, Adjacency) and isinstance(exact, Adjacency):
         # What is exchanged once may be exact, and what is kept for the whole run should be.
         mine = replace(mine, known=(x, exact.matmul(x)))
-    train, val, test = (split.to(device) for split in rows.splits)
     # Each loss counts by all training nodes, so that the losses of the processes add up to the mean.
     weights = torch.full((shard.rows,), 1 / max(1, facts.num_train), device=device)
-    view = View(x, rows.y.to(device), mine, train, weights)
-    problem = Problem(view, view, val, test, facts.num_classes, None)
-    halo = halo_of(mine)
-    assert halo is not None
-    record = {"parts": facts.num_parts, **facts.partition, "processes": team.size}
-    return problem, record | {"nodes": shard.rows, "halo": halo.size, "edges": edge_count(mine)}
+    return View(x, rows.y.to(device), mine, rows.splits[0].to(device), weights), rows
 
 
 def traffic_record(problem: Problem) -> dict[str, Any]:
-    """Bytes that this process sent, and seconds that it waited."""
-    halo = halo_of(problem.training.graph)
-    assert halo is not None
-    traffic = halo.traffic
+    """Bytes that this process sent, and seconds that it waited, in training and evaluation."""
+    halos = [
+        halo_of(view.graph) for view in ([problem.training, problem.whole] if problem.inductive else [problem.whole])
+    ]
+    found = [halo.traffic for halo in halos if halo is not None]
     return {
-        "sent_mib": traffic.sent_bytes / 2**20,
-        "exchanges": traffic.exchanges,
-        "waiting_seconds": traffic.waiting_seconds,
+        "sent_mib": sum(traffic.sent_bytes for traffic in found) / 2**20,
+        "exchanges": sum(traffic.exchanges for traffic in found),
+        "waiting_seconds": sum(traffic.waiting_seconds for traffic in found),
     }

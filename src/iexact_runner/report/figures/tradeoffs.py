@@ -23,7 +23,7 @@ LEAST_ERROR, LARGEST_ERROR = 1e-3, 10.0
 def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
     """Score, and the last gradient error that was taken, against saved MiB; rows that no other beats are joined.
 
-    Exact gradients are left out, for a logarithmic axis has no place for them.
+    Exact gradients, and rows that keep nothing here, are left out, for a logarithmic axis has no place for them.
     """
     saved = METRICS["saved_mib"]
     errors = dict.fromkeys(name for rows in settings.values() for row in rows for name in row.cells if "error" in name)
@@ -33,7 +33,7 @@ def draw_pareto(settings: dict[str, list[Row]]) -> Figure | None:
         (title, metric, sign, points)
         for title, rows in settings.items()
         for metric, sign in measures
-        if len(points := [point for point in _points(rows, saved, metric) if sign > 0 or point[2] > EXACT]) > 1
+        if len(points := [each for each in _points(rows, saved, metric) if sign > 0 or each[2] > EXACT]) > 1
     ]
     if not panels:
         return None
@@ -130,7 +130,7 @@ def _points(rows: Sequence[Row], across: Metric, upwards: Metric) -> list[tuple[
     return [
         (row, row.cells[across.name].value * across.scale, row.cells[upwards.name].value * upwards.scale)
         for row in rows
-        if across.name in row.cells and upwards.name in row.cells
+        if across.name in row.cells and upwards.name in row.cells and row.cells[across.name].value > 0
     ]
 
 
