@@ -169,7 +169,7 @@ def test_measure_lists_tensors_and_times_epochs(tmp_path):
     (summary, lines), screen = run(tmp_path, "task=measure")
     assert summary["status"] == "completed" and summary["accuracy"] is None and not lines
     assert summary["throughput"]["timed_epochs"] == 3
-    assert "kept for the backward pass" in screen and "BatchNorm" in screen and "int2" in screen
+    assert "saved for the backward pass" in screen and "BatchNorm" in screen and "int2" in screen
 
 
 def test_terminal_gets_a_live_bar_and_a_pipe_plain_lines(tmp_path):

@@ -151,7 +151,7 @@ def alternatives() -> str:
         error = f"{row['fidelity.after.30.relative_error_mean']:.3f}"
         seconds = f"{1 / row['epochs_per_second_median']:.2f}"
         lines.append([f"`{name}`", score, error, f"{row['saved_mib']:.2f}", *figures, seconds])
-    peaks = ["kept [MiB]", "peak of a step [MiB]", "peak of an evaluation [MiB]", "seconds an epoch"]
+    peaks = ["saved [MiB]", "peak of a step [MiB]", "peak of an evaluation [MiB]", "seconds an epoch"]
     return table(["option", "test accuracy [%]", "gradient error", *peaks], lines)
 
 

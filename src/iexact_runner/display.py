@@ -200,11 +200,11 @@ def _times_fp32(rate: Mapping[str, float], fp32: Mapping[str, Any]) -> str:
 
 
 def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
-    """Prints what is kept for the backward pass, tensor by tensor."""
-    table = Table(title="kept for the backward pass", title_justify="left")
+    """Prints the tensors that are saved for the backward pass."""
+    table = Table(title="saved for the backward pass", title_justify="left")
     for name in ("layer", "op", "shape", "dtype"):
         table.add_column(name)
-    columns = {"bytes_fp32": "FP32 MiB", "bytes": "kept MiB"}
+    columns = {"bytes_fp32": "FP32 MiB", "bytes": "saved MiB"}
     if any(tensor["host_bytes"] for tensor in tensors):
         columns["host_bytes"] = "on the host MiB"
     for name in columns.values():
@@ -222,7 +222,7 @@ def show_tensors(console: Console, tensors: list[dict[str, Any]]) -> None:
 
 def show_plan(console: Console, record: Mapping[str, Any]) -> None:
     """Prints how the maps of a model are kept under a budget, and their shares of the error that is expected."""
-    budget = f"{record['budget_mib']:.2f} MiB may be kept, {record['saved_mib']:.2f} MiB are"
+    budget = f"{record['budget_mib']:.2f} MiB may be saved, {record['saved_mib']:.2f} MiB are"
     error, expected = record["measured_error"], record["expected_error"]
     text = "errors are measured later" if expected is None else f"gradient error {expected:.4f} expected"
     text += "" if error is None else f", {error:.4f} measured"

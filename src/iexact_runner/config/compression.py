@@ -33,7 +33,7 @@ GPU_REFRESH = 10
 
 @dataclass
 class CompressionConfig:
-    """What is kept of each activation map for the backward pass (symbols of the equations in brackets).
+    """How activations are saved for the backward pass (symbols of the equations in brackets).
 
     Args:
         scheme: ``none`` keeps FP32 maps; ``projected`` keeps each map in a ``format``, as EXACT and i-EXACT do;

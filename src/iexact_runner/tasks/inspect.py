@@ -37,7 +37,7 @@ def run(context: Context) -> None:
     """Shows both tables and leaves their figures for the summary."""
     found, problem, config = context.findings.inspection, context.problem, context.config
     assert found is not None
-    with context.console.status("counting what is kept"):
+    with context.console.status("counting saved tensors"):
         kept, widest = out_of_memory.kept_by_preset(context.largest_step(), config, PRESETS)
     available = out_of_memory.available_bytes(context.device)
     found["data_mib"] = total_bytes(problem.tensors()) / MIB
@@ -50,7 +50,7 @@ def run(context: Context) -> None:
     if kept:
         context.console.print(_presets(config.model.name, found))
     else:
-        context.console.print(f"what {config.model.name} keeps is known after a step: task=measure", soft_wrap=True)
+        context.console.print(f"what {config.model.name} saves is known after a step: task=measure", soft_wrap=True)
 
 
 def _facts(name: str, found: dict[str, Any]) -> Table:
@@ -68,7 +68,7 @@ def _facts(name: str, found: dict[str, Any]) -> Table:
 
 def _presets(model: str, found: dict[str, Any]) -> Table:
     free = found["available_mib"]
-    title = f"what {model} keeps for the backward pass" + ("" if free is None else f"; {free:,.0f} MiB are free")
+    title = f"saved by {model} for the backward pass" + ("" if free is None else f"; {free:,.0f} MiB are free")
     table = Table(title=title, title_justify="left")
     table.add_column("compression")
     table.add_column("saved [MiB]", justify="right")

@@ -1,4 +1,4 @@
-"""``task=measure``: what is kept for the backward pass, and epochs per second."""
+"""``task=measure``: saved tensors, and epochs per second."""
 
 from __future__ import annotations
 

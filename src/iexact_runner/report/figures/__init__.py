@@ -28,7 +28,7 @@ __all__ = ["NEEDS_MATPLOTLIB", "TITLES", "can_draw", "draw", "to_svg", "write"]
 TITLES = {
     "pareto": "Score and gradient error against memory",
     "cost": "Time, peak and gradient error",
-    "memory": "What is kept for the backward pass",
+    "memory": "Saved for the backward pass",
     "plan": "A budget, dealt over the maps",
     "curves": "Loss and score over the epochs",
     "throughput": "Epochs per second",
