@@ -172,7 +172,7 @@ def test_check_of_the_tables_notices_a_wrong_cell(tmp_path, monkeypatch):
         assert right in text
         found = list(quick_experiments.differences(text.replace(right, wrong), tmp_path))
         assert found and all("the runs say" in problem for problem in found)
-    fewer = "\n".join(line for line in text.splitlines() if "col_size" not in line)
+    fewer = "\n".join(line for line in text.splitlines() if "G = 64" not in line)
     assert list(quick_experiments.differences(fewer, tmp_path))[0] == "1 rows for 2 configurations"
 
 
