@@ -126,7 +126,7 @@ class Problem:
             replace(view, graph=replace(view.graph, known=None)) if isinstance(view.graph, Adjacency) else view
             for view in (self.training, self.whole)
         )
-        return replace(self, training=whole if self.training is self.whole else training, whole=whole)
+        return replace(self, training=training if self.inductive else whole, whole=whole)
 
     def with_exact_messages(self) -> Problem:
         """The problem of one of several processes, whose rows travel as they are; any other is the same."""
@@ -146,7 +146,7 @@ class Problem:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that the data holds on the device."""
-        views = [self.whole] if self.training is self.whole else [self.whole, self.training]
+        views = [self.whole, self.training] if self.inductive else [self.whole]
         drawn_from = [] if self.batches is None else self.batches.tensors()
         return [tensor for view in views for tensor in view.tensors()] + [self.val, self.test, *drawn_from]
 

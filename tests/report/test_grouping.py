@@ -56,6 +56,9 @@ def test_a_task_with_epochs_of_its_own_joins_the_row_that_was_trained(tmp_path):
     assert len(row.runs) == 2 and list(row.labels) == ["dataset", "model", "compression"]
     found = results(tmp_path / "b", {"training": {"epochs": 50}}, {"training": {"epochs": 60}}, taken)
     assert [row.labels["training.epochs"] for row in found.rows] == [50, 60, None] and found.warnings == []
+    auto = {"compression": {"scheme": "auto"}}  # which spends a share of these epochs on trials
+    found = results(tmp_path / "c", taken | auto, {"training": {"epochs": 50}} | auto)
+    assert [row.labels["training.epochs"] for row in found.rows] == [500, 50]
 
 
 def test_rows_of_a_dataset_and_of_a_model_on_it_stand_together(tmp_path):

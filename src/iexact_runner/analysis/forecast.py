@@ -193,7 +193,7 @@ def part_of(problem: Problem, config: Config, nodes: int, *, seed: int) -> Probl
 
 def _problem(problem: Problem, view: Any) -> Problem:
     training = view(problem.training)
-    whole = training if problem.training is problem.whole else view(problem.whole)
+    whole = view(problem.whole) if problem.inductive else training
     some = torch.arange(min(8, whole.x.size(0)), device=whole.x.device)
     return replace(problem, training=training, whole=whole, val=some, test=some, batches=None)
 

@@ -26,7 +26,7 @@ REPEAT_FIELDS = (
     "compression.backend",
 )
 REPEAT_GROUPS = ("measure.", "fidelity.", "advise.", "bins.", "sweep.", "checkpoint.")
-# Tasks that have a number of epochs of their own, and leave that of training unused.
+# Tasks that have a number of epochs of their own, and leave that of training unused, unless a planner plans by it.
 OWN_EPOCHS = ("fidelity", "measure")
 # Fields of the environment that the figures of one table should share.
 ENVIRONMENT = (
@@ -91,7 +91,8 @@ def experiment_of(run: Run) -> dict[str, Any]:
 
 def _unused(run: Run) -> tuple[str, ...]:
     """Fields that the run's task leaves unused."""
-    return ("training.epochs",) if run.lookup("config.task") in OWN_EPOCHS else ()
+    planned = run.lookup("config.compression.scheme") == "auto"
+    return ("training.epochs",) if run.lookup("config.task") in OWN_EPOCHS and not planned else ()
 
 
 def field_of(run: Run, name: str) -> Any:

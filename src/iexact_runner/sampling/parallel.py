@@ -96,9 +96,7 @@ def in_parts(dataset: NodeDataset, config: Config, team: Team) -> OrderedGraph:
 def _training_nodes(dataset: NodeDataset, order: Order, *, rows: int) -> OrderedGraph:
     """The graph of the training nodes, in the parts of the whole one."""
     nodes, count = dataset.train, len(order.cuts) - 1
-    place = torch.empty_like(order.nodes)
-    place[order.nodes] = torch.arange(dataset.num_nodes)
-    parts = torch.bucketize(place[nodes], torch.tensor(order.cuts[1:-1]), right=True)
+    parts = torch.bucketize(order.nodes.argsort()[nodes], torch.tensor(order.cuts[1:-1]), right=True)
     edges = training_subgraph(dataset.edge_index, nodes, dataset.num_nodes)
     all_nodes, none = torch.arange(nodes.numel()), torch.arange(0)
     graph = NodeDataset(dataset.x[nodes], dataset.y[nodes], edges, all_nodes, none, none, dataset.num_classes)
