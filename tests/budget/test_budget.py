@@ -35,6 +35,7 @@ from iexact_runner.report import figures
 from iexact_runner.report.reading import read_report
 from iexact_runner.runs.labels import compression_label
 from iexact_runner.runs.records import RunFolder, read_run
+from iexact_runner.schemes.lowrank import LowRank
 from iexact_runner.tasks import planner, train
 
 MODELS = ("sage", "gcn", "gcn2", "gat", "deepergcn")
@@ -158,15 +159,28 @@ def test_bits_of_a_sketch_reach_eight_a_column():
         assert bits[-1] == 8 * width and bits == sorted(set(bits)) and all(each % 8 == 0 for each in bits)
 
 
+def sketched_error(z, choice):
+    """Share of the energy of a map that its sketch misses."""
+    scheme = LowRank(preset("auto"), seed=0, directions=[Directions(choice=choice)])
+    layout, tensors = scheme._kept_sketch(z)
+    error = layout.decode(tensors) - z
+    return (error.square().sum() / (z - z.mean(0)).square().sum()).item()
+
+
 def test_what_a_sketch_would_miss_is_what_it_misses():
     torch.manual_seed(0)
     z = torch.randn(900, 24) @ torch.diag(torch.linspace(0.05, 3.0, 24))
+    z[::10, 0] += 3.0  # far from the other rows in a column that hardly varies
     site = Site()
     sample = z - z.mean(0)
     site.observe(z, sample, z.mean(0))
+    for way in (way for way in site.ways if way.choice.sign_threshold is None and way.choice.bits):
+        assert sketched_error(z, way.choice) == pytest.approx(way.missed, rel=0.2), way.choice
     assert all(0 <= way.missed <= 1 and 0 <= way.wrong <= 1 for way in site.ways)
     blocks = {way.choice.bits: way.missed for way in site.ways if way.choice.blockwise}
-    assert blocks[2] > blocks[4] > blocks[8] > 0
+    assert blocks[2] > blocks[4] > blocks[8] > blocks[16] > 0
+    # A node's range in the columns is no wider for the one that hardly varies.
+    assert blocks[4] < 0.02 and blocks[8] < 1e-4 and blocks[16] < 1e-5
     stored = [way.missed for way in site.ways if way.choice.sign_threshold is None and not way.choice.blockwise]
     assert stored == sorted(stored, reverse=True) and stored[-1] == 0 and stored[-2] < 1e-3
     sure = [way for way in site.ways if way.choice.sign_threshold == 1.5 and not way.choice.blockwise]
@@ -177,7 +191,8 @@ def test_maps_without_a_sketch_have_options_too():
     site = Site()
     site.observe_quantized(torch.randn(10, 4, 2))
     assert [way.choice.bits for way in site.ways] == list(ELEMENT_BITS) and site.shape == (10, 8)
-    assert [way.bytes for way in site.ways] == [20, 40, 80, 320] and not site.sketched
+    assert [way.bytes for way in site.ways] == [20, 40, 80, 160, 320] and not site.sketched
+    assert [way.missed for way in site.ways] == sorted((way.missed for way in site.ways), reverse=True)
 
 
 # --- in a run
@@ -385,7 +400,8 @@ def test_labels_say_the_budget():
 def test_choices_are_said_in_words():
     assert Choice(48).label(sketched=True) == "48 bits a node, all signs"
     assert UNPLANNED.label(sketched=True) == "48 bits a node, signs below 2 deviations"
-    assert Choice(None).label(sketched=False) == "FP32" and Choice(4).label(sketched=False) == "INT4"
+    assert [Choice(bits).label(sketched=False) for bits in (None, 16, 4)] == ["FP32", "BF16", "INT4"]
+    assert Choice(16, blockwise=True).label(sketched=True) == "BF16, all signs"
 
 
 def test_a_plan_that_is_never_small_enough_says_so():

@@ -52,7 +52,7 @@ def make_format(bits, kept_frac):
 
 
 @pytest.mark.parametrize("seed", [3, torch.tensor(3)], ids=["int", "tensor"])
-@pytest.mark.parametrize("bits", [None, 2, 8])
+@pytest.mark.parametrize("bits", [None, 2, 8, 16])
 @pytest.mark.parametrize("kept_frac", [1.0, 0.3])
 def test_weight_gradient_is_that_of_the_decoded_map(bits, kept_frac, seed):
     x, grad = torch.randn(37, 20), torch.randn(37, 5)
@@ -68,13 +68,24 @@ def test_weight_gradient_is_that_of_the_decoded_map(bits, kept_frac, seed):
         assert torch.equal(decoded, x)
 
 
-@pytest.mark.parametrize(("bits", "kept_frac"), [(None, 1.0), (None, 0.3), (8, 1.0), (8, 0.3)])
+@pytest.mark.parametrize(("bits", "kept_frac"), [(None, 1.0), (None, 0.3), (8, 1.0), (8, 0.3), (16, 1.0), (16, 0.3)])
 def test_what_decodes_afresh_may_be_written_over_and_nothing_else(bits, kept_frac):
     layout, tensors = make_format(bits, kept_frac).keep(torch.randn(37, 20), seed=0, project=True)
     before = layout.decode(tensors).clone()
     assert layout.decodes_afresh is (bits is not None or kept_frac < 1)
     layout.decode(tensors).zero_()
     assert torch.equal(layout.decode(tensors), before) is layout.decodes_afresh
+
+
+def test_16_bits_are_bfloat16():
+    x = torch.randn(37, 20)
+    layout, tensors = make_format(16, 1.0).keep(x, seed=0, project=True)
+    assert [tensor.dtype for tensor in tensors] == [torch.bfloat16] and layout.stored_type == "bfloat16"
+    assert torch.equal(layout.decode(tensors), x.bfloat16().float())
+    product, kept = make_format(16, 1.0).encode_product(x, torch.eye(20), torch.ones(20), seed=0)
+    assert torch.equal(product.decode(kept), (x + 1).bfloat16().float())
+    layout, tensors = make_format(16, 1.0).keep(x.bfloat16(), seed=0, project=True)
+    assert layout.decode(tensors) is tensors[0] and not layout.decodes_afresh
 
 
 def test_projection_is_only_where_allowed():

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from iexact_runner.compression.choices import UNPLANNED, UNPLANNED_BITS, Choice
 from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits, directions_for
 from iexact_runner.compression.directions import Directions, leading_directions
-from iexact_runner.compression.maps import MapFormat
+from iexact_runner.compression.maps import BFLOAT16_BITS, MapFormat
 from iexact_runner.compression.signs import sure_from
 from iexact_runner.compression.sketch import Coefficients
 from iexact_runner.kernels.reference import MOST_BITS
@@ -23,10 +24,10 @@ from iexact_runner.schemes.lowrank import OTHER_BITS
 GROWTH = 1.25
 # From how many deviations a sketch gives a sign, and the most signs that are stored; None stores all of them.
 SIGNS = ((1.5, 0.15), (2.0, 0.33), (2.5, 0.5), (3.0, 0.7), (3.0, 0.999), (None, None))
-# Bits of an element in blocks of a node.
-BLOCK_BITS = (2, 4, 8)
+# Bits of an element in all directions: codes in blocks of a node, or bfloat16.
+BLOCK_BITS = (2, 4, 8, BFLOAT16_BITS)
 # Of a map without a sketch; None is FP32.
-ELEMENT_BITS = (2, 4, 8, None)
+ELEMENT_BITS = (2, 4, 8, BFLOAT16_BITS, None)
 Signs = tuple[float | None, float | None]
 # Rows that options are compared on.
 ROWS = 512
@@ -87,7 +88,7 @@ class Site(Directions):
         self.ways.append(Way(Choice(None), 4.0 * z.numel(), z.numel() / 8, 0.0, 0.0))
 
     def observe_quantized(self, x: Tensor) -> None:
-        """The variance of stochastic rounding to one of 2 ** b levels."""
+        """The variance of rounding to one of 2 ** b levels, or to bfloat16."""
         self.sketched, self.layer = False, self.name()
         self.shape = (x.size(0), x.numel() // max(1, x.size(0)))
         self.ways = [
@@ -121,23 +122,20 @@ class Missing:
         rank = min(directions_for(bits), width)
         dealt = deal_bits(self.variances[:rank], bits)
         form = CoefficientFormat(bits, False, "auto")
-        known = self._known(rank, lambda coefficients: form.encode(coefficients, dealt, seed=0))
+        directions, deviation = self.vectors[:, :rank], self.variances[:rank].sqrt()
+        known = _known(self.rows, directions, deviation, lambda coefficients: form.encode(coefficients, dealt, seed=0))
         kept = self.nodes * min(bits, MOST_BITS * rank) / 8 + 4.0 * width * (rank + 2)
         return self._ways(known, Choice(bits), kept, signs)
 
     def blockwise(self, bits: int, signs: Sequence[Signs]) -> list[Way]:
-        """Options with so many bits an element of each node's block."""
+        """Options with so many bits an element of the columns themselves."""
         width = self.rows.size(1)
         form = MapFormat(bits, 1.0, 0, None, None, "auto")
-        known = self._known(width, lambda coefficients: form.encode(coefficients, seed=0))
-        kept = self.nodes * (8 + width * bits / 8) + 4.0 * width * (width + 2)
+        columns, deviation = torch.eye(width, device=self.rows.device), self.rows.square().mean().sqrt()
+        known = _known(self.rows, columns, deviation, lambda coefficients: form.encode(coefficients, seed=0))
+        scales = 0 if bits == BFLOAT16_BITS else 8
+        kept = self.nodes * (scales + width * bits / 8) + 4.0 * width * (width + 2)
         return self._ways(known, Choice(bits, blockwise=True), kept, signs)
-
-    def _known(self, rank: int, encode: Callable[[Tensor], tuple[Coefficients, tuple[Tensor, ...]]]) -> Tensor:
-        """The rows as a sketch of so many directions gives them."""
-        directions, deviation = self.vectors[:, :rank], self.variances[:rank].sqrt().clamp_min(1e-12)
-        layout, tensors = encode(self.rows @ (directions / deviation))
-        return layout.stored(tensors[: layout.parts]).float() @ (directions * deviation).T
 
     def _ways(self, known: Tensor, choice: Choice, kept: float, signs: Sequence[Signs]) -> list[Way]:
         rows, elements = self.rows, self.nodes * self.rows.size(1)
@@ -183,5 +181,20 @@ def grid(width: int) -> list[int]:
     return found
 
 
+def _known(
+    rows: Tensor,
+    directions: Tensor,
+    deviation: Tensor,
+    encode: Callable[[Tensor], tuple[Coefficients, tuple[Tensor, ...]]],
+) -> Tensor:
+    """Rows (S, D) as a sketch in these directions (D, R) gives them, whose coefficients are divided by deviations."""
+    deviation = deviation.clamp_min(1e-12)
+    layout, tensors = encode(rows @ (directions / deviation))
+    return layout.stored(tensors[: layout.parts]).float() @ (directions * deviation).T
+
+
 def _variance(bits: int | None) -> float:
+    """Of a range of about six deviations, and in the same unit that of the last bit of bfloat16, relative to values."""
+    if bits == BFLOAT16_BITS:
+        return 2.0**-18 / 36
     return 0.0 if bits is None else 1.0 / (2**bits - 1) ** 2

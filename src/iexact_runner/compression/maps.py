@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,10 +17,15 @@ from torch import Tensor
 from iexact_runner.compression.bins import ClippedNormal, optimal_levels
 from iexact_runner.kernels import block_ops, ops
 
+# Bits of a map that is rounded to bfloat16, which no codes are made for.
+BFLOAT16_BITS = 16
+
 
 @dataclass(frozen=True)
 class MapFormat:
     """Choices that hold for every map of a model; see ``CompressionConfig`` for the fields.
+
+    ``bits`` may also be 16: bfloat16, between INT8 and the map as it is.
 
     ``optimal`` chooses the levels of each map for the size of its blocks, in place of ``levels``; uniform ones for a
     layer's input without projection, which the clipped normal does not describe (``docs/bins.md``).
@@ -59,7 +64,9 @@ class MapFormat:
         shape = (stored.size(0), stored.size(1) if columns is None else columns)
         layout = self._layout(shape, stored.size(1), stored.dtype, seed=seed, normal=normal)
         tensors: tuple[Tensor, ...] = (stored,)
-        if self.bits is not None:
+        if self.bits == BFLOAT16_BITS:
+            tensors = (stored.to(torch.bfloat16),)
+        elif self.bits is not None:
             tensors = ops.quantize(
                 stored,
                 bits=self.bits,
@@ -74,7 +81,7 @@ class MapFormat:
         self, z: Tensor, matrix: Tensor, shift: Tensor, *, seed: int | Tensor
     ) -> tuple[MapLayout, tuple[Tensor, ...]]:
         """Quantizes z M + shift for z (N, D), M (D, R) and shift (R,)."""
-        if self.bits is None:
+        if not _has_codes(self.bits):
             return self.encode(torch.addmm(shift, z, matrix), seed=seed)
         layout = self._layout((z.size(0), matrix.size(1)), matrix.size(1), z.dtype, seed=seed, normal=True)
         tensors = block_ops.quantize_product(
@@ -123,12 +130,15 @@ class MapLayout:
     @property
     def stored_type(self) -> str:
         """What an element is kept as, for people: ``int2``, or the type of the map."""
-        return str(self.dtype).removeprefix("torch.") if self.bits is None else f"int{self.bits}"
+        if _has_codes(self.bits):
+            return f"int{self.bits}"
+        return str(self.dtype if self.bits is None else torch.bfloat16).removeprefix("torch.")
 
     @property
     def decodes_afresh(self) -> bool:
         """All but a map that is kept as it is."""
-        return self.bits is not None or self.projected
+        rounded = self.bits is not None and not (self.bits == BFLOAT16_BITS and self.dtype == torch.bfloat16)
+        return rounded or self.projected
 
     def independent(self) -> MapLayout:
         """This one: the error of a single estimate is of order variance / N where it stands twice."""
@@ -136,8 +146,8 @@ class MapLayout:
 
     def stored(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The (N, R) map that was stored, decoded."""
-        if self.bits is None:
-            return tensors[0]
+        if not _has_codes(self.bits):
+            return tensors[0].to(self.dtype)
         return ops.dequantize(
             *tensors[:3],
             bits=self.bits,
@@ -171,7 +181,7 @@ class MapLayout:
     @property
     def parts(self) -> int:
         """How many tensors the map is made of, not counting a seed."""
-        return 1 if self.bits is None else 3
+        return 3 if _has_codes(self.bits) else 1
 
     def _projection(self, tensors: tuple[Tensor, ...], stored: Tensor) -> Tensor:
         seed = tensors[self.parts] if len(tensors) > self.parts else self.seed
@@ -287,6 +297,11 @@ class KeptMap(NamedTuple):
 
     layout: Layout
     tensors: tuple[Tensor, ...]
+
+
+def _has_codes(bits: int | None) -> TypeGuard[int]:
+    """Whether elements of so many bits are codes, with a zero and a scale a block."""
+    return bits is not None and bits != BFLOAT16_BITS
 
 
 def _with_seed(tensors: tuple[Tensor, ...], seed: int | Tensor) -> tuple[Tensor, ...]:

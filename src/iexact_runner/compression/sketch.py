@@ -281,8 +281,9 @@ def keep_coefficients(
     bits: Tensor | None = None,
     seed: int | Tensor,
     shard: Shard = WHOLE,
+    standardized: bool = True,
 ) -> tuple[tuple[Coefficients, tuple[Tensor, ...]], Tensor]:
-    """Keeps c = ((z - mean) scale) V, each column divided by its deviation in a few thousand rows.
+    """Keeps c = ((z - mean) scale) V, each column divided by its deviation in a few thousand rows, or all by one.
 
     Args:
         z: map (N, D).
@@ -293,6 +294,8 @@ def keep_coefficients(
         bits: int32 (R,), dealt over the directions, for a :class:`CoefficientFormat`.
         seed: of the rounding.
         shard: which rows of the whole map these are.
+        standardized: whether each column has a deviation of its own. One that is small but for some rows would widen
+            the ranges of these, where a range is that of a row.
 
     Returns:
         The kept coefficients, and the deviations (R,) that were divided out.
@@ -300,6 +303,8 @@ def keep_coefficients(
     scaled = scale.unsqueeze(1) * directions
     sample = shard.sample(z, DEVIATION_ROWS)
     deviation = ((sample - mean) @ scaled).square().mean(0).sqrt()
+    if not standardized:
+        deviation = deviation.square().mean().sqrt().expand_as(deviation)
     # A column that is next to constant in these rows need not be so in the others.
     deviation = deviation.clamp_min(1e-3 * deviation.max()).clamp_min(1e-12)
     matrix = scaled / deviation

@@ -243,7 +243,15 @@ class LowRank(Projected):
             directions = torch.cat([directions, *halves], dim=1)
         form, seed = self._coefficients_of(choice), self.next_map_seed()
         (coefficients, tensors), deviation = keep_coefficients(
-            z, mean, scale, directions, form, bits=state.bits, seed=seed, shard=self.shard
+            z,
+            mean,
+            scale,
+            directions,
+            form,
+            bits=state.bits,
+            seed=seed,
+            shard=self.shard,
+            standardized=state.choice is None or not state.choice.of_columns,
         )
         scaled, limit = directions * deviation, []
         if threshold is not None:
@@ -290,14 +298,18 @@ class LowRank(Projected):
     def _renew(self, state: Directions, sample: Tensor) -> None:
         """Finds the directions of a map from sampled rows (S, D), or has them follow; deals bits over new ones."""
         config, choice = self._config, state.choice or self._common
+        if state.choice is not None and choice.of_columns:
+            if state.vectors is None:
+                state.vectors = torch.eye(sample.size(1), device=sample.device)
+            return
         if state.vectors is not None and state.age < config.refresh_on(sample.device.type):
             state.follow(followed_directions(sample, state.vectors))
             return
         rank = config.rank
-        if state.choice is not None or (choice.bits is not None and rank is None and config.energy is None):
-            rank = sample.size(1) if choice.bits is None or choice.blockwise else directions_for(choice.bits)
+        if choice.bits is not None and (state.choice is not None or (rank is None and config.energy is None)):
+            rank = directions_for(choice.bits)
         state.vectors, state.age = leading_directions(sample, rank=rank, energy=config.energy), 1
-        if choice.bits is not None and not choice.blockwise:
+        if choice.bits is not None:
             state.bits = deal_bits((sample @ state.vectors).square().mean(0), choice.bits)
 
     def _residual_directions(self, directions: Tensor) -> Tensor:
