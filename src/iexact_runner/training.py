@@ -16,7 +16,7 @@ from iexact_runner.capture import CapturedStep
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import TrainingConfig
 from iexact_runner.data.graph import Graph, edge_count
-from iexact_runner.data.partitioned import with_whole_halo
+from iexact_runner.data.partitioned import with_exact_messages
 from iexact_runner.errors import TrainingError
 from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import node_loss
@@ -247,10 +247,10 @@ def forward(
 @phase("evaluation")
 @torch.no_grad()
 def evaluate(model: Model, problem: Problem, *, precision: str = "float32") -> Scores:
-    """Scores of the exact forward pass."""
+    """Scores of the exact forward pass, for which rows of other processes travel as they are."""
     model.eval()
     view, features, device = problem.whole, evaluation_input(problem), device_of(model)
-    graph = with_whole_halo(view.graph)
+    graph = with_exact_messages(view.graph)
     with autocast(precision, device):
         if problem.layerwise:
             scores = layerwise_scores(model, features, graph, device=device, maps_folder=problem.maps_folder)

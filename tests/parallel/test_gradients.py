@@ -193,6 +193,16 @@ def test_messages_of_fewer_bits_move_the_gradient_a_little(messages, low, high):
     assert all(np.array_equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
 
 
+@pytest.mark.parametrize("forward", ["int2", "lowrank"])
+def test_scores_are_those_of_exact_messages(forward):
+    dataset, overrides = tiny_dataset(nodes=401), ["model=sage", "parallel.parts=2", "compression=none"]
+    overrides.append("model.batch_norm=false")  # whose running means would move the scores
+    rounded = [*overrides, f"messages.forward={forward}", "messages.backward=int4"]
+    exact, found = (in_processes(2, steps, dataset, each) for each in (overrides, rounded))
+    assert max(errors(exact[0], found)) > 0.01
+    assert found[0][2] == exact[0][2]
+
+
 @pytest.mark.parametrize("model", ["sage", "gcn2"])
 def test_a_share_of_the_halo_moves_the_gradient_and_no_score(model):
     dataset, overrides = tiny_dataset(nodes=401), [f"model={model}", "compression=none", "parallel.parts=2"]

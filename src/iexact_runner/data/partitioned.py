@@ -15,7 +15,7 @@ from torch import Tensor
 from iexact_runner.data.graph import Adjacency, EdgePattern, Graph, ScaledAdjacency
 from iexact_runner.data.sparse import COLUMNS, CSR
 from iexact_runner.parallel.halo import Draws, Halo, Traffic
-from iexact_runner.parallel.messages import Format, Plain, Sampled
+from iexact_runner.parallel.messages import Format, Plain
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, Shard
 
 
@@ -143,34 +143,21 @@ def begin_pass(graph: Graph, seed: int | Tensor) -> Shard:
 
 
 def with_exact_messages(graph: Graph) -> Graph:
-    """The same graph, whose rows travel as they are."""
-    return _with_forms(graph, lambda form: Plain())
+    """The same graph, whose rows travel as they are; one that is not partitioned as it is."""
 
-
-def with_whole_halo(graph: Graph) -> Graph:
-    """The same graph, of whose halo all rows travel."""
-    return _with_forms(graph, lambda form: form.form if isinstance(form, Sampled) else form)
-
-
-def _with_forms(graph: Graph, change: Callable[[Format], Format]) -> Graph:
-    """The same graph with other formats of its messages; one that is not partitioned as it is."""
-
-    def changed(matrix: CSR) -> CSR:
+    def exact(matrix: CSR) -> CSR:
         if isinstance(matrix, PartitionedMatrix) and matrix.halo is not None:
-            return replace(matrix, halo=replace(matrix.halo, form=change(matrix.halo.form)))
+            return replace(matrix, halo=replace(matrix.halo, form=Plain()))
         if isinstance(matrix, PartitionedEdges) and matrix.halo is not None and matrix.back is not None:
-            halo, back = (replace(each, form=change(each.form)) for each in (matrix.halo, matrix.back))
-            return replace(matrix, halo=halo, back=back)
+            return replace(matrix, halo=replace(matrix.halo, form=Plain()), back=replace(matrix.back, form=Plain()))
         return matrix
 
     if halo_of(graph) is None:
         return graph
     if isinstance(graph, Adjacency):
-        matrix = changed(graph.matrix)
-        return replace(
-            graph, matrix=matrix, adjoint=matrix if graph.adjoint is graph.matrix else changed(graph.adjoint)
-        )
-    return changed(graph) if isinstance(graph, CSR) else graph
+        matrix = exact(graph.matrix)
+        return replace(graph, matrix=matrix, adjoint=matrix if graph.adjoint is graph.matrix else exact(graph.adjoint))
+    return exact(graph) if isinstance(graph, CSR) else graph
 
 
 def partitioned(
