@@ -96,6 +96,9 @@ def test_a_choice_of_the_user_beats_the_experiment():
     assert (quick.dataset.name, quick.runs, quick.model.hidden_channels) == ("synthetic", 3, 16)
     assert compose_config("+experiment=pareto", "quick=false") == compose_config("+experiment=pareto")
     assert spell_out(["-m", "quick=true", "seed=1"]) == ["-m", "+quick=on", "seed=1"]
+    assert spell_out(["advise", "seed=1"]) == ["task=advise", "seed=1"]
+    assert spell_out(["-m", "fidelity", "train"]) == ["-m", "task=fidelity", "train"]
+    assert spell_out(["seed=1", "advise"]) == ["seed=1", "advise"] and spell_out(["-m"]) == ["-m"]
 
 
 def test_sweep_ends_with_the_table_of_its_runs(tmp_path):

@@ -261,7 +261,13 @@ def show_sweep(sweep: Sweep) -> None:
 
 
 def spell_out(arguments: list[str]) -> list[str]:
-    """Arguments as Hydra takes them: the choice of a group cannot be a truth value, and new keys need ``++``."""
+    """Arguments as Hydra takes them.
+
+    The choice of a group cannot be a truth value there, new keys need ``++``, and a task is a field, not a first word.
+    """
+    first = next((place for place, argument in enumerate(arguments) if argument not in ("-m", "--multirun")), None)
+    if first is not None and arguments[first] in schema.TASKS:
+        arguments = [*arguments[:first], f"task={arguments[first]}", *arguments[first + 1 :]]
     spelled = ["+quick=on" if argument == "quick=true" else argument for argument in arguments]
     spelled = [f"++{argument}" if argument.startswith("model.kwargs") else argument for argument in spelled]
     return [argument for argument in spelled if argument != "quick=false"]

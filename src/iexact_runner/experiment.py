@@ -289,7 +289,7 @@ class Experiment:
         if error.phase == "evaluation":
             return f"{failed} in evaluation: {out_of_memory.evaluation_advice(step, self._config)}"
         advice = out_of_memory.step_advice(memory, smaller, widest, available=self._available)
-        return f"{failed} in a training step: {advice}; task=advise compares all ways to need less"
+        return f"{failed} in a training step: {advice}; iexact advise compares all ways to need less"
 
     def _summary(self, status: str, error: str | None) -> dict[str, Any]:
         """The record as it stands; scores are those of the runs that were completed."""

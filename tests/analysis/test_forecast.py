@@ -54,7 +54,7 @@ def test_memory_of_a_small_graph_is_that_of_its_step(monkeypatch):
 @pytest.mark.parametrize("model", ["sage", "gcn", "gcn2"])
 def test_memory_of_a_large_graph_is_right_within_a_tenth(model, monkeypatch):
     """From steps on two smaller graphs."""
-    few(monkeypatch, "none", "recompute", "lowrank")
+    few(monkeypatch, "none", "recompute", "lowrank", "auto, 5%")
     sizes = ("dataset.num_nodes=24000", "model.num_layers=3", "model.hidden_channels=128")
     config, problem = posed("dataset=synthetic", f"model={model}", *sizes)
     rows = forecasts(problem, config, device=CPU, nodes=16384, available_mib=None, seed=1)
@@ -63,6 +63,10 @@ def test_memory_of_a_large_graph_is_right_within_a_tenth(model, monkeypatch):
         assert row.step_peak_mib == pytest.approx(measured.step_peak, rel=0.1), row.name
         assert row.evaluation_peak_mib == pytest.approx(measured.evaluation_peak, rel=0.1), row.name
         assert row.fits is None
+        if measured.kept_share is not None:
+            assert row.saved_mib == pytest.approx(measured.kept_share * rows[0].saved_mib, rel=0.1)
+            assert 0.03 < row.saved_mib / rows[0].saved_mib < 0.05
+            assert row.overrides == "compression=auto compression.budget=0.05" and 0 < row.error < rows[2].error
 
 
 def test_a_smaller_graph_has_as_many_edges_a_node():

@@ -206,7 +206,7 @@ def test_suggested_preset_runs_where_fp32_did_not(tmp_path):
     failed = "out of memory on cpu when allocating 58.59 MiB in a training step"
     assert result.stderr == (
         f"iexact: {failed}: the backward pass needs 1186.53 MiB of maps; compression=int8 keeps 193.64 MiB, which would"
-        " fit; task=advise compares all ways to need less\n"
+        " fit; iexact advise compares all ways to need less\n"
     )
     assert summary["status"] == "failed" and summary["memory"]["saved_mib"] == pytest.approx(1186.53, abs=0.01)
     result, summary = limited_run(tmp_path / "int8", "int8")

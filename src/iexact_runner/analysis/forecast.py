@@ -13,12 +13,15 @@ import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from iexact_runner.analysis.budgets import plan_training
 from iexact_runner.analysis.fidelity import Deviations, exact_twin, gradients, joined
+from iexact_runner.compression.choices import Choice
+from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
 from iexact_runner.config.presets import preset
@@ -31,15 +34,18 @@ from iexact_runner.nn import Model, build_model, model_class_of
 from iexact_runner.problem import Problem, View
 from iexact_runner.training import Optimization, clock, evaluate, step
 
-# Options by name: the preset, and fields beside it.
+# Options by name: fields of the command line, of which the preset has that name unless it is given.
 OPTIONS: dict[str, dict[str, str]] = {
     "none": {},
     "bfloat16": {"compression": "none", "precision": "bfloat16"},
     **{name: {} for name in ("recompute", "offload", "int8", "lowrank_fine", "int4", "lowrank", "lowrank_small")},
     **{name: {} for name in ("actnn", "iexact")},
+    **{f"auto, {share:.0%}": {"compression": "auto", "compression.budget": f"{share:g}"} for share in (0.2, 0.05)},
 }
 # Steps that are timed, draws of a gradient, and exact epochs before them.
 TIMED_STEPS, DRAWS, EPOCHS = 3, 3, 10
+# Gradients that a budget is dealt by, beside those of its plans.
+TRIALS_OF_MAPS = 6
 # Beside the weights, the optimizer holds two of their size.
 OPTIMIZER_COPIES = 2
 
@@ -74,11 +80,12 @@ class Forecast(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """Figures of one step and evaluation of an option on a sample."""
+    """Figures of one step and evaluation of an option on a sample, and the share of FP32's bytes that a plan keeps."""
 
     step_peak: float
     evaluation_peak: float
     seconds: float
+    kept_share: float | None
 
 
 def forecasts(
@@ -105,8 +112,10 @@ def forecasts(
     for name, fields in OPTIONS.items():
         chosen = _chosen(config, name)
         try:
-            kept = kept_tensors(config.model, whole, chosen.compression, precision=chosen.precision)
             measured = [_measure(sample, chosen, device=device, seed=seed) for sample in samples]
+            share = measured[0].kept_share
+            counted = chosen.compression if share is None else preset("none")
+            kept = kept_tensors(config.model, whole, counted, precision=chosen.precision) or ()
         except ConfigError:
             continue
         trained, scored = zip(*(_nodes(sample) for sample in samples), strict=True)
@@ -123,8 +132,8 @@ def forecasts(
             Forecast(
                 name,
                 " ".join(f"{field}={value}" for field, value in overrides.items()),
-                sum(record.bytes for record in kept or ()) / MIB,
-                sum(record.host_bytes for record in kept or ()) / MIB,
+                (1.0 if share is None else share) * sum(record.bytes for record in kept) / MIB,
+                sum(record.host_bytes for record in kept) / MIB,
                 step_peak,
                 evaluation,
                 total,
@@ -220,7 +229,10 @@ def _nodes(problem: Problem) -> tuple[int, int]:
 def _chosen(config: Config, name: str) -> Config:
     """The configuration under an option."""
     fields = OPTIONS[name]
-    compression = preset(fields.get("compression", name), backend=config.compression.backend)
+    own = {
+        field.removeprefix("compression."): float(value) for field, value in fields.items() if "compression." in field
+    }
+    compression = preset(fields.get("compression", name), backend=config.compression.backend, **own)
     precision = fields.get("precision", "float32")
     return replace(config, compression=compression, precision=precision, task="measure", runs=1)
 
@@ -236,7 +248,11 @@ def _model(problem: Problem, config: Config, *, seed: int) -> Model:
 
 
 def _measure(problem: Problem, config: Config, *, device: torch.device, seed: int) -> _Measured:
-    model = _model(problem, config, seed=seed)
+    model, share = _model(problem, config, seed=seed), None
+    if config.compression.scheme == "auto":
+        plan = plan_training(model, problem, config, seed=seed, trials=0)
+        model.directions[:] = plan.directions()
+        share = plan.saved / plan.budget * cast(float, config.compression.budget)
     optimization = Optimization(model, config.training, precision=config.precision)
 
     def epoch(number: int) -> float:
@@ -252,7 +268,7 @@ def _measure(problem: Problem, config: Config, *, device: torch.device, seed: in
     model.zero_grad(set_to_none=True)
     with PeakMemory(device) as evaluation:
         evaluate(model, problem, precision=config.precision)
-    return _Measured(peak, evaluation.bytes / MIB, seconds)
+    return _Measured(peak, evaluation.bytes / MIB, seconds, share)
 
 
 def _extended(values: Sequence[float], sizes: Sequence[int], size: int) -> float:
@@ -279,11 +295,15 @@ def _errors(problem: Problem, config: Config, *, device: torch.device, seed: int
             continue
         compared = twin if chosen.compression.scheme == "none" else chosen.compression
         deviations, kind, masks = Deviations(), config.training.loss, mix(seed, 0)
+        choices: list[Choice] = []
         try:
+            if compared.scheme == "auto":
+                choices = plan_training(model, problem, chosen, seed=mix(seed, DRAWS), trials=TRIALS_OF_MAPS).choices()
             for draw in range(DRAWS):
                 probe = copy.deepcopy(model)
                 true = gradients(probe, problem, kind=kind, seed=masks)
                 probe.compression, own = compared, mix(seed, draw)
+                probe.directions = [Directions(choice=choice) for choice in choices]
                 found = gradients(probe, problem, kind=kind, precision=chosen.precision, seed=masks, map_seed=own)
                 deviations.add(joined(found), joined(true))
         except ConfigError:

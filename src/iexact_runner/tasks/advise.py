@@ -1,4 +1,4 @@
-"""``task=advise``: what each way to save memory would need and cost here, and which one to take; nothing is trained."""
+"""``iexact advise``: what each way to save memory would need and cost here, and which to take, without training."""
 
 from __future__ import annotations
 
