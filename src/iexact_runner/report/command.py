@@ -12,6 +12,7 @@ from rich.console import Console
 
 from iexact_runner.errors import ConfigError, UserError
 from iexact_runner.report import tables
+from iexact_runner.report.latex import latex_tables
 from iexact_runner.report.metrics import METRICS
 from iexact_runner.report.reading import Report, read_report
 from iexact_runner.runs.files import write_atomically
@@ -98,8 +99,10 @@ def _render(report: Report, options: argparse.Namespace) -> str:
         text = io.StringIO()
         show(report, Console(file=text, width=PLAIN_WIDTH), title=options.title)
         return text.getvalue()
-    write = tables.markdown if options.format == "markdown" else tables.latex
-    return "\n".join(write(grid) for grid in report.grids(title=options.title))
+    grids = report.grids(title=options.title)
+    if options.format == "latex":
+        return latex_tables(grids)
+    return "\n".join(map(tables.markdown, grids))
 
 
 def make_parser() -> argparse.ArgumentParser:

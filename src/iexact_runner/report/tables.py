@@ -17,10 +17,10 @@ from rich.table import Table
 from iexact_runner.errors import UserError
 from iexact_runner.report import published
 from iexact_runner.report.grouping import ENVIRONMENT, Results, Row
-from iexact_runner.report.inert import to_cell, to_html, to_markdown, to_tex
+from iexact_runner.report.inert import to_cell, to_html, to_markdown
 from iexact_runner.report.metrics import Cell, Metric, show_cell
 from iexact_runner.runs.records import Run, value_at
-from iexact_runner.untrusted.text import unmarked, visible
+from iexact_runner.untrusted.text import unmarked
 
 # Columns that every row of a CSV or Parquet file has, whatever the table shows.
 CONFIG_COLUMNS = (
@@ -220,25 +220,6 @@ def markdown(grid: Grid) -> str:
 
 def _pipes(cells: Sequence[str]) -> str:
     return "| " + " | ".join(map(to_markdown, cells)) + " |"
-
-
-def latex(grid: Grid) -> str:
-    """A table environment for the package booktabs."""
-    columns = "".join("r" if figure else "l" for figure in grid.figures)
-    lines = [
-        r"\begin{table}",
-        rf"  \caption{{{to_tex(grid.title)}}}",
-        rf"  \begin{{tabular}}{{{columns}}}",
-        r"    \toprule",
-        f"    {' & '.join(map(to_tex, grid.header))} \\\\",
-        r"    \midrule",
-        *(f"    {' & '.join(map(to_tex, row))} \\\\" for row in grid.rows),
-        r"    \bottomrule",
-        r"  \end{tabular}",
-        r"\end{table}",
-        *(f"% {visible(note)}" for note in grid.notes),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def html_table(grid: Grid) -> str:
