@@ -14,12 +14,18 @@ WRONG = {
     str: ("[a]", "{a: b}", "''", "no such", "../../etc/passwd", "\u202egat", "\U0001f600", "a/b", "${", "x\ty"),
 }
 # Any text is a folder's name; what a dataset's folder lacks is a failure of the run.
-ANY_TEXT = ("output_dir", "dataset.root", "measure.country")
+ANY_TEXT = ("output_dir", "dataset.root", "measure.country", "parallel.folder", "sampler.maps_folder")
 # Values that mean something although they look wrong.
 VALID = {
     "measure.max_seconds": ("inf",),
 }
-GROUPS = ("task", "model", "dataset", "compression", "logger", "recipe", "experiment", "quick", "hydra/launcher", "")
+GROUPS = ("task", "model", "dataset", "compression", "sampler", "parallel", "logger", "recipe", "experiment", "quick")
+GROUPS += ("hydra/launcher", "")
+# Command lines whose fields are all tried; together they have every group.
+STARTS = (
+    *(("model=sage",), ("model=gat",), ("model=gcn2",), ("dataset=synthetic",), ("compression=lowrank",)),
+    *(("compression=auto",), ("sampler=cluster",), ("sampler=saint_rw",), ("sampler=neighbor",), ("parallel=graph",)),
+)
 CHOICES = (
     "",
     "nope",
@@ -60,6 +66,27 @@ CONTRADICTIONS = (
     ("device=tpu",),
     ("compression.backend=triton", "device=cpu"),
     ("training.lr=0.1", "training.lr=0.2", "training.lr=x"),
+    ("compression=auto", "compression.budget=0.1", "compression.budget_mib=3"),
+    ("compression=auto", "compression.rank=8"),
+    ("compression=lowrank", "compression.budget=0.1"),
+    ("compression=lowrank", "compression.simulate=true"),
+    ("compression=actnn", "compression.backend=triton"),
+    ("sampler=cluster", "sampler.parts=4", "sampler.batch_parts=8"),
+    ("sampler=saint_rw", "sampler.walk_length=0"),
+    ("sampler=cluster", "parallel=graph"),
+    ("parallel=graph", "compression.offload=true", "compression=none"),
+    ("parallel=graph", "compression=auto"),
+    ("parallel=graph", "model=gat", "parallel.halo_sample=0.5"),
+    ("parallel=graph", "model=deepergcn"),
+    ("parallel=graph", "parallel.halo_sample=1.5"),
+    ("parallel=graph", "messages.backward=lowrank"),
+    ("parallel=none", "parallel.parts=2"),
+    ("task=partition",),
+    ("task=partition", "parallel=graph"),
+    ("task=advise", "advise.memory=24GB"),
+    ("dataset=file",),
+    ("model=module",),
+    ("training.cuda_graph=true", "compression=offload"),
 )
 COMMANDS = (
     ("training.lr=[1",),
@@ -126,8 +153,7 @@ COMMANDS = (
 def bad_overrides() -> list[tuple[str, ...]]:
     """All bad command lines: wrong values of every field, unknown fields and choices, contradictions, bad grammar."""
     lines: list[tuple[str, ...]] = [*CONTRADICTIONS, *COMMANDS]
-    starts = [("model=sage",), ("model=gat",), ("model=gcn2",), ("dataset=synthetic",), ("compression=lowrank",)]
-    for start in starts:
+    for start in STARTS:
         for name, kind, value in fields_of(compose_config(*start)):
             lines += [(*start, f"{name}={wrong}") for wrong in WRONG[kind] if is_wrong(name, kind, value, wrong)]
             parent, _, leaf = name.rpartition(".")
