@@ -12,7 +12,9 @@ def column(*cells):
     """The format and the cells of one column of figures."""
     lines = latex_tables([Grid("title", ["x"], [[cell] for cell in cells], [True])]).splitlines()
     [form] = [line.removeprefix(r"  \begin{tabular}{")[:-1] for line in lines if r"\begin{tabular}" in line]
-    rows = [line.strip().removesuffix(r"\\").strip() for line in lines if line.startswith("    ") and line.endswith(r"\\")]
+    rows = [
+        line.strip().removesuffix(r"\\").strip() for line in lines if line.startswith("    ") and line.endswith(r"\\")
+    ]
     return form, rows
 
 

@@ -211,12 +211,15 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path, monkeypatch):
         run(tmp_path / "run", "training.lr=0.5", resumed=True)
 
 
-def test_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "other", [{"model": {"other": torch.zeros(1)}}, {"machine": torch.zeros(3)}, {"machine": {}}, {"best": 3}], ids=str
+)
+def test_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch, other):
     killed_after(monkeypatch, tmp_path / "run", 3)
     folder = RunFolder(tmp_path / "run", resumed=True)
     checkpoints = checkpoint.Checkpoints(folder, 1)
     state = checkpoints.read(lines=3)
-    checkpoints.write(state | {"model": {"other": torch.zeros(1)}})
+    checkpoints.write(state | other)
     with pytest.raises(DamagedRecord, match="does not fit this version"):
         run(tmp_path / "run", resumed=True)
 

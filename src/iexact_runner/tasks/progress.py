@@ -46,23 +46,13 @@ class Progress:
             ConfigError: if it is that of another configuration or kind of device.
             DamagedRecord: if it is that of another version of this program.
         """
-        if state.get("config") != config_hash(asdict(context.config)):
-            raise ConfigError.of("resume", context.folder.path, "its checkpoint is of another configuration")
-        parts = _parts(context)
-        if state.get("parts") != parts:
-            raise ConfigError.of("parallel.parts", parts, f"the run began with {state.get('parts')}: name as many")
-        made, here = state["machine"], _machine(context)
-        if made["device"] != here["device"]:
-            raise ConfigError.of(
-                "device", context.config.device, f"the run began on {made['device']}, and goes on there"
-            )
-        for name, value in here.items():
-            if made.get(name, value) != value:
-                logger.warning(f"resume: {name} was {made[name]}, is {value}: the last bits of numbers may differ")
         try:
+            _check(state, context)
             progress = cls(context, state["run"])
             progress._restore(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise DamagedRecord(
                 f"{context.folder.path}: its checkpoint does not fit this version ({reason})"
@@ -150,6 +140,23 @@ def _parts(context: Context) -> int | None:
     """Parts of a graph over several processes, whose number decides which draws belong to which node."""
     parallel = context.findings.parallel
     return None if parallel is None else parallel["parts"]
+
+
+def _check(state: Mapping[str, Any], context: Context) -> None:
+    """That a state is of this configuration and kind of device; says where the last bits may differ."""
+    if state.get("config") != config_hash(asdict(context.config)):
+        raise ConfigError.of("resume", context.folder.path, "its checkpoint is of another configuration")
+    parts = _parts(context)
+    if state.get("parts") != parts:
+        raise ConfigError.of("parallel.parts", parts, f"the run began with {state.get('parts')}: name as many")
+    made, here = state["machine"], _machine(context)
+    if not isinstance(made, dict):
+        raise TypeError(f"machine is of type {type(made).__name__}")
+    if made["device"] != here["device"]:
+        raise ConfigError.of("device", context.config.device, f"the run began on {made['device']}, and goes on there")
+    for name, value in here.items():
+        if made.get(name, value) != value:
+            logger.warning(f"resume: {name} was {made[name]}, is {value}: the last bits of numbers may differ")
 
 
 def _machine(context: Context) -> dict[str, Any]:
