@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import signal
@@ -40,6 +41,7 @@ INTERRUPTED = "interrupted: what was recorded so far is kept"
 EXIT_FAILED, EXIT_USAGE, EXIT_UNSHOWN, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
+@functools.cache
 def register_schema() -> None:
     """Makes the dataclasses known to Hydra, so that it refuses unknown fields and wrong types."""
     store = ConfigStore.instance()
