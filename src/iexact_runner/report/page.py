@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def render_page(report: Report, *, title: str) -> str:
     """The page as text, its figures inlined as SVG; without matplotlib a line says what they need."""
-    sections = [tables.html_table(grid) for grid in report.grids(title=title)]
+    sections = [tables.html_table(grid) for grid in report.grids(title="Runs")]
     if report.damaged:
         lines = "".join(f"<p>{to_html(line)}</p>" for line in report.damaged)
         sections.append(f"<h2>cannot be read</h2>\n{lines}\n")
