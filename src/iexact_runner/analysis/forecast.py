@@ -44,6 +44,8 @@ OPTIONS: dict[str, dict[str, str]] = {
 }
 # Steps that are timed, draws of a gradient, and exact epochs before them.
 TIMED_STEPS, DRAWS, EPOCHS = 3, 3, 10
+# Peaks are measured on graphs of at most so many times the nodes that are timed, and with so much kept by FP32.
+PEAK_SAMPLES, SAMPLED_MIB = 4, 1024
 # Gradients that a budget is dealt by, beside those of its plans.
 TRIALS_OF_MAPS = 6
 # Beside the weights, the optimizer holds two of their size.
@@ -79,12 +81,11 @@ class Forecast(NamedTuple):
     fits: bool | None
 
 
-class _Measured(NamedTuple):
-    """Figures of one step and evaluation of an option on a sample, and the share of FP32's bytes that a plan keeps."""
+class _Peaks(NamedTuple):
+    """What a step and an evaluation allocate at once in MiB, and the share of FP32's bytes that a plan keeps."""
 
-    step_peak: float
-    evaluation_peak: float
-    seconds: float
+    step: float
+    evaluation: float
     kept_share: float | None
 
 
@@ -97,31 +98,35 @@ def forecasts(
         problem: that of a step, at its full size.
         config: of the run, whose compression and precision the options replace.
         device: where.
-        nodes: of the largest sample, of which half hold the rows that directions are found from; a graph that is no
-            larger is taken whole.
+        nodes: of the largest graph that is timed, of which half hold the rows that directions are found from; peaks
+            are measured on more. A graph that is no larger is taken whole.
         available_mib: that may be used; None if that is not known.
         seed: of samples and weights.
     """
     size = max(problem.training.x.size(0), problem.whole.x.size(0))
-    counts = [size] if size <= nodes else [nodes, nodes // 2]
     whole = problem.without_cache()
-    samples = [whole if count == size else smaller(problem, config, count, seed=seed) for count in counts]
-    part = samples[0] if len(samples) == 1 else part_of(problem, config, nodes, seed=seed)
+
+    def sample(count: int) -> Problem:
+        return whole if count >= size else smaller(problem, config, count, seed=seed)
+
+    timed = sample(nodes)
+    part = timed if nodes >= size else part_of(problem, config, nodes, seed=seed)
+    samples = [sample(count) for count in _sizes(whole, config, nodes=nodes, size=size)]
+    trained, scored = zip(*map(_nodes, samples), strict=True)
     errors = _errors(part, config, device=device, seed=seed)
     rows: list[Forecast] = []
     for name, fields in OPTIONS.items():
         chosen = _chosen(config, name)
         try:
-            measured = [_measure(sample, chosen, device=device, seed=seed) for sample in samples]
-            share = measured[0].kept_share
+            seconds = _seconds(timed, chosen, device=device, seed=seed) * size / max(_nodes(timed))
+            peaks = [_peaks(each, chosen, device=device, seed=seed) for each in samples]
+            share = peaks[0].kept_share
             counted = chosen.compression if share is None else preset("none")
             kept = kept_tensors(config.model, whole, counted, precision=chosen.precision) or ()
         except ConfigError:
             continue
-        trained, scored = zip(*(_nodes(sample) for sample in samples), strict=True)
-        step_peak = _extended([each.step_peak for each in measured], trained, _nodes(problem)[0])
-        evaluation = _extended([each.evaluation_peak for each in measured], scored, _nodes(problem)[1])
-        seconds = measured[0].seconds * size / counts[0]
+        step_peak = _extended([each.step for each in peaks], trained, _nodes(problem)[0])
+        evaluation = _extended([each.evaluation for each in peaks], scored, _nodes(problem)[1])
         model = _model(problem, chosen, seed=seed)
         weights = total_bytes([*model.parameters(), *model.buffers()])
         resident = (total_bytes(whole.tensors()) + (1 + OPTIMIZER_COPIES) * weights) / MIB
@@ -144,6 +149,17 @@ def forecasts(
             )
         )
     return rows
+
+
+def _sizes(problem: Problem, config: Config, *, nodes: int, size: int) -> list[int]:
+    """Nodes of the graphs that peaks are measured on: the graph itself, or a large one and half of it.
+
+    Large enough that what is worked on in runs of a fixed size, which small graphs take at once, does not show.
+    """
+    kept = sum(record.bytes for record in kept_tensors(config.model, problem, preset("none")) or ())
+    affordable = int(SAMPLED_MIB * MIB * size / max(kept, 1))
+    largest = min(max(nodes, min(affordable, PEAK_SAMPLES * nodes)), size)
+    return [size] if largest == size else [largest, largest // 2]
 
 
 def recommended(rows: Sequence[Forecast]) -> Forecast | None:
@@ -247,12 +263,9 @@ def _model(problem: Problem, config: Config, *, seed: int) -> Model:
     ).to(problem.training.x.device)
 
 
-def _measure(problem: Problem, config: Config, *, device: torch.device, seed: int) -> _Measured:
-    model, share = _model(problem, config, seed=seed), None
-    if config.compression.scheme == "auto":
-        plan = plan_training(model, problem, config, seed=seed, trials=0)
-        model.directions[:] = plan.directions()
-        share = plan.saved / plan.budget * cast(float, config.compression.budget)
+def _seconds(problem: Problem, config: Config, *, device: torch.device, seed: int) -> float:
+    """Of a step and an evaluation."""
+    model, _ = _planned(problem, config, seed=seed)
     optimization = Optimization(model, config.training, precision=config.precision)
 
     def epoch(number: int) -> float:
@@ -262,13 +275,28 @@ def _measure(problem: Problem, config: Config, *, device: torch.device, seed: in
         return clock(device) - start
 
     epoch(1)  # compiles, and makes the optimizer's state
-    seconds = statistics.median(epoch(2 + number) for number in range(TIMED_STEPS))
+    return statistics.median(epoch(2 + number) for number in range(TIMED_STEPS))
+
+
+def _peaks(problem: Problem, config: Config, *, device: torch.device, seed: int) -> _Peaks:
+    model, share = _planned(problem, config, seed=seed)
+    step(model, Optimization(model, config.training, precision=config.precision), problem, seed=seed, epoch=1)
     model.zero_grad(set_to_none=True)
     peak = step_peak_mib(model, problem, config, device=device, seed=seed)
     model.zero_grad(set_to_none=True)
     with PeakMemory(device) as evaluation:
         evaluate(model, problem, precision=config.precision)
-    return _Measured(peak, evaluation.bytes / MIB, seconds, share)
+    return _Peaks(peak, evaluation.bytes / MIB, share)
+
+
+def _planned(problem: Problem, config: Config, *, seed: int) -> tuple[Model, float | None]:
+    """A new model, and the share of FP32's bytes that the plan of its budget keeps, if it has one."""
+    model = _model(problem, config, seed=seed)
+    if config.compression.scheme != "auto":
+        return model, None
+    plan = plan_training(model, problem, config, seed=seed, trials=0)
+    model.directions[:] = plan.directions()
+    return model, plan.saved / plan.budget * cast(float, config.compression.budget)
 
 
 def _extended(values: Sequence[float], sizes: Sequence[int], size: int) -> float:

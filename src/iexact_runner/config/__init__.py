@@ -267,7 +267,7 @@ class AdviseConfig:
 
     Args:
         memory: that may be used, data included, such as ``24GiB`` or ``900MiB``; null for what is free.
-        nodes: of the largest graph that steps are run on; a graph that is no larger is taken whole.
+        nodes: of the largest graph that steps are timed on; peaks are measured on up to four times as many.
     """
 
     memory: str | None = None
