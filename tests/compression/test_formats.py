@@ -105,6 +105,11 @@ def test_rounding_formats_are_unbiased(name, project):
     assert error < 0.1 * relative_error(samples[0], x)
 
 
+@pytest.mark.parametrize(("name", "referenced"), [*((name, True) for name in PRESETS), ("int4", False)])
+def test_features_are_kept_by_the_published_layouts_alone(name, referenced):
+    assert format_of(preset(name)).references_features is referenced
+
+
 @pytest.mark.parametrize("name", ["dropit", "velora"])
 def test_the_others_are_biased_and_leave_other_maps_as_they_are(name):
     x = activations(40, 32)

@@ -5,7 +5,7 @@ import torch
 
 from conftest import assert_close
 from iexact_runner.compression.bins import ClippedNormal, optimal_levels
-from iexact_runner.compression.maps import MapFormat, best_levels, block_size_for, kept_columns, levels_for
+from iexact_runner.compression.maps import MapFormat, best_levels, block_size_for, exact_map, kept_columns, levels_for
 from iexact_runner.kernels import reference
 
 
@@ -86,6 +86,13 @@ def test_16_bits_are_bfloat16():
     assert torch.equal(product.decode(kept), (x + 1).bfloat16().float())
     layout, tensors = make_format(16, 1.0).keep(x.bfloat16(), seed=0, project=True)
     assert layout.decode(tensors) is tensors[0] and not layout.decodes_afresh
+
+
+def test_an_exact_map_is_the_map_itself():
+    x = torch.randn(4, 3)
+    layout, tensors = exact_map(x)
+    assert layout.decode(tensors) is x and layout.stored_type == "float32"
+    assert layout.independent() is layout and not layout.decodes_afresh
 
 
 def test_projection_is_only_where_allowed():
