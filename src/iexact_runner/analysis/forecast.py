@@ -245,9 +245,7 @@ def _nodes(problem: Problem) -> tuple[int, int]:
 def _chosen(config: Config, name: str) -> Config:
     """The configuration under an option."""
     fields = OPTIONS[name]
-    own = {
-        field.removeprefix("compression."): float(value) for field, value in fields.items() if "compression." in field
-    }
+    own = {field.split(".")[1]: float(value) for field, value in fields.items() if field.startswith("compression.")}
     compression = preset(fields.get("compression", name), backend=config.compression.backend, **own)
     precision = fields.get("precision", "float32")
     return replace(config, compression=compression, precision=precision, task="measure", runs=1)
@@ -279,6 +277,7 @@ def _seconds(problem: Problem, config: Config, *, device: torch.device, seed: in
 
 
 def _peaks(problem: Problem, config: Config, *, device: torch.device, seed: int) -> _Peaks:
+    """Of a step after a first one, and of an evaluation."""
     model, share = _planned(problem, config, seed=seed)
     step(model, Optimization(model, config.training, precision=config.precision), problem, seed=seed, epoch=1)
     model.zero_grad(set_to_none=True)

@@ -24,7 +24,7 @@ from iexact_runner.schemes.lowrank import OTHER_BITS
 GROWTH = 1.25
 # From how many deviations a sketch gives a sign, and the most signs that are stored; None stores all of them.
 SIGNS = ((1.5, 0.15), (2.0, 0.33), (2.5, 0.5), (3.0, 0.7), (3.0, 0.999), (None, None))
-# Bits of an element in all directions: codes in blocks of a node, or bfloat16.
+# Bits of an element of the columns themselves: codes in blocks of a node, or bfloat16.
 BLOCK_BITS = (2, 4, 8, BFLOAT16_BITS)
 # Of a map without a sketch; None is FP32.
 ELEMENT_BITS = (2, 4, 8, BFLOAT16_BITS, None)
