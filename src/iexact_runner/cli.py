@@ -45,6 +45,8 @@ EXIT_FAILED, EXIT_USAGE, EXIT_UNSHOWN, EXIT_INTERRUPTED = 1, 2, 3, 130
 def register_schema() -> None:
     """Makes the dataclasses known to Hydra, so that it refuses unknown fields and wrong types."""
     store = ConfigStore.instance()
+    # Hydra copies all of it for every list of choices, a hundred times for a help text, and never changes a copy.
+    ConfigStore.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     store.store(name="schema", node=schema.Config)
     store.store(group="compression", name="base_compression", node=schema.CompressionConfig)
     store.store(group="dataset", name="base_dataset", node=schema.DatasetConfig)
