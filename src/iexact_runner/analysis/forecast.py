@@ -10,6 +10,7 @@ Shapes: N nodes, n nodes of a sample.
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -106,6 +107,7 @@ def forecasts(
     size = max(problem.training.x.size(0), problem.whole.x.size(0))
     whole = problem.without_cache()
 
+    @functools.cache
     def sample(count: int) -> Problem:
         return whole if count >= size else smaller(problem, config, count, seed=seed)
 

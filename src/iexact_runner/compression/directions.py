@@ -39,6 +39,11 @@ class Directions:
     room: Room | None = None
     choice: Choice | None = None
 
+    @property
+    def of_columns(self) -> bool:
+        """Whether this map is kept by its columns themselves, which have no directions to find."""
+        return self.choice is not None and self.choice.of_columns
+
     def observe(self, z: Tensor, sample: Tensor, offset: Tensor) -> None:
         """Told of a map (N, D), sampled rows (S, D) as they are sketched, and what is added before signs are taken."""
 

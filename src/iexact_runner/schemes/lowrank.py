@@ -251,7 +251,7 @@ class LowRank(Projected):
             bits=state.bits,
             seed=seed,
             shard=self.shard,
-            standardized=state.choice is None or not state.choice.of_columns,
+            standardized=not state.of_columns,
         )
         scaled, limit = directions * deviation, []
         if threshold is not None:
@@ -298,7 +298,7 @@ class LowRank(Projected):
     def _renew(self, state: Directions, sample: Tensor) -> None:
         """Finds the directions of a map from sampled rows (S, D), or has them follow; deals bits over new ones."""
         config, choice = self._config, state.choice or self._common
-        if state.choice is not None and choice.of_columns:
+        if state.of_columns:
             if state.vectors is None:
                 state.vectors = torch.eye(sample.size(1), device=sample.device)
             return
