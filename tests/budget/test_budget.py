@@ -159,10 +159,14 @@ def test_bits_of_a_sketch_reach_eight_a_column():
         assert bits[-1] == 8 * width and bits == sorted(set(bits)) and all(each % 8 == 0 for each in bits)
 
 
+def sketched(z, choice):
+    """A map kept in one of its options."""
+    return LowRank(preset("auto"), seed=0, directions=[Directions(choice=choice)])._kept_sketch(z)
+
+
 def sketched_error(z, choice):
     """Share of the energy of a map that its sketch misses."""
-    scheme = LowRank(preset("auto"), seed=0, directions=[Directions(choice=choice)])
-    layout, tensors = scheme._kept_sketch(z)
+    layout, tensors = sketched(z, choice)
     error = layout.decode(tensors) - z
     return (error.square().sum() / (z - z.mean(0)).square().sum()).item()
 
@@ -185,6 +189,22 @@ def test_what_a_sketch_would_miss_is_what_it_misses():
     assert stored == sorted(stored, reverse=True) and stored[-1] == 0 and stored[-2] < 1e-3
     sure = [way for way in site.ways if way.choice.sign_threshold == 1.5 and not way.choice.blockwise]
     assert sure[0].wrong > sure[-1].wrong
+
+
+def test_an_option_takes_as_many_bytes_as_it_says():
+    z = torch.randn(900, 24)
+    site = Site()
+    site.observe(z, z - z.mean(0), z.mean(0))
+    for way in (way for way in site.ways if way.choice.sign_threshold is None):
+        kept = sum(tensor.nbytes for tensor in sketched(z, way.choice).tensors)
+        # Of a few floats a column, and the bits of each direction.
+        assert way.bytes - 8 * 24 <= kept <= way.bytes + 12 * 24, way.choice
+
+
+def test_columns_take_no_matrix_of_directions():
+    for choice in (Choice(4, blockwise=True), Choice(16, blockwise=True), Choice(None), Choice(4, 2.0, 0.5, True)):
+        kept = sketched(torch.randn(300, 64), choice)
+        assert max(tensor.nbytes for tensor in kept.tensors[kept.layout.coefficients.parts :]) == 4 * 64
 
 
 def test_maps_without_a_sketch_have_options_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -52,13 +53,32 @@ def test_codes_of_any_levels_are_those_of_the_reference(inner: torch.Tensor) -> 
 
 
 def test_works_where_there_is_no_place_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert numba_common._can_cache()
+    assert numba_common._cache_folder() is not None
 
     def no_locator(**_: object) -> None:
         raise RuntimeError("cannot cache function")
 
     monkeypatch.setattr(numba_common.numba, "njit", no_locator)
-    assert not numba_common._can_cache()
+    assert numba_common._cache_folder() is None
+
+
+def test_code_that_another_file_has_changed_is_compiled_anew(tmp_path):
+    changed, unchanged, cache = (tmp_path / name for name in ("changed", "unchanged", "cache"))
+    for folder in (changed, unchanged, cache):
+        folder.mkdir()
+    for path, time in (
+        (changed / "common.py", 200),
+        (unchanged / "philox.py", 100),
+        (cache / "kernel.nbi", 150),
+        (cache / "other.nbi", 250),
+        (cache / "kernel.1.nbc", 150),
+    ):
+        path.touch()
+        os.utime(path, (time, time))
+    numba_common._forget_outdated(cache, unchanged)
+    assert len(list(cache.iterdir())) == 3
+    numba_common._forget_outdated(cache, unchanged, changed)
+    assert sorted(path.name for path in cache.iterdir()) == ["kernel.1.nbc", "other.nbi"]
 
 
 @pytest.mark.usefixtures("threads")

@@ -253,3 +253,28 @@ def test_seeds_are_distinct_and_alike_for_ints_and_tensors():
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
     step = mix(3, 4)
     assert tensor_seed(torch.tensor(step), 7).item() == tensor_seed(step, 7)
+
+
+def test_columns_are_the_diagonal_of_directions():
+    nodes, width, seed = 70, 24, 5
+    factor, shift, limit = torch.randn(width), torch.randn(width), torch.rand(width)
+    coefficients, grad = torch.randn(nodes, width), torch.randn(nodes, width)
+    mask = reference.leaky_relu(torch.randn(nodes, width), negative_slope=0.0)[1]
+    random = {"p": 0.4, "seed": seed}
+    found = []
+    for directions in (factor, factor.diag()):
+        sketch = (coefficients, directions, shift)
+        signs = reference.pack_signs(mask, *sketch, limit, exact=True, **random)
+        joined = reference.join_streams(*signs, capacity=int(reference.stream_lengths(signs[1]).sum()))
+        found.append(
+            (
+                reference.decode_relu_dropout(*sketch, mask, **random),
+                reference.decode_relu_dropout(*sketch, None, **random),
+                reference.gated_sums(grad, mask, *sketch[:2], **random),
+                reference.gated_gradient(grad, mask, *sketch[:2], shift, limit, **random),
+                joined,
+                signs[1],
+                *reference.unpack_signs(joined, signs[1], *sketch, limit, exact=True, **random),
+            )
+        )
+    assert all(torch.equal(column, matrix) for column, matrix in zip(*found, strict=True))

@@ -129,13 +129,16 @@ def block_calls() -> Iterator[tuple[str, Any]]:
         (512, 16, torch.float32, 0.0),
         (63, 5, torch.float32, 0.5),
         (256, 64, torch.bfloat16, 0.5),
+        (128, 0, torch.float32, 0.5),
+        (63, 0, torch.float32, 0.0),
     ):
         h, mask = (
             torch.empty(1024, width, dtype=dtype, device="meta"),
             torch.empty(128 * width, dtype=torch.uint8, device="meta"),
         )
-        vector, directions = torch.empty(width, device="meta"), torch.empty(width, rank, device="meta")
-        c, random = torch.empty(1024, rank, device="meta"), {"p": p, "seed": 1}
+        # Without directions of its own a sketch holds the columns.
+        vector, directions = (torch.empty((width, rank)[:size], device="meta") for size in (1, 2 if rank else 1))
+        c, random = torch.empty(1024, rank or width, device="meta"), {"p": p, "seed": 1}
         name = f"{str(dtype).removeprefix('torch.')} {width}{' odd' if width % 8 else ''} rank {rank} p {p}"
         calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
             (triton_kernels.normalize_relu_dropout, (h, *[vector] * 4)),
@@ -168,8 +171,15 @@ def sketch_calls() -> Iterator[tuple[str, Any]]:
         form = {"width": 48, "seed": seed}
         yield f"48 seed {seed}", lambda form=form: triton_kernels.quantize_coefficients(c, bits, levels, **form)
     yield "48", lambda: triton_kernels.dequantize_coefficients(codes, bits, levels)
-    for width, exact, p in ((128, False, 0.5), (63, True, 0.5), (512, True, 0.5)):
-        sketch = (c, torch.empty(width, 18, device="meta"), *[torch.empty(width, device="meta")] * 2)
+    for width, rank, exact, p in (
+        (128, 18, False, 0.5),
+        (63, 18, True, 0.5),
+        (512, 18, True, 0.5),
+        (128, 0, False, 0.5),
+        (512, 0, False, 0.5),
+    ):
+        vector, directions = (torch.empty((width, rank)[:size], device="meta") for size in (1, 2 if rank else 1))
+        sketch = (torch.empty(1024, rank or width, device="meta"), directions, vector, vector)
         mask = torch.empty(128 * width, dtype=torch.uint8, device="meta")
         chunks = -(-1024 // chunk_rows(width))
         counts = torch.empty(2, chunks, dtype=torch.int32, device="meta")
@@ -179,7 +189,10 @@ def sketch_calls() -> Iterator[tuple[str, Any]]:
             (triton_kernels.pack_signs, (mask, *sketch)),
             (triton_kernels.unpack_signs, (mask, counts, *sketch)),
         ):
-            yield f"{width} {options}", lambda call=call, tensors=tensors, options=options: call(*tensors, **options)
+            yield (
+                f"{width} rank {rank} {options}",
+                lambda call=call, tensors=tensors, options=options: call(*tensors, **options),
+            )
         form = {"capacity": 99}
         yield f"{width}", lambda parts=(streams, counts), form=form: triton_kernels.join_streams(*parts, **form)
 

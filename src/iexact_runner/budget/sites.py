@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iexact_runner.compression.choices import UNPLANNED, UNPLANNED_BITS, Choice
 from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits, directions_for
-from iexact_runner.compression.directions import Directions, leading_directions
+from iexact_runner.compression.directions import Directions, coefficients_of, leading_directions, rows_of
 from iexact_runner.compression.maps import BFLOAT16_BITS, MapFormat
 from iexact_runner.compression.signs import sure_from
 from iexact_runner.compression.sketch import Coefficients
@@ -131,10 +131,10 @@ class Missing:
         """Options with so many bits an element of the columns themselves."""
         width = self.rows.size(1)
         form = MapFormat(bits, 1.0, 0, None, None, "auto")
-        columns, deviation = torch.eye(width, device=self.rows.device), self.rows.square().mean().sqrt()
+        columns, deviation = torch.ones(width, device=self.rows.device), self.rows.square().mean().sqrt()
         known = _known(self.rows, columns, deviation, lambda coefficients: form.encode(coefficients, seed=0))
-        scales = 0 if bits == BFLOAT16_BITS else 8
-        kept = self.nodes * (scales + width * bits / 8) + 4.0 * width * (width + 2)
+        scales = 0 if bits == BFLOAT16_BITS else 4  # both 16 bits
+        kept = self.nodes * (scales + width * bits / 8) + 4.0 * width * 3
         return self._ways(known, Choice(bits, blockwise=True), kept, signs)
 
     def _ways(self, known: Tensor, choice: Choice, kept: float, signs: Sequence[Signs]) -> list[Way]:
@@ -187,10 +187,10 @@ def _known(
     deviation: Tensor,
     encode: Callable[[Tensor], tuple[Coefficients, tuple[Tensor, ...]]],
 ) -> Tensor:
-    """Rows (S, D) as a sketch in these directions (D, R) gives them, whose coefficients are divided by deviations."""
+    """Rows (S, D) as a sketch in these directions gives them, whose coefficients are divided by deviations."""
     deviation = deviation.clamp_min(1e-12)
-    layout, tensors = encode(rows @ (directions / deviation))
-    return layout.stored(tensors[: layout.parts]).float() @ (directions * deviation).T
+    layout, tensors = encode(coefficients_of(rows, directions / deviation))
+    return rows_of(layout.stored(tensors[: layout.parts]).float(), directions * deviation)
 
 
 def _variance(bits: int | None) -> float:

@@ -26,7 +26,8 @@ class Directions:
     """The directions of one map: found anew every so many training passes, and following the map in between.
 
     Args:
-        vectors: (D, R), orthonormal columns; None before the first pass.
+        vectors: (D, R), orthonormal columns, or ones (D,) for the columns of the map themselves; None before the
+            first pass.
         age: training passes since they were found anew.
         bits: int32 (R,), dealt when they were found anew; None if all coefficients have as many.
         room: for the signs of the map, once it has any.
@@ -74,6 +75,21 @@ class Directions:
         vectors, bits = (None if part is None else part.to(device) for part in (state["vectors"], state["bits"]))
         room, choice = state["room"], state["choice"]
         return cls(vectors, state["age"], bits, room and Room(**room), choice and Choice(**choice))
+
+
+def coefficients_of(x: Tensor, directions: Tensor) -> Tensor:
+    """Coefficients x V (S, R) of rows (S, D) in directions V (D, R); with (D,), the columns times these factors."""
+    return x * directions if directions.dim() == 1 else x @ directions
+
+
+def rows_of(coefficients: Tensor, directions: Tensor) -> Tensor:
+    """Rows c V^T (S, D) of coefficients (S, R) in directions V (D, R), or (D,) as above."""
+    return coefficients * directions if directions.dim() == 1 else coefficients @ directions.T
+
+
+def per_feature(factor: Tensor, directions: Tensor) -> Tensor:
+    """A factor of each feature (D,) in the shape in which it multiplies directions (D, R) or (D,)."""
+    return factor if directions.dim() == 1 else factor.unsqueeze(1)
 
 
 def leading_directions(sample: Tensor, *, rank: int | None, energy: float | None) -> Tensor:

@@ -80,7 +80,9 @@ class MapFormat:
     def encode_product(
         self, z: Tensor, matrix: Tensor, shift: Tensor, *, seed: int | Tensor
     ) -> tuple[MapLayout, tuple[Tensor, ...]]:
-        """Quantizes z M + shift for z (N, D), M (D, R) and shift (R,)."""
+        """Quantizes z M + shift for z (N, D), M (D, R) and shift (R,); M (D,) multiplies columns."""
+        if matrix.dim() == 1:
+            return self.encode(torch.addcmul(shift, z, matrix), seed=seed)
         if not _has_codes(self.bits):
             return self.encode(torch.addmm(shift, z, matrix), seed=seed)
         layout = self._layout((z.size(0), matrix.size(1)), matrix.size(1), z.dtype, seed=seed, normal=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from iexact_runner.compression.coefficients import CoefficientFormat
+from iexact_runner.compression.directions import coefficients_of, per_feature
 from iexact_runner.compression.maps import Layout, MapFormat
 from iexact_runner.compression.signs import Decoded, Room, SignLayout
 from iexact_runner.kernels import block_ops, ops
@@ -102,7 +103,7 @@ class _Chunked(ABC):
 class SketchLayout(_Chunked):
     """An activation dropout(ReLU(z)) of a map z that is kept as a sketch.
 
-    Its tensors are those of the coefficients, the directions (D, R) with all scales, the shift (D,), from which |z~| on
+    Its tensors are those of the coefficients, the directions with all scales, the shift (D,), from which |z~| on
     the sketch is sure of signs (D,) if it gives any, those of the signs if ReLU came after, and the seed if it is one.
 
     Args:
@@ -146,7 +147,7 @@ class SketchLayout(_Chunked):
         return self if self.half is None else replace(self, half=1 - self.half)
 
     def factors(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Coefficients c (N, R) and directions V (D, R): the map before its shift and ReLU is c V^T."""
+        """Coefficients c (N, R) and directions V, (D, R) or (D,): the map before its shift and ReLU is c V^T."""
         parts = self.coefficients.parts
         directions = tensors[parts]
         if self.half is not None:
@@ -289,7 +290,7 @@ def keep_coefficients(
         z: map (N, D).
         mean: (D,), of its columns.
         scale: (D,), what the centred columns are multiplied by.
-        directions: V (D, R).
+        directions: V (D, R), or (D,) of the columns themselves.
         form: how the coefficients are quantized.
         bits: int32 (R,), dealt over the directions, for a :class:`CoefficientFormat`.
         seed: of the rounding.
@@ -300,15 +301,15 @@ def keep_coefficients(
     Returns:
         The kept coefficients, and the deviations (R,) that were divided out.
     """
-    scaled = scale.unsqueeze(1) * directions
+    scaled = per_feature(scale, directions) * directions
     sample = shard.sample(z, DEVIATION_ROWS)
-    deviation = ((sample - mean) @ scaled).square().mean(0).sqrt()
+    deviation = coefficients_of(sample - mean, scaled).square().mean(0).sqrt()
     if not standardized:
         deviation = deviation.square().mean().sqrt().expand_as(deviation)
     # A column that is next to constant in these rows need not be so in the others.
     deviation = deviation.clamp_min(1e-3 * deviation.max()).clamp_min(1e-12)
     matrix = scaled / deviation
-    factors = (matrix.to(z.dtype), -(mean @ matrix).to(z.dtype))
+    factors = (matrix.to(z.dtype), -coefficients_of(mean, matrix).to(z.dtype))
     if isinstance(form, MapFormat):
         return form.encode_product(z, *factors, seed=seed), deviation
     product = torch.addmm(factors[1], z, factors[0])

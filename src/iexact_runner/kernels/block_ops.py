@@ -1,6 +1,6 @@
 """What a block with BatchNorm does around its sketch, as custom operators; see :mod:`iexact_runner.kernels.ops`.
 
-Shapes: N nodes, D features, R directions.
+Shapes: N nodes, D features, R directions; directions V are (D, R), or (D,) of the columns themselves.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def decode_relu_dropout(
         mask,
         seed_tensor(seed, coefficients.device),
         p,
-        offset + row_offset(seed, directions.T),
+        offset + row_offset(seed, shift),
         backend,
     )
     return decoded

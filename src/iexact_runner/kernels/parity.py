@@ -26,9 +26,10 @@ SHAPES = ((), (0,), (3, 0), (1,), (7,), (8,), (9,), (63,), (64,), (100,), (1000,
 LONG = (4099, 5)
 BLOCK_SIZES = (1, 3, 7, 63, 64, 100, 1008, 1024, 10000)
 SEEDS = (0, 1, -1, -(1 << 40) - 7, 0x0123456789ABCDEF, (1 << 63) - 1)
-# Nodes, features and directions: tiles that are full and that are not, bytes that rows share and that they do not.
-WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16))
-QUICK_WIDTHS = ((9, 7, 2), (17, 24, 8))
+# Nodes, features and directions, 0 for the columns themselves: tiles that are full and that are not, bytes that
+# rows share and that they do not.
+WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16), (37, 63, 0))
+QUICK_WIDTHS = ((9, 7, 2), (17, 24, 0))
 # Of sums in float32, relative to them all.
 SUM_TOLERANCE = 1e-5
 OFFSETS = (0, 3, 8, (1 << 33) + 5)
@@ -238,8 +239,8 @@ def _block_cases(quick: bool) -> Iterator[Case]:
     for (nodes, width, rank), dtype, fill in product(shapes, DTYPES[: 1 if quick else None], fills):
         h, p, seed = filled(fill, (nodes, width), dtype), next(probabilities), next(seeds)
         vectors = [filled("normal", (width,), torch.float32, seed=number) for number in range(4)]
-        coefficients = filled("normal", (nodes, rank), torch.float32, seed=4)
-        directions = filled("normal", (width, rank), torch.float32, seed=5)
+        coefficients = filled("normal", (nodes, rank or width), torch.float32, seed=4)
+        directions = filled("normal", (width, rank)[: 2 if rank else 1], torch.float32, seed=5)
         # Rows of a larger map: a multiple of 8 elements come before them.
         random, label = {"p": p, "seed": seed, "offset": 8 * width}, f"{_label(h, fill)} rank {rank}"
         yield Case("normalize_relu_dropout", (h, *vectors), random, label)
@@ -290,13 +291,13 @@ def _coefficient_cases(quick: bool) -> Iterator[Case]:
 def _sign_cases(quick: bool) -> Iterator[Case]:
     """Calls of the functions that store signs: chunks that are full and that are not, streams that are cut off."""
     seeds, limits = cycle(_seeds()), (0.2,) if quick else (0.0, 0.02, 0.3, 2.0, torch.inf)
-    shapes = ((37, 8, 2),) if quick else (*WIDTHS, (1300, 100, 12), (41, 520, 3))
+    shapes = ((37, 8, 2), (37, 8, 0)) if quick else (*WIDTHS, (1300, 100, 12), (41, 520, 3))
     for (nodes, width, rank), limit, exact, p in product(shapes, limits, (False, True), (0.0, 0.5)):
         if quick and not (exact and p):
             continue
-        coefficients = filled("normal", (nodes, rank), torch.float32)
-        directions, shift = (
-            filled("normal", shape, torch.float32, seed=1) / rank**0.5 for shape in ((width, rank), (width,))
+        coefficients, directions, shift = (
+            filled("normal", shape, torch.float32, seed=seed) / max(1, rank) ** 0.25
+            for seed, shape in enumerate(((nodes, rank or width), (width, rank)[: 2 if rank else 1], (width,)))
         )
         z = reference.combine(coefficients, directions, shift) + 0.3 * filled("normal", (nodes, width), torch.float32)
         mask = reference.leaky_relu(z, negative_slope=0.0)[1]

@@ -1,6 +1,6 @@
 """Coefficients of a sketch and the signs that it does not know, as custom operators like those of ``ops``.
 
-Shapes: N nodes, D features, R directions, W bits a node.
+Shapes: N nodes, D features, R directions, W bits a node; directions V are (D, R), or (D,) of the columns themselves.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def pack_signs(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The stream of each chunk of rows (chunks, room), and its bits and gaps (2, chunks)."""
-    drawing = (seed_tensor(seed, mask.device), exact, p, row_offset(seed, directions.T))
+    drawing = (seed_tensor(seed, mask.device), exact, p, row_offset(seed, shift))
     streams: tuple[Tensor, Tensor] = _pack_signs(mask, coefficients, directions, shift, limit, *drawing, backend)
     return streams
 
@@ -191,7 +191,7 @@ def unpack_signs(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """All signs, 0 where dropout drops, and of how many chunks the bits stored are not those found."""
-    drawing = (seed_tensor(seed, stream.device), exact, p, row_offset(seed, directions.T))
+    drawing = (seed_tensor(seed, stream.device), exact, p, row_offset(seed, shift))
     unpacked: tuple[Tensor, Tensor] = _unpack_signs(
         stream, counts, coefficients, directions, shift, limit, *drawing, backend
     )

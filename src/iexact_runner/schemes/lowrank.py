@@ -15,9 +15,12 @@ from iexact_runner.compression.choices import UNPLANNED, Choice
 from iexact_runner.compression.coefficients import CoefficientFormat, deal_bits, directions_for
 from iexact_runner.compression.directions import (
     Directions,
+    coefficients_of,
     followed_directions,
     leading_directions,
+    per_feature,
     residual_directions,
+    rows_of,
 )
 from iexact_runner.compression.formats import blocks
 from iexact_runner.compression.maps import KeptMap, MapFormat
@@ -210,10 +213,10 @@ class LowRank(Projected):
         layout, tensors = self._sketch(h.detach(), mean, inverse_std, offset=beta / gamma)
         parts = layout.coefficients.parts
         coefficients, (directions, _, *limit) = tensors[:parts], tensors[parts:]
-        scaled = (directions * gamma.unsqueeze(1), beta, *(bound * gamma.abs() for bound in limit))
+        scaled = (directions * per_feature(gamma, directions), beta, *(bound * gamma.abs() for bound in limit))
         self._normalized = KeptMap(layout, (*coefficients, *scaled))
         input_layout = replace(layout, gives_signs=False, half=0 if self._config.residual else None)
-        return KeptMap(input_layout, (*coefficients, directions / inverse_std.unsqueeze(1), mean))
+        return KeptMap(input_layout, (*coefficients, directions / per_feature(inverse_std, directions), mean))
 
     def _kept_sketch(self, z: Tensor) -> KeptMap:
         """A map z (N, D) as a sketch of its own."""
@@ -256,8 +259,10 @@ class LowRank(Projected):
         scaled, limit = directions * deviation, []
         if threshold is not None:
             state.room = state.room or Room(share=choice.sign_share or 1.0)
-            own, parts = encode_coefficients(sample @ (directions / deviation), form, bits=state.bits, seed=seed)
-            known = own.stored(parts[: own.parts]).float() @ scaled.T
+            own, parts = encode_coefficients(
+                coefficients_of(sample, directions / deviation), form, bits=state.bits, seed=seed
+            )
+            known = rows_of(own.stored(parts[: own.parts]).float(), scaled)
             missed = sample.sub_(known).square_().mean(0).sqrt()
             limit = [sure_from(known.add_(offset), missed, threshold=threshold, share=choice.sign_share)]
         if residual:
@@ -300,7 +305,7 @@ class LowRank(Projected):
         config, choice = self._config, state.choice or self._common
         if state.of_columns:
             if state.vectors is None:
-                state.vectors = torch.eye(sample.size(1), device=sample.device)
+                state.vectors = torch.ones(sample.size(1), device=sample.device)
             return
         if state.vectors is not None and state.age < config.refresh_on(sample.device.type):
             state.follow(followed_directions(sample, state.vectors))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from iexact_runner.compression.directions import per_feature
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.kernels import block_ops
 from iexact_runner.kernels.reference import dropout_factor
@@ -169,7 +170,8 @@ class BatchNormReLUDropout(Function):
         (*tensors, weight, inverse_std), seed = restore_seed(ctx)
         signed = tuple(tensors[ctx.parts :])
         mask, (coefficients, _) = ctx.signed.mask(signed, seed), ctx.signed.factors(signed)
-        directions = tensors[ctx.layout.coefficients.parts] * inverse_std.unsqueeze(1)  # of x^, in place of x
+        directions = tensors[ctx.layout.coefficients.parts]
+        directions = directions * per_feature(inverse_std, directions)  # of x^, in place of x
         # Where dropout is in the mask already, its factor is all that is left of it.
         p, kept = (0.0, dropout_factor(ctx.p)) if ctx.signed.signs.dropped else (ctx.p, 1.0)
         gate = dict(p=p, seed=seed, backend=ctx.backend)
@@ -181,7 +183,7 @@ class BatchNormReLUDropout(Function):
             sum_weight, sum_bias = ctx.shard.sum_(torch.stack([grad_weight, grad_bias])) / -ctx.shard.count(grad)
             slope, shift = factor * sum_weight, factor * sum_bias
             factor = factor * kept
-            directions, spare = directions * slope.unsqueeze(1), sole_owner(grad)
+            directions, spare = directions * per_feature(slope, directions), sole_owner(grad)
             grad_x = block_ops.gated_gradient(
                 grad, mask, coefficients, directions, factor, shift, **gate, overwrite=spare
             )

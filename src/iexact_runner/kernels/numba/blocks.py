@@ -1,6 +1,7 @@
 """What a block with BatchNorm does around its sketch, in single passes for the CPU, equal to ``reference``.
 
-Shapes: N nodes, D features, R directions; masks are packed, 1 bit an element: uint8 (ceil(N D / 8),).
+Shapes: N nodes, D features, R directions; masks are packed, 1 bit an element: uint8 (ceil(N D / 8),). Directions of the
+columns themselves are one row (1, D) of factors.
 Maps are worked on in runs of rows that begin with a packed byte and stay in the first-level cache.
 """
 
@@ -68,6 +69,11 @@ def _normalize(h: Array, mean: Array, inverse_std: Array, weight: Array, bias: A
 @jit
 def combine(coefficients: Array, directions: Array, shift: Array, out: Array) -> None:
     """Rows c V^T + shift, added up in the order of R: (n, R), (R, D), (D,) -> (n, D)."""
+    if coefficients.shape[1] != directions.shape[0]:
+        for row in range(out.shape[0]):
+            for column in range(out.shape[1]):
+                out[row, column] = shift[column] + coefficients[row, column] * directions[0, column]
+        return
     fours = directions.shape[0] // 4 * 4
     for row in range(out.shape[0]):
         for column in range(out.shape[1]):
@@ -316,6 +322,7 @@ def gated_gradient(
 
 
 def factors(coefficients: Tensor, directions: Tensor) -> tuple[Array, Array]:
-    """Coefficients (N, R) and, for loops along the features, directions (R, D)."""
-    left, right = coefficients.detach().float().contiguous(), directions.detach().float().T.contiguous()
-    return left.numpy(), right.numpy()
+    """Coefficients (N, R) and, for loops along the features, directions (R, D) or (1, D)."""
+    columns = directions.detach().float()
+    columns = columns.unsqueeze(1) if columns.dim() == 1 else columns
+    return coefficients.detach().float().contiguous().numpy(), columns.T.contiguous().numpy()

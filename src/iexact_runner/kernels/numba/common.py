@@ -12,8 +12,9 @@ Words are read as their bytes, low byte first: the machine must be little-endian
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from iexact_runner.kernels import reference
 from iexact_runner.kernels.reference import MASK32, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
 
 Array = npt.NDArray[Any]
@@ -36,17 +38,30 @@ _MULTIPLIER0, _MULTIPLIER1 = (np.uint64(multiplier) for multiplier in PHILOX_MUL
 _WEYL0, _WEYL1 = (np.uint64(step) for step in PHILOX_WEYL)
 
 
-def _can_cache() -> bool:
-    """Whether Numba finds a place for its cache: a read-only installation of a user without a home has none."""
+def _cache_folder() -> Path | None:
+    """Where Numba caches compiled kernels; a read-only installation of a user without a home has no place."""
     try:
-        numba.njit(cache=True)(_can_cache)
+        return Path(numba.njit(cache=True)(_cache_folder).stats.cache_path)
     except RuntimeError:
-        return False
-    return True
+        return None
 
 
-_CACHE = _can_cache()
-# Compiled code is cached by the file of the kernel alone: after a change here, clear __pycache__.
+def _forget_outdated(cache: Path, *sources: Path) -> None:
+    """Removes what was compiled before the last change of any of the folders ``sources``.
+
+    Numba itself compares the file of the kernel alone, though its code has functions and constants of others in it.
+    """
+    changed = max(file.stat().st_mtime for folder in sources for file in folder.glob("*.py"))
+    for index in cache.glob("*.nbi"):
+        with suppress(OSError):  # another process was first
+            if index.stat().st_mtime < changed:
+                index.unlink()
+
+
+_FOLDER = _cache_folder()
+_CACHE = _FOLDER is not None
+if _FOLDER is not None:
+    _forget_outdated(_FOLDER, Path(__file__).parent, Path(reference.__file__).parent)
 # The numpy error model drops the check for a zero divisor, which would keep loops from being vectorised.
 jit: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy")
 parallel: Decorator = partial(numba.njit, cache=_CACHE, error_model="numpy", parallel=True)

@@ -1,6 +1,7 @@
 """What a low-rank block does around its sketch, in plain PyTorch.
 
-Shapes: N nodes, D features, R directions.
+Shapes: N nodes, D features, R directions. Directions of shape (D,) are the columns themselves, each times a factor: the
+diagonal of a matrix (D, D), with the result of that matrix to the last bit.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def combine(coefficients: Tensor, directions: Tensor, shift: Tensor | None) -> T
     combined = torch.zeros(coefficients.size(0), directions.size(0), device=coefficients.device)
     if shift is not None:
         combined += shift
+    if directions.dim() == 1:
+        return combined.add_(coefficients.float() * directions)
     for column in range(directions.size(1)):
         combined += coefficients[:, column, None].float() * directions[:, column]
     return combined

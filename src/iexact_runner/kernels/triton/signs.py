@@ -34,6 +34,7 @@ def _known(
     nodes,
     rank,
     WIDTH: tl.constexpr,
+    OF_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -41,6 +42,9 @@ def _known(
     column = tl.arange(0, COLUMNS)[None, :]
     there, within = row < nodes, column < WIDTH
     z = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(shift_ptr + column, mask=within, other=0.0)
+    if OF_COLUMNS:
+        value = tl.load(c_ptr + row * WIDTH + column, mask=there & within, other=0.0)
+        z += value * tl.load(v_ptr + column, mask=within, other=0.0)
     for direction in range(rank):
         coefficient = tl.load(c_ptr + row * rank + direction, mask=there, other=0.0)
         z += coefficient * tl.load(v_ptr + direction * WIDTH + column, mask=within, other=0.0)
@@ -80,6 +84,7 @@ def _pack_signs_kernel(
     WIDTH: tl.constexpr,
     ROOM: tl.constexpr,
     EXACT: tl.constexpr,
+    OF_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -87,7 +92,20 @@ def _pack_signs_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     positive, sure, kept = _known(
-        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, first_group, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
+        c_ptr,
+        v_ptr,
+        shift_ptr,
+        limit_ptr,
+        seed_ptr,
+        first_group,
+        threshold,
+        row,
+        nodes,
+        rank,
+        WIDTH,
+        OF_COLUMNS,
+        ROWS,
+        COLUMNS,
     )
     sign = tl.reshape(_mask_bits(mask_ptr, row, row < nodes, WIDTH, ROWS, COLUMNS) != 0, [ROWS * COLUMNS])
     words = words_ptr + chunk * (ROOM // 4)
@@ -149,6 +167,7 @@ def _unpack_signs_kernel(
     capacity,
     WIDTH: tl.constexpr,
     EXACT: tl.constexpr,
+    OF_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -156,7 +175,20 @@ def _unpack_signs_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     sign, sure, kept = _known(
-        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, first_group, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
+        c_ptr,
+        v_ptr,
+        shift_ptr,
+        limit_ptr,
+        seed_ptr,
+        first_group,
+        threshold,
+        row,
+        nodes,
+        rank,
+        WIDTH,
+        OF_COLUMNS,
+        ROWS,
+        COLUMNS,
     )
     bits, number = tl.load(counts_ptr + chunk), tl.load(counts_ptr + chunks + chunk)
     begin, listed = tl.load(begins_ptr + chunk), (bits + 7) // 8
@@ -220,6 +252,7 @@ def pack_signs(
             width,
             room,
             exact,
+            rank == 0,
             rows,
             triton.next_power_of_2(width),
         )
@@ -288,7 +321,7 @@ def unpack_signs(
         lengths = stream_lengths(counts)
         c, v, rank = _factors(coefficients, directions)
         drawing = seed_on(device, seed) if p else None
-        sizes = (offset // 8, dropout_threshold(p), nodes, rank, chunks, stream.numel(), width, exact)
+        sizes = (offset // 8, dropout_threshold(p), nodes, rank, chunks, stream.numel(), width, exact, rank == 0)
         with torch.cuda.device_of(mask):
             _unpack_signs_kernel[(chunks,)](
                 stream,
