@@ -23,53 +23,57 @@ OFFSETS, COLUMNS = torch.arange(0, 2 * 38, 2, dtype=torch.int32), torch.randint(
 SCALE, ENTRIES = torch.rand(37, 1), torch.randn(74)
 
 CALLS = {
-    "quantize": (ops._quantize, (X, SEED, 4, 63, None, 0, "torch")),
-    "quantize levels": (ops._quantize, (X, SEED, 2, 100, LEVELS, 16, "torch")),
-    "quantize bfloat16": (ops._quantize, (X.bfloat16(), SEED, 8, 7, None, 0, "torch")),
+    "quantize": (ops._quantize, (X, 4, 63, None, SEED, 0, "torch")),
+    "quantize levels": (ops._quantize, (X, 2, 100, LEVELS, SEED, 16, "torch")),
+    "quantize bfloat16": (ops._quantize, (X.bfloat16(), 8, 7, None, SEED, 0, "torch")),
     "dequantize": (ops._dequantize, (*CODES, 4, 63, None, [37, 63], torch.float32, "torch")),
     "leaky_relu": (ops._leaky_relu, (X, 0.1, "torch")),
     "leaky_relu_backward": (ops._leaky_relu_backward, (X, MASK, 0.1, "torch")),
-    "dropout": (ops._dropout, (X, SEED, 0.3, 0, "torch")),
-    "dropout_mask": (ops._dropout_mask, (X, SEED, 0.3, 5, "torch")),
+    "dropout": (ops._dropout, (X, 0.3, SEED, 0, "torch")),
+    "dropout_mask": (ops._dropout_mask, (X, 0.3, SEED, 5, "torch")),
     "apply_dropout_mask": (ops._apply_dropout_mask, (X, MASK, 0.3, "torch")),
-    "leaky_relu_dropout": (ops._leaky_relu_dropout, (X, SEED, 0.0, 0.3, 0, "torch")),
-    "leaky_relu_dropout_backward": (ops._leaky_relu_dropout_backward, (X, MASK, SEED, 0.0, 0.3, 0, "torch")),
-    "normalize_relu_dropout": (block_ops._normalize_relu_dropout, (X, *[VECTOR] * 4, SEED, 0.3, 0, "torch")),
+    "leaky_relu_dropout": (ops._leaky_relu_dropout, (X, 0.0, 0.3, SEED, 0, "torch")),
+    "leaky_relu_dropout_backward": (ops._leaky_relu_dropout_backward, (X, MASK, 0.0, 0.3, SEED, 0, "torch")),
+    "normalize_relu_dropout": (block_ops._normalize_relu_dropout, (X, *[VECTOR] * 4, 0.3, SEED, 0, "torch")),
     "decode_relu_dropout": (
         block_ops._decode_relu_dropout,
-        (COEFFICIENTS, DIRECTIONS, VECTOR, MASK, SEED, 0.3, 0, "torch"),
+        (COEFFICIENTS, DIRECTIONS, VECTOR, MASK, 0.3, SEED, 0, "torch"),
     ),
     "decode_relu_dropout no relu": (
         block_ops._decode_relu_dropout,
-        (COEFFICIENTS, DIRECTIONS, VECTOR, None, SEED, 0.0, 8, "torch"),
+        (COEFFICIENTS, DIRECTIONS, VECTOR, None, 0.0, SEED, 8, "torch"),
     ),
-    "gated_sums": (block_ops._gated_sums, (X, MASK, COEFFICIENTS, DIRECTIONS, SEED, 0.3, 8, "torch")),
+    "decode_relu_dropout columns": (
+        block_ops._decode_relu_dropout,
+        (X, VECTOR, VECTOR, MASK, 0.3, SEED, 0, "torch"),
+    ),
+    "gated_sums": (block_ops._gated_sums, (X, MASK, COEFFICIENTS, DIRECTIONS, 0.3, SEED, 8, "torch")),
     "gated_gradient": (
         block_ops._gated_gradient,
-        (X.bfloat16(), MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR, SEED, 0.3, 0, "torch"),
+        (X.bfloat16(), MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR, 0.3, SEED, 0, "torch"),
     ),
-    "quantize_product": (block_ops._quantize_product, (X, DIRECTIONS, VECTOR[:8], SEED, 4, 16, None, "torch")),
+    "quantize_product": (block_ops._quantize_product, (X, DIRECTIONS, VECTOR[:8], 4, 16, None, SEED, "torch")),
     "quantize_coefficients": (sketch_ops._quantize_coefficients, (COEFFICIENTS, BITS, 24, None, "torch")),
     "quantize_coefficients by chance": (sketch_ops._quantize_coefficients, (COEFFICIENTS, BITS, 24, SEED, "torch")),
     "dequantize_coefficients": (sketch_ops._dequantize_coefficients, (MAP_CODES, BITS, "torch")),
-    "pack_signs": (sketch_ops._pack_signs, (MASK, *SKETCH, SEED, True, 0.3, 16, "torch")),
+    "pack_signs": (sketch_ops._pack_signs, (MASK, *SKETCH, True, 0.3, SEED, 16, "torch")),
     "join_streams": (sketch_ops._join_streams, (*STREAMS, 50, "torch")),
     "unpack_signs": (
         sketch_ops._unpack_signs,
-        (reference.join_streams(*STREAMS, capacity=400), STREAMS[1], *SKETCH, SEED, True, 0.3, 16, "torch"),
+        (reference.join_streams(*STREAMS, capacity=400), STREAMS[1], *SKETCH, True, 0.3, SEED, 16, "torch"),
     ),
-    "rademacher": (ops._rademacher, (X, SEED, 63, 8, "torch")),
+    "rademacher": (ops._rademacher, (X, 63, 8, SEED, "torch")),
     "normalize_relu_dropout_": (
         block_ops._normalize_relu_dropout_,
-        (X.clone(), *[VECTOR] * 4, SEED, 0.3, 0, "torch"),
+        (X.clone(), *[VECTOR] * 4, 0.3, SEED, 0, "torch"),
     ),
     "gated_gradient_": (
         block_ops._gated_gradient_,
-        (X.clone(), MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR, SEED, 0.3, 0, "torch"),
+        (X.clone(), MASK, COEFFICIENTS, DIRECTIONS, VECTOR, VECTOR, 0.3, SEED, 0, "torch"),
     ),
-    "spmm": (sparse_ops._spmm, (OFFSETS, COLUMNS, None, SCALE, None, VECTOR, X)),
-    "spmm_into": (sparse_ops._spmm_into, (OFFSETS, COLUMNS, ENTRIES, None, SCALE, None, X, X.clone(), True)),
-    "sampled_matmul": (sparse_ops._sampled, (OFFSETS, COLUMNS, X, X)),
+    "spmm": (sparse_ops._spmm, (OFFSETS, COLUMNS, X, None, SCALE, None, VECTOR)),
+    "spmm_into": (sparse_ops._spmm_into, (OFFSETS, COLUMNS, X, ENTRIES, None, SCALE, None, X.clone(), True)),
+    "sampled_matmul": (sparse_ops._sampled_matmul, (OFFSETS, COLUMNS, X, X)),
 }
 
 
@@ -99,7 +103,7 @@ def test_quantize_goes_on_at_an_offset_of_the_draws():
     expected = reference.quantize(X, bits=2, block_size=100, levels=tuple(LEVELS), seed=7, offset=16)
     actual = ops.quantize(X, bits=2, block_size=100, levels=tuple(LEVELS), seed=7, backend="torch", offset=16)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
-    assert not torch.equal(actual[0], ops._quantize(X, SEED, 2, 100, LEVELS, 0, "torch")[0])
+    assert not torch.equal(actual[0], ops._quantize(X, 2, 100, LEVELS, SEED, 0, "torch")[0])
 
 
 def test_a_seed_is_written_where_it_is_needed():

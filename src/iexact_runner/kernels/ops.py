@@ -1,11 +1,16 @@
 """The compression kernels as custom operators: what autograd functions call, and what ``torch.compile`` traces through.
 
-Each operator picks the backend for its tensors' device, and has a fake implementation that tells shapes and types.
-The functions below them take a seed as an int or a 0-d int64 tensor and keyword-only options; arguments are checked
-by their callers. Formulas stand in :mod:`iexact_runner.kernels.reference`.
+An operator is declared once, by a function that tells the shapes and types of what it returns; the function of its name
+does the work, on the backend for its tensors' device. The functions below take a seed as an int or a 0-d int64 tensor
+and keyword-only options; arguments are checked by their callers. Formulas stand in
+:mod:`iexact_runner.kernels.reference`.
 """
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +19,36 @@ from iexact_runner.kernels import reference
 from iexact_runner.kernels.backends import select
 
 _LIBRARY = "iexact"
+Shapes = TypeVar("Shapes", bound=Callable[..., Any])
 
 
-def operator(name: str, schema: str):  # type: ignore[no-untyped-def]  # a decorator factory over any signature
-    """Registers a function without side effects as a custom operator of this library."""
-    return torch.library.custom_op(f"{_LIBRARY}::{name}", mutates_args=(), schema=schema)
+def operator(*, call: Callable[..., Any] | None = None, writes: Sequence[str] = ()) -> Callable[[Shapes], Shapes]:
+    """Makes a custom operator of this library of a function that tells the shapes and types of what it returns.
+
+    Its annotations are the schema, its name is that of the operator and, after an underscore, of the kernel, which gets
+    all arguments by name but ``backend``, by which it is chosen: ``auto`` where there is none.
+
+    Args:
+        call: starts the kernel where its arguments are others, given the module of the backend and the arguments.
+        writes: names of the arguments that are written over.
+    """
+
+    def register(shapes: Shapes) -> Shapes:
+        name, parameters = shapes.__name__.removeprefix("_"), tuple(inspect.signature(shapes).parameters)
+
+        def run(*arguments: Any) -> Any:
+            # Tables and shapes arrive as lists, which no kernel could be cached by.
+            values = (tuple(value) if isinstance(value, list) else value for value in arguments)
+            named: dict[str, Any] = dict(zip(parameters, values, strict=True))
+            kernels = select(named.pop("backend", "auto"), arguments[0].device)
+            return call(kernels, **named) if call else getattr(kernels, name)(**named)
+
+        schema = torch.library.infer_schema(shapes, mutates_args=writes)
+        made: Any = torch.library.custom_op(f"{_LIBRARY}::{name}", run, mutates_args=writes, schema=schema)
+        made.register_fake(shapes)
+        return made  # type: ignore[no-any-return]  # called as the function is
+
+    return register
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -53,24 +83,9 @@ def packed_bytes(x: Tensor, count: int, bits: int = 1) -> Tensor:
     return x.new_empty((count * bits + 7) // 8, dtype=torch.uint8)
 
 
-@operator(
-    "quantize",
-    "(Tensor x, Tensor seed, int bits, int block_size, float[]? levels, SymInt offset, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-)
+@operator()
 def _quantize(
-    x: Tensor, seed: Tensor, bits: int, block_size: int, levels: list[float] | None, offset: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    table = None if levels is None else tuple(levels)
-    kept: tuple[Tensor, Tensor, Tensor] = select(backend, x.device).quantize(
-        x, bits=bits, block_size=block_size, levels=table, seed=seed, offset=offset
-    )
-    return kept
-
-
-@_quantize.register_fake
-def _(
-    x: Tensor, seed: Tensor, bits: int, block_size: int, levels: list[float] | None, offset: int, backend: str
+    x: Tensor, bits: int, block_size: int, levels: list[float] | None, seed: Tensor, offset: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     count, dtype = x.numel(), reference.stored_dtype(x.dtype)
     blocks = (count + block_size - 1) // block_size
@@ -89,37 +104,12 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed codes, zero and scale of a map."""
     table = None if levels is None else list(levels)
-    kept: tuple[Tensor, Tensor, Tensor] = _quantize(
-        x, seed_tensor(seed, x.device), bits, block_size, table, offset + row_offset(seed, x), backend
-    )
-    return kept
+    offset += row_offset(seed, x)
+    return _quantize(x, bits, block_size, table, seed_tensor(seed, x.device), offset, backend)
 
 
-@operator(
-    "dequantize",
-    "(Tensor packed, Tensor zero, Tensor scale, int bits, int block_size, float[]? levels, SymInt[] shape,"
-    " ScalarType dtype, str backend) -> Tensor",
-)
+@operator()
 def _dequantize(
-    packed: Tensor,
-    zero: Tensor,
-    scale: Tensor,
-    bits: int,
-    block_size: int,
-    levels: list[float] | None,
-    shape: list[int],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    table = None if levels is None else tuple(levels)
-    decoded: Tensor = select(backend, packed.device).dequantize(
-        packed, zero, scale, bits=bits, block_size=block_size, levels=table, shape=tuple(shape), dtype=dtype
-    )
-    return decoded
-
-
-@_dequantize.register_fake
-def _(
     packed: Tensor,
     zero: Tensor,
     scale: Tensor,
@@ -147,88 +137,51 @@ def dequantize(
 ) -> Tensor:
     """The decoded map."""
     table = None if levels is None else list(levels)
-    decoded: Tensor = _dequantize(packed, zero, scale, bits, block_size, table, list(shape), dtype, backend)
-    return decoded
+    return _dequantize(packed, zero, scale, bits, block_size, table, list(shape), dtype, backend)
 
 
-@operator("leaky_relu", "(Tensor x, float negative_slope, str backend) -> (Tensor, Tensor)")
+@operator()
 def _leaky_relu(x: Tensor, negative_slope: float, backend: str) -> tuple[Tensor, Tensor]:
-    activated: tuple[Tensor, Tensor] = select(backend, x.device).leaky_relu(x, negative_slope=negative_slope)
-    return activated
-
-
-@_leaky_relu.register_fake
-def _(x: Tensor, negative_slope: float, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), packed_bytes(x, x.numel())
 
 
 def leaky_relu(x: Tensor, *, negative_slope: float, backend: str) -> tuple[Tensor, Tensor]:
     """LeakyReLU and its packed mask."""
-    activated: tuple[Tensor, Tensor] = _leaky_relu(x.contiguous(), negative_slope, backend)
-    return activated
+    return _leaky_relu(x.contiguous(), negative_slope, backend)
 
 
-@operator("leaky_relu_backward", "(Tensor grad, Tensor mask, float negative_slope, str backend) -> Tensor")
-def _leaky_relu_backward(grad: Tensor, mask: Tensor, negative_slope: float, backend: str) -> Tensor:
-    kernels = select(backend, grad.device)
-    result: Tensor = kernels.leaky_relu_backward(grad, mask, negative_slope=negative_slope)
-    return result
-
-
-@_leaky_relu_backward.register_fake
-def _(grad: Tensor, mask: Tensor, negative_slope: float, backend: str) -> Tensor:
+@operator()
+def _leaky_relu_backward(grad: Tensor, packed_mask: Tensor, negative_slope: float, backend: str) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
 def leaky_relu_backward(grad: Tensor, mask: Tensor, *, negative_slope: float, backend: str) -> Tensor:
     """Gradient of :func:`leaky_relu`."""
-    result: Tensor = _leaky_relu_backward(grad.contiguous(), mask, negative_slope, backend)
-    return result
+    return _leaky_relu_backward(grad.contiguous(), mask, negative_slope, backend)
 
 
-@operator("dropout", "(Tensor x, Tensor seed, float p, SymInt offset, str backend) -> Tensor")
-def _dropout(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
-    dropped: Tensor = select(backend, x.device).dropout(x, p=p, seed=seed, offset=offset)
-    return dropped
-
-
-@_dropout.register_fake
-def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
+@operator()
+def _dropout(x: Tensor, p: float, seed: Tensor, offset: int, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def dropout(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Dropout, and its own backward."""
-    dropped: Tensor = _dropout(x.contiguous(), seed_tensor(seed, x.device), p, offset + row_offset(seed, x), backend)
-    return dropped
+    return _dropout(x.contiguous(), p, seed_tensor(seed, x.device), offset + row_offset(seed, x), backend)
 
 
-@operator("dropout_mask", "(Tensor x, Tensor seed, float p, SymInt offset, str backend) -> Tensor")
-def _dropout_mask(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
-    kernels = select(backend, x.device)
-    mask: Tensor = kernels.dropout_mask(x.numel(), p=p, seed=seed, device=x.device, offset=offset)
-    return mask
-
-
-@_dropout_mask.register_fake
-def _(x: Tensor, seed: Tensor, p: float, offset: int, backend: str) -> Tensor:
+@operator(call=lambda kernels, x, **options: kernels.dropout_mask(x.numel(), device=x.device, **options))
+def _dropout_mask(x: Tensor, p: float, seed: Tensor, offset: int, backend: str) -> Tensor:
     return packed_bytes(x, x.numel())
 
 
 def dropout_mask(x: Tensor, *, p: float, seed: int | Tensor, backend: str, offset: int = 0) -> Tensor:
     """Packed mask of what :func:`dropout` keeps of ``x``, of which only size and device are used."""
-    mask: Tensor = _dropout_mask(x, seed_tensor(seed, x.device), p, offset + row_offset(seed, x), backend)
-    return mask
+    return _dropout_mask(x, p, seed_tensor(seed, x.device), offset + row_offset(seed, x), backend)
 
 
-@operator("apply_dropout_mask", "(Tensor x, Tensor mask, float p, str backend) -> Tensor")
-def _apply_dropout_mask(x: Tensor, mask: Tensor, p: float, backend: str) -> Tensor:
-    dropped: Tensor = select(backend, x.device).apply_dropout_mask(x, mask, p=p)
-    return dropped
-
-
-@_apply_dropout_mask.register_fake
-def _(x: Tensor, mask: Tensor, p: float, backend: str) -> Tensor:
+@operator()
+def _apply_dropout_mask(x: Tensor, packed_mask: Tensor, p: float, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -240,25 +193,13 @@ def keep_mask(count: int, *, p: float, seed: int | Tensor, device: torch.device)
 
 def apply_dropout_mask(x: Tensor, mask: Tensor, *, p: float, backend: str) -> Tensor:
     """Dropout from a stored mask, and its own backward."""
-    dropped: Tensor = _apply_dropout_mask(x.contiguous(), mask, p, backend)
-    return dropped
+    return _apply_dropout_mask(x.contiguous(), mask, p, backend)
 
 
-@operator(
-    "leaky_relu_dropout",
-    "(Tensor x, Tensor seed, float negative_slope, float p, SymInt offset, str backend) -> (Tensor, Tensor)",
-)
+@operator()
 def _leaky_relu_dropout(
-    x: Tensor, seed: Tensor, negative_slope: float, p: float, offset: int, backend: str
+    x: Tensor, negative_slope: float, p: float, seed: Tensor, offset: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    dropped: tuple[Tensor, Tensor] = select(backend, x.device).leaky_relu_dropout(
-        x, negative_slope=negative_slope, p=p, seed=seed, offset=offset
-    )
-    return dropped
-
-
-@_leaky_relu_dropout.register_fake
-def _(x: Tensor, seed: Tensor, negative_slope: float, p: float, offset: int, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), packed_bytes(x, x.numel())
 
 
@@ -266,27 +207,14 @@ def leaky_relu_dropout(
     x: Tensor, *, negative_slope: float, p: float, seed: int | Tensor, backend: str, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """LeakyReLU and dropout in one pass, and the packed mask of the former."""
-    dropped: tuple[Tensor, Tensor] = _leaky_relu_dropout(
-        x.contiguous(), seed_tensor(seed, x.device), negative_slope, p, offset + row_offset(seed, x), backend
-    )
-    return dropped
+    drawing = (p, seed_tensor(seed, x.device), offset + row_offset(seed, x))
+    return _leaky_relu_dropout(x.contiguous(), negative_slope, *drawing, backend)
 
 
-@operator(
-    "leaky_relu_dropout_backward",
-    "(Tensor grad, Tensor mask, Tensor seed, float negative_slope, float p, SymInt offset, str backend) -> Tensor",
-)
+@operator()
 def _leaky_relu_dropout_backward(
-    grad: Tensor, mask: Tensor, seed: Tensor, negative_slope: float, p: float, offset: int, backend: str
+    grad: Tensor, packed_mask: Tensor, negative_slope: float, p: float, seed: Tensor, offset: int, backend: str
 ) -> Tensor:
-    result: Tensor = select(backend, grad.device).leaky_relu_dropout_backward(
-        grad, mask, negative_slope=negative_slope, p=p, seed=seed, offset=offset
-    )
-    return result
-
-
-@_leaky_relu_dropout_backward.register_fake
-def _(grad: Tensor, mask: Tensor, seed: Tensor, negative_slope: float, p: float, offset: int, backend: str) -> Tensor:
     return grad.new_empty(grad.shape)
 
 
@@ -301,25 +229,19 @@ def leaky_relu_dropout_backward(
     offset: int = 0,
 ) -> Tensor:
     """Gradient of :func:`leaky_relu_dropout`."""
-    offset += row_offset(seed, grad)
-    seed = seed_tensor(seed, grad.device)
-    result: Tensor = _leaky_relu_dropout_backward(grad.contiguous(), mask, seed, negative_slope, p, offset, backend)
-    return result
+    drawing = (p, seed_tensor(seed, grad.device), offset + row_offset(seed, grad))
+    return _leaky_relu_dropout_backward(grad.contiguous(), mask, negative_slope, *drawing, backend)
 
 
-@operator("rademacher", "(Tensor like, Tensor seed, int rows, int columns, str backend) -> Tensor")
-def _rademacher(like: Tensor, seed: Tensor, rows: int, columns: int, backend: str) -> Tensor:
-    kernels = select(backend, like.device)
-    projection: Tensor = kernels.rademacher(rows, columns, seed=seed, dtype=like.dtype, device=like.device)
-    return projection
-
-
-@_rademacher.register_fake
-def _(like: Tensor, seed: Tensor, rows: int, columns: int, backend: str) -> Tensor:
+@operator(
+    call=lambda kernels, like, rows, columns, seed: kernels.rademacher(
+        rows, columns, seed=seed, dtype=like.dtype, device=like.device
+    )
+)
+def _rademacher(like: Tensor, rows: int, columns: int, seed: Tensor, backend: str) -> Tensor:
     return like.new_empty(rows, columns)
 
 
 def rademacher(like: Tensor, rows: int, columns: int, *, seed: int | Tensor, backend: str) -> Tensor:
     """Random projection (rows, columns), of the type and on the device of ``like``."""
-    projection: Tensor = _rademacher(like, seed_tensor(seed, like.device), rows, columns, backend)
-    return projection
+    return _rademacher(like, rows, columns, seed_tensor(seed, like.device), backend)
