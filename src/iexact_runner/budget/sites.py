@@ -142,14 +142,16 @@ class Missing:
         error = (rows - known).square().mean(0)
         missed = (error.sum() / rows.square().mean(0).sum().clamp_min(1e-30)).item()
         known, true = known + self.offset, rows + self.offset > 0
+        size, mistaken = known.abs(), (known > 0) != true
+        limits = sure_from(known, error.sqrt(), [(threshold, share) for threshold, share in signs if threshold])
         ways = []
         for threshold, share in signs:
             if threshold is None:
                 ways.append(Way(choice, kept, elements / 8, missed, 0.0))
                 continue
-            sure = known.abs() >= sure_from(known, error.sqrt(), threshold=threshold, share=share)
-            stored = 1 - sure.float().mean().item()
-            wrong = (sure & ((known > 0) != true)).float().mean().item()
+            sure = size >= limits.pop(0)
+            stored = 1 - int(sure.count_nonzero()) / sure.numel()
+            wrong = int((sure & mistaken).count_nonzero()) / sure.numel()
             cap = min(share or 0.999, max(1e-3, SHARE_MARGIN * stored))
             asked = replace(choice, sign_threshold=threshold, sign_share=cap)
             ways.append(Way(asked, kept, elements / 8 * stored, missed, wrong))

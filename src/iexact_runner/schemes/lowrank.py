@@ -264,7 +264,7 @@ class LowRank(Projected):
             )
             known = rows_of(own.stored(parts[: own.parts]).float(), scaled)
             missed = sample.sub_(known).square_().mean(0).sqrt()
-            limit = [sure_from(known.add_(offset), missed, threshold=threshold, share=choice.sign_share)]
+            limit = sure_from(known.add_(offset), missed, [(threshold, choice.sign_share)])
         if residual:
             scaled[:, -2 * residual :] /= 2  # the mean of two estimates
         layout = SketchLayout(
