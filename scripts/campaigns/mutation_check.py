@@ -78,7 +78,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"compression/formats/{name}.py": ("compression/test_formats.py",)
         for name in ("actnn", "dropit", "hadamard", "of_inputs", "velora")
     },
-    "compression/host.py": ("schemes/test_offload.py", "sampling/test_samplers.py"),
+    "compression/host.py": ("compression/test_host.py", "schemes/test_offload.py", "sampling/test_samplers.py"),
     "compression/maps.py": ("compression/test_maps.py", *_SCHEMES),
     **{f"kernels/numba/{part}.py": _NUMBA for part in _PARTS},
     "kernels/levels.py": ("compression/test_coefficients.py", *_SKETCH),
@@ -135,13 +135,19 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "return DropIT(MapFormat(config.bits, 1.0, (1), None, None, config.backend), config.kept_frac)",
     ): "blocks of no rows are blocks of one",
     (
+        "compression/formats/hadamard.py",
+        "blocks = MapFormat(config.bits, 1.0, 0, None, None, config.backend) -> "
+        "blocks = MapFormat(config.bits, (2.0), 0, None, None, config.backend)",
+    ): "what is not projected has no share of columns",
+    ("layerwise.py", "touched = 0 -> touched = (1)"): "a byte more of a gibibyte",
+    (
         "kernels/numba/quantizer.py",
         "decoded = torch.empty(shape, dtype=torch.float32) -> decoded = (torch.empty(shape))",
     ): "torch's default type is float32 too, or holds every float32",
     (
         "kernels/parity.py",
-        "WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16)) -> "
-        "WIDTHS = ((0, 5, 2), (1, (2), 1), (37, 63, 5), (101, 16, 8), (130, 136, 16))",
+        "WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16), (37, 63, 0)) -> "
+        "WIDTHS = ((0, 5, 2), (1, (2), 1), (37, 63, 5), (101, 16, 8), (130, 136, 16), (37, 63, 0))",
     ): "another size does as well",
     (
         "kernels/parity.py",
