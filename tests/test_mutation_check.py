@@ -73,6 +73,7 @@ def test_draws_are_seeded_and_reach_every_module(check):
     assert drawn == check.draw(package, count=110, seed=0) != check.draw(package, count=110, seed=1)
     assert {mutant.module for mutant in drawn} == set(check.TESTS)
     assert 100 <= len(drawn) <= 125
+    assert all(ast.parse(mutant.source) for mutant in drawn)
     assert {
         f"{folder}/{path.name}"
         for folder in ("compression", "kernels", "measure")

@@ -70,10 +70,6 @@ def mutants(module: str, source: str) -> Iterator[Mutant]:
             last = starts[old.end_lineno - 1] + old.end_col_offset
             text = f"({ast.unparse(new)})" if isinstance(new, ast.expr) else ast.unparse(new)
             mutated = (encoded[:first] + text.encode() + encoded[last:]).decode()
-            try:
-                ast.parse(mutated)
-            except SyntaxError:  # such as a number in parentheses within a pattern
-                continue
             if old.lineno == old.end_lineno:
                 before, after = (part.splitlines()[old.lineno - 1] for part in (source, mutated))
             else:
@@ -84,7 +80,8 @@ def mutants(module: str, source: str) -> Iterator[Mutant]:
 def _places(node: ast.AST) -> Iterator[Any]:
     """Nodes that could change: not what a type or an error says."""
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list") or isinstance(node, ast.Raise):
+        # Patterns take no expression in parentheses.
+        if name in ("annotation", "returns", "decorator_list") or isinstance(node, (ast.Raise, ast.pattern)):
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
