@@ -139,6 +139,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "blocks = MapFormat(config.bits, 1.0, 0, None, None, config.backend) -> "
         "blocks = MapFormat(config.bits, (2.0), 0, None, None, config.backend)",
     ): "what is not projected has no share of columns",
+    (
+        "budget/planner.py",
+        "error, saved, plan = min(tried, key=lambda each: each[0]) -> error, saved, plan = (min(tried))",
+    ): "no two plans have the same error to the last bit",
     ("layerwise.py", "touched = 0 -> touched = (1)"): "a byte more of a gibibyte",
     (
         "kernels/numba/quantizer.py",

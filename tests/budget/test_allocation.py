@@ -79,6 +79,10 @@ def _at_slope(options, slope):
     return at
 
 
+def test_more_bytes_for_the_same_error_are_no_option():
+    assert hull([Option(1, 3.0), Option(2, 1.0), Option(3, 1.0), Option(2, 1.0)]) == [0, 1]
+
+
 def test_the_hull_is_convex_and_has_the_ends():
     generator = random.Random(0)
     for _ in range(100):

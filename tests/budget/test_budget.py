@@ -484,16 +484,26 @@ def test_of_two_plans_the_nearer_to_the_exact_gradient_is_taken(monkeypatch):
 
 
 def test_without_room_on_the_host_the_expected_error_decides(monkeypatch, caplog):
-    model, problem, config = prepared()
+    model, problem, config = prepared("model=gcn2")
 
     def exact(self, maps):
         raise ConfigError.of(
             "compression.offload_folder", "/tmp", "cannot hold a file of 9 MiB: No space left on device"
         )
 
+    dealt = []
+    best = make_plan.__globals__["_best"]
+
+    def told(trial, plans, base, *, evaluations):
+        dealt.extend(plans)
+        return best(trial, plans, base, evaluations=evaluations)
+
     monkeypatch.setattr(TrainingTrial, "exact", exact)
+    monkeypatch.setitem(make_plan.__globals__, "_best", told)
     plan = plan_training(model, problem, config, seed=1)
     assert plan.measured_error is None and plan.error > 0 and plan.saved <= plan.budget
+    errors = [sum(each.error for each in one.maps) for one in dealt]
+    assert plan.maps == dealt[0].maps != dealt[1].maps and errors[0] < errors[1]
     assert "takes the plan of the least expected error: compression.offload_folder=/tmp: cannot hold" in caplog.text
 
 
