@@ -318,6 +318,21 @@ def test_alternatives_stand_in_the_committed_rows():
     assert not shown
 
 
+def test_figures_of_alternatives_are_those_of_the_rows(monkeypatch):
+    """What stands under the pointer: the option, its peak, its time, its error."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "docs"))
+    import figures
+
+    text = (REPOSITORY / "docs" / "guides" / "alternatives.md").read_text()
+    for place, dataset in (("cpu", "amazon_computers"), ("gpu", "coauthor_physics"), ("gpu", "synthetic_arxiv")):
+        drawn = figures.cost_figure(REPOSITORY / "benchmarks" / f"alternatives_{dataset}_{place}.csv")
+        shown = (REPOSITORY / "docs" / "figures" / f"cost_{dataset}.svg").read_text()
+        found, expected = (re.findall(r"<title>(.*)</title>", figure) for figure in (shown, drawn))
+        assert found == expected and len(found) > 15
+        assert f"](../figures/cost_{dataset}.svg)" in text
+
+
 def test_budgets_are_those_of_the_rows():
     """Each row of ``auto``, beside the best preset of at most as many bytes; all rows of the table are some."""
     text = (REPOSITORY / "docs" / "guides" / "budget.md").read_text()
