@@ -182,6 +182,7 @@ def test_what_a_sketch_would_miss_is_what_it_misses():
     for way in (way for way in site.ways if way.choice.sign_threshold is None and way.choice.bits):
         assert sketched_error(z, way.choice) == pytest.approx(way.missed, rel=0.2), way.choice
     assert all(0 <= way.missed <= 1 and 0 <= way.wrong <= 1 for way in site.ways)
+    assert all(way.wrong == 0 for way in site.ways if way.choice.sign_threshold is None)
     blocks = {way.choice.bits: way.missed for way in site.ways if way.choice.blockwise}
     assert blocks[2] > blocks[4] > blocks[8] > blocks[16] > 0
     # A node's range in the columns is no wider for the one that hardly varies.

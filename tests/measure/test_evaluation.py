@@ -46,6 +46,14 @@ def test_an_evaluation_on_the_whole_graph_counts():
     assert memory["evaluation_peak_mib"] > 2 * hidden_mib
 
 
+def test_activations_as_the_reference_counts_them_leave_scores_and_loss_out(monkeypatch):
+    counts = iter([100 * 2**20, 150 * 2**20])  # of a GPU before and after a forward pass
+    monkeypatch.setattr(step, "allocated", lambda device: next(counts))
+    config, problem, net = built("dataset.num_nodes=300", "dataset.average_degree=10")
+    memory = step_memory(net, problem, config, device=CPU, seed=0)
+    assert memory["reference_activation_mib"] == pytest.approx(50 - (4 * 300 * problem.num_classes + 4) / 2**20)
+
+
 @pytest.mark.parametrize("overrides", [(), ("model.batch_norm=false",), ("model.residual=true",)], ids=str)
 @pytest.mark.parametrize("share_maps", ["true", "false"])
 @pytest.mark.parametrize("model", MODELS)
