@@ -170,6 +170,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "elements past the last are not stored",
     (
         "measure/step.py",
+        "if available is None or needed + COMPILING_BYTES > available: -> "
+        "if available is None or (needed + COMPILING_BYTES >= available):",
+    ): "what is needed is a guess, not known to the byte",
+    (
+        "measure/step.py",
         "if before is not None and after is not None: -> if (before is not None or after is not None):",
     ): "of one device both are known or neither",
 }
