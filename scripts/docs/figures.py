@@ -61,7 +61,7 @@ def shown(record: dict[str, Any]) -> Row:
         "fidelity": {"after": {} if error is None else {"30": {"relative_error": [error]}}},
     }
     labels = {"model": record["model.name"], "dataset": record["dataset.name"], "compression": name}
-    labels["sampler"] = rest or "full batch"  # what else an option has stands in its place
+    labels["sampler"] = rest or "full batch"  # or a precision or a budget: no option has two of them
     return Row(labels, {}, [Run(Path(), "completed", summary, 0)])
 
 

@@ -203,8 +203,13 @@ def caches_first_aggregate(config: Config, features_bytes: int, *, available: in
         return False
     if choice != "auto":
         return choice == "true"
-    size = features_bytes * (2 if config.dataset.inductive else 1)
+    size = first_aggregate_bytes(config, features_bytes)
     return constant and config.compression.scheme in LOW_RANK and available is not None and 10 * size <= available
+
+
+def first_aggregate_bytes(config: Config, features_bytes: int) -> int:
+    """Of the products of the graphs that are trained and scored on with their features, which take as much."""
+    return features_bytes * (2 if config.dataset.inductive else 1)
 
 
 def training_input(problem: Problem, *, seed: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,19 @@ def test_memory_of_a_small_graph_is_that_of_its_step(monkeypatch):
     assert rows[2].saved_mib < rows[1].saved_mib < rows[0].saved_mib
 
 
+@pytest.mark.parametrize(("inductive", "products"), [("false", 1), ("true", 2)])
+def test_the_total_has_the_product_of_graph_and_features_where_training_keeps_it(inductive, products, monkeypatch):
+    few(monkeypatch, "none", "lowrank")
+    config, problem = posed("dataset=digits", "model=sage", f"dataset.inductive={inductive}")
+    totals = {}
+    for available in (3.0, 800.0):  # a tenth of what the data leave of it holds the product, or does not
+        rows = forecasts(problem, config, device=CPU, nodes=8192, available_mib=available, seed=1)
+        totals[available] = [row.total_mib - max(row.step_peak_mib, row.evaluation_peak_mib) for row in rows]
+    assert totals[3.0][0] == pytest.approx(totals[800.0][0])
+    added = products * problem.whole.x.nbytes / 2**20
+    assert added > 0.1 and totals[800.0][1] - totals[3.0][1] == pytest.approx(added)
+
+
 @pytest.mark.parametrize("model", ["sage", "gcn", "gcn2"])
 def test_memory_of_a_large_graph_is_right_within_a_tenth(model, monkeypatch):
     """From steps on two smaller graphs."""

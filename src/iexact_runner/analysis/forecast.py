@@ -32,7 +32,7 @@ from iexact_runner.measure import MIB, total_bytes
 from iexact_runner.measure.peak import PeakMemory
 from iexact_runner.measure.step import kept_tensors, step_peak_mib
 from iexact_runner.nn import Model, build_model, model_class_of
-from iexact_runner.problem import Problem, View
+from iexact_runner.problem import Problem, View, caches_first_aggregate, first_aggregate_bytes
 from iexact_runner.training import Optimization, clock, evaluate, step
 
 # Options by name: fields of the command line, of which the preset has that name unless it is given.
@@ -116,6 +116,8 @@ def forecasts(
     samples = [sample(count) for count in _sizes(whole, config, nodes=nodes, size=size)]
     trained, scored = zip(*map(_nodes, samples), strict=True)
     errors = _errors(part, config, device=device, seed=seed)
+    features, data = whole.whole.x.nbytes, total_bytes(whole.tensors())
+    free = None if available_mib is None else int(available_mib * MIB) - data  # with the data loaded
     rows: list[Forecast] = []
     for name, fields in OPTIONS.items():
         chosen = _chosen(config, name)
@@ -125,13 +127,16 @@ def forecasts(
             share = peaks[0].kept_share
             counted = chosen.compression if share is None else preset("none")
             kept = kept_tensors(config.model, whole, counted, precision=chosen.precision) or ()
+            cached = caches_first_aggregate(chosen, features, available=free)
         except ConfigError:
             continue
         step_peak = _extended([each.step for each in peaks], trained, _nodes(problem)[0])
         evaluation = _extended([each.evaluation for each in peaks], scored, _nodes(problem)[1])
         model = _model(problem, chosen, seed=seed)
         weights = total_bytes([*model.parameters(), *model.buffers()])
-        resident = (total_bytes(whole.tensors()) + (1 + OPTIMIZER_COPIES) * weights) / MIB
+        resident = (data + (1 + OPTIMIZER_COPIES) * weights) / MIB
+        if cached:
+            resident += first_aggregate_bytes(chosen, features) / MIB
         total = resident + max(step_peak, evaluation)
         baseline = rows[0].seconds if rows else seconds
         overrides = {"compression": name} | fields

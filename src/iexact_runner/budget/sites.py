@@ -143,7 +143,9 @@ class Missing:
         missed = (error.sum() / rows.square().mean(0).sum().clamp_min(1e-30)).item()
         known, true = known + self.offset, rows + self.offset > 0
         size, mistaken = known.abs(), (known > 0) != true
-        limits = sure_from(known, error.sqrt(), [(threshold, share) for threshold, share in signs if threshold])
+        limits = sure_from(
+            known, error.sqrt(), [(threshold, share) for threshold, share in signs if threshold is not None]
+        )
         ways = []
         for threshold, share in signs:
             if threshold is None:

@@ -51,7 +51,8 @@ def _forget_outdated(cache: Path, *sources: Path) -> None:
 
     Numba itself compares the file of the kernel alone, though its code has functions and constants of others in it.
     """
-    changed = max(file.stat().st_mtime for folder in sources for file in folder.glob("*.py"))
+    files = (file for folder in sources for file in folder.glob("*.py"))
+    changed = max((file.stat().st_mtime for file in files), default=0.0)  # of an archive there are none
     for index in cache.glob("*.nbi"):
         with suppress(OSError):  # another process was first
             if index.stat().st_mtime < changed:

@@ -121,13 +121,14 @@ def _rows_and_columns(first, nodes, WIDTH: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH: tl.constexpr, RANK: tl.constexpr):
-    """Adds c V^T to a tile: c [N, R], V^T [R, D] -> [ROWS, COLUMNS]; with RANK = 0 c [N, D] times v [D]."""
-    if RANK == 0:
-        kept = tl.load(c_ptr + (row * WIDTH + column), mask=there & within, other=0.0)
-        total += kept * tl.load(v_ptr + column, mask=within, other=0.0)
-    for rank in range(RANK):
-        coefficient = tl.load(c_ptr + row * RANK + rank, mask=there, other=0.0)
-        total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=0.0)
+    """Adds c V^T to a tile: c [N, R], V^T [R, D] -> [ROWS, COLUMNS]; without RANK c [N, D] times v [D]."""
+    if RANK is None:
+        coefficient = tl.load(c_ptr + (row * WIDTH + column), mask=there & within, other=0.0)
+        total += coefficient * tl.load(v_ptr + column, mask=within, other=0.0)
+    else:
+        for rank in range(RANK):
+            coefficient = tl.load(c_ptr + row * RANK + rank, mask=there, other=0.0)
+            total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=0.0)
     return total
 
 
@@ -371,8 +372,8 @@ def gated_gradient(
     return out
 
 
-def _factors(coefficients: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Coefficients (N, R), directions (R, D) whose rows are read along the features, and R; 0 for (D,) of columns."""
+def _factors(coefficients: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, int | None]:
+    """Coefficients (N, R), directions (R, D) whose rows are read along the features, and R; None of columns (D,)."""
     if directions.dim() == 1:
-        return coefficients.float().contiguous(), directions.float().contiguous(), 0
+        return coefficients.float().contiguous(), directions.float().contiguous(), None
     return coefficients.float().contiguous(), directions.float().T.contiguous(), directions.size(1)

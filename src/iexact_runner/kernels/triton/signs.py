@@ -34,7 +34,6 @@ def _known(
     nodes,
     rank,
     WIDTH: tl.constexpr,
-    OF_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -42,12 +41,13 @@ def _known(
     column = tl.arange(0, COLUMNS)[None, :]
     there, within = row < nodes, column < WIDTH
     z = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(shift_ptr + column, mask=within, other=0.0)
-    if OF_COLUMNS:
-        value = tl.load(c_ptr + row * WIDTH + column, mask=there & within, other=0.0)
-        z += value * tl.load(v_ptr + column, mask=within, other=0.0)
-    for direction in range(rank):
-        coefficient = tl.load(c_ptr + row * rank + direction, mask=there, other=0.0)
-        z += coefficient * tl.load(v_ptr + direction * WIDTH + column, mask=within, other=0.0)
+    if rank is None:  # of the columns themselves
+        coefficient = tl.load(c_ptr + row * WIDTH + column, mask=there & within, other=0.0)
+        z += coefficient * tl.load(v_ptr + column, mask=within, other=0.0)
+    else:
+        for direction in range(rank):
+            coefficient = tl.load(c_ptr + row * rank + direction, mask=there, other=0.0)
+            z += coefficient * tl.load(v_ptr + direction * WIDTH + column, mask=within, other=0.0)
     limit = tl.load(limit_ptr + column, mask=within, other=0.0)
     sure = (z >= limit) | (-z >= limit)
     kept = there & within
@@ -84,7 +84,6 @@ def _pack_signs_kernel(
     WIDTH: tl.constexpr,
     ROOM: tl.constexpr,
     EXACT: tl.constexpr,
-    OF_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -92,20 +91,7 @@ def _pack_signs_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     positive, sure, kept = _known(
-        c_ptr,
-        v_ptr,
-        shift_ptr,
-        limit_ptr,
-        seed_ptr,
-        first_group,
-        threshold,
-        row,
-        nodes,
-        rank,
-        WIDTH,
-        OF_COLUMNS,
-        ROWS,
-        COLUMNS,
+        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, first_group, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
     )
     sign = tl.reshape(_mask_bits(mask_ptr, row, row < nodes, WIDTH, ROWS, COLUMNS) != 0, [ROWS * COLUMNS])
     words = words_ptr + chunk * (ROOM // 4)
@@ -167,7 +153,6 @@ def _unpack_signs_kernel(
     capacity,
     WIDTH: tl.constexpr,
     EXACT: tl.constexpr,
-    OF_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -175,20 +160,7 @@ def _unpack_signs_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
     sign, sure, kept = _known(
-        c_ptr,
-        v_ptr,
-        shift_ptr,
-        limit_ptr,
-        seed_ptr,
-        first_group,
-        threshold,
-        row,
-        nodes,
-        rank,
-        WIDTH,
-        OF_COLUMNS,
-        ROWS,
-        COLUMNS,
+        c_ptr, v_ptr, shift_ptr, limit_ptr, seed_ptr, first_group, threshold, row, nodes, rank, WIDTH, ROWS, COLUMNS
     )
     bits, number = tl.load(counts_ptr + chunk), tl.load(counts_ptr + chunks + chunk)
     begin, listed = tl.load(begins_ptr + chunk), (bits + 7) // 8
@@ -252,7 +224,6 @@ def pack_signs(
             width,
             room,
             exact,
-            rank == 0,
             rows,
             triton.next_power_of_2(width),
         )
@@ -321,7 +292,7 @@ def unpack_signs(
         lengths = stream_lengths(counts)
         c, v, rank = _factors(coefficients, directions)
         drawing = seed_on(device, seed) if p else None
-        sizes = (offset // 8, dropout_threshold(p), nodes, rank, chunks, stream.numel(), width, exact, rank == 0)
+        sizes = (offset // 8, dropout_threshold(p), nodes, rank, chunks, stream.numel(), width, exact)
         with torch.cuda.device_of(mask):
             _unpack_signs_kernel[(chunks,)](
                 stream,
