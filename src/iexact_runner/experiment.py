@@ -25,6 +25,7 @@ from iexact_runner.kernels import backends
 from iexact_runner.measure import energy, environment, out_of_memory
 from iexact_runner.measure.batches import BatchSizes, batch_figures
 from iexact_runner.measure.step import fp32_figures, step_memory
+from iexact_runner.nn import Model
 from iexact_runner.parallel.team import Team
 from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory, phase
 from iexact_runner.problem import Problem, caches_first_aggregate, prepare
@@ -243,7 +244,7 @@ class Experiment:
             return
         model, seed = context.new_model(run=0)
         step = self._step
-        self._findings.memory = step_memory(model, step, config, device=self._device, seed=seed)
+        self._findings.memory = self._step_memory(context, model, seed)
         if sizes is not None:
             self._findings.memory["data_mib"] = measure.total_bytes(problem.tensors()) / measure.MIB
             self._findings.batches = batch_figures(
@@ -271,6 +272,16 @@ class Experiment:
             record["ranks"] = ranks = self._team.gathered(own)
             # Where it has to fit decides: the figures of tables are those of the process that needs most.
             self._findings.memory |= {name: max(rank[name] for rank in ranks) for name in MEMORY_OF_A_PROCESS}
+
+    def _step_memory(self, context: Context, model: Model, seed: int) -> dict[str, Any]:
+        """Figures of a step, after plans with less where it runs out of memory."""
+        while True:
+            try:
+                return step_memory(model, context.largest_step(), self._config, device=self._device, seed=seed)
+            except (MemoryError, RuntimeError) as error:
+                if context.planner is None or not context.planner.lowers(error):
+                    raise
+            context.planner.shrink(model, run=0, seed=seed, epoch=0)
 
     def _advice(self, error: PhaseOutOfMemory) -> str:
         """What ran out, and what would help in that phase; also completes the record of the memory."""

@@ -311,6 +311,64 @@ def test_what_fits_is_planned_with_less_when_memory_runs_out(tmp_path, monkeypat
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, 25))
 
 
+def test_the_first_step_and_its_plan_are_taken_with_less_when_memory_runs_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("iexact_runner.analysis.budgets.out_of_memory.available_bytes", lambda device: 2 * 2**20)
+    from iexact_runner import experiment
+    from iexact_runner.tasks import planner
+
+    def failing(function, failures):
+        def maybe(*arguments, **fields):
+            if next(failures, False):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return function(*arguments, **fields)
+
+        return maybe
+
+    monkeypatch.setattr(experiment, "step_memory", failing(experiment.step_memory, iter([True])))
+    monkeypatch.setattr(planner, "plan_training", failing(planner.plan_training, iter([True, False, True])))
+    with caplog.at_level(logging.WARNING):
+        summary, _ = run(tmp_path / "a", "compression.budget=fit", "runs=1", "compression.interval=100")
+    first, second = summary["plans"]
+    assert summary["status"] == "completed" and first["epoch"] == second["epoch"] == 0
+    assert second["budget_mib"] == pytest.approx(0.7**2 * first["budget_mib"], rel=0.05)
+    assert summary["memory"]["saved_mib"] == pytest.approx(second["saved_mib"], rel=0.05)
+    assert caplog.text.count("out of memory while maps were planned") == 2
+    assert caplog.text.count("out of memory in epoch 1 of run 1: takes it again with") == 1
+
+
+def test_no_plan_counts_on_more_than_the_failed_step_had(tmp_path, monkeypatch):
+    monkeypatch.setattr("iexact_runner.analysis.budgets.out_of_memory.available_bytes", lambda device: 2 * 2**20)
+    from iexact_runner import experiment
+    from iexact_runner.tasks import planner
+
+    step_memory, failures = experiment.step_memory, iter([True])
+
+    def failing(*arguments, **fields):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return step_memory(*arguments, **fields)
+
+    monkeypatch.setattr(experiment, "step_memory", failing)
+    monkeypatch.setattr(planner.out_of_memory, "obtained_bytes", lambda device: 1.5 * 2**20)
+    summary, _ = run(tmp_path / "a", "compression.budget=fit", "runs=1", "compression.interval=100")
+    first, second = (plan["budget_mib"] for plan in summary["plans"])
+    assert second == pytest.approx(0.7 * (first - 0.9 * 0.5), rel=0.02)
+
+
+def test_an_evaluation_that_runs_out_of_memory_lowers_no_budget(tmp_path, monkeypatch, caplog):
+    from iexact_runner import training
+    from iexact_runner.phases import PhaseOutOfMemory
+
+    def failing(*arguments, **fields):
+        raise PhaseOutOfMemory("evaluation", "CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr("iexact_runner.analysis.budgets.out_of_memory.available_bytes", lambda device: 2 * 2**20)
+    monkeypatch.setattr(training, "evaluate", failing)
+    with pytest.raises(UserError, match="out of memory on cpu.* in evaluation"):
+        run(tmp_path / "a", "compression.budget=fit", "runs=1")
+    assert "takes it again" not in caplog.text
+
+
 def test_a_fixed_budget_is_not_lowered(tmp_path, monkeypatch):
     from iexact_runner import training
 

@@ -18,9 +18,9 @@ from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
 from iexact_runner.display import show_plan
-from iexact_runner.measure import MIB
+from iexact_runner.measure import MIB, out_of_memory
 from iexact_runner.nn import Model
-from iexact_runner.phases import is_out_of_memory
+from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory
 from iexact_runner.problem import Problem
 from iexact_runner.runs.records import to_json
 
@@ -54,18 +54,19 @@ class Planner:
         self._console = console
         self._plans = plans
         self._scale = 1.0
+        self._most: int | None = None  # bytes that a step had which ran out of memory
         self._first: list[Choice] = []
         self._trials = 0
 
-    @property
-    def fits(self) -> bool:
-        """Whether the budget is what fits, and may be lowered."""
-        return bool(self._config.compression.budget == "fit")
+    def lowers(self, error: BaseException) -> bool:
+        """Whether fewer bytes of maps are the answer: the budget is ``fit``, and a step ran out of memory."""
+        evaluated = isinstance(error, PhaseOutOfMemory) and error.phase == "evaluation"
+        return self._config.compression.budget == "fit" and is_out_of_memory(error) and not evaluated
 
     def start(self, model: Model, *, run: int, seed: int) -> None:
         """Has a new model keep its maps as planned before the first run."""
         if not self._first:
-            self._first = self._planned(model, run=run, seed=seed, epoch=0, trials=0).choices()
+            self._first = self._fitting(model, run=run, seed=seed, epoch=0).choices()
         self._trials = START
         model.directions[:] = [Directions(choice=choice) for choice in self._first]
 
@@ -86,9 +87,8 @@ class Planner:
 
     def shrink(self, model: Model, *, run: int, seed: int, epoch: int) -> None:
         """Makes a plan with less, after a step ran out of memory."""
-        gc.collect()
-        self._scale *= SHRINKAGE
-        plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=0)
+        self._lower()
+        plan = self._fitting(model, run=run, seed=seed, epoch=epoch)
         self._first = plan.choices()
         model.directions[:] = plan.directions()
         place = f"epoch {epoch + 1} of run {run + 1}"
@@ -97,11 +97,17 @@ class Planner:
     def state(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
         first = [choice.state() for choice in self._first]
-        return {"scale": self._scale, "trials": self._trials, "first": first, "plans": to_json(self._plans)}
+        return {
+            "scale": self._scale,
+            "most": self._most,
+            "trials": self._trials,
+            "first": first,
+            "plans": to_json(self._plans),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state`."""
-        self._scale, self._trials = state["scale"], state["trials"]
+        self._scale, self._most, self._trials = state["scale"], state["most"], state["trials"]
         self._first = [Choice(**choice) for choice in state["first"]]
         self._plans[:] = json.loads(state["plans"])
 
@@ -116,6 +122,22 @@ class Planner:
         rest = int(TIME_SHARE * self._config.training.epochs) - self._trials - OVERHEAD
         return due == epoch and rest >= TRIALS, rest
 
+    def _fitting(self, model: Model, *, run: int, seed: int, epoch: int) -> Plan:
+        """A plan without trials, with less if memory runs out while it is made."""
+        while True:
+            try:
+                return self._planned(model, run=run, seed=seed, epoch=epoch, trials=0)
+            except (MemoryError, RuntimeError) as error:
+                if not self.lowers(error):
+                    raise
+            self._lower()
+            logger.warning(f"out of memory while maps were planned: plans with {self._scale:.2f} of the budget")
+
+    def _lower(self) -> None:
+        gc.collect()  # what the failed step left behind
+        self._scale *= SHRINKAGE
+        self._most = out_of_memory.obtained_bytes(self._problem.training.x.device)
+
     def _planned(self, model: Model, *, run: int, seed: int, epoch: int, trials: int | None) -> Plan:
         config, start = self._config, time.perf_counter()
         plan = plan_training(
@@ -124,6 +146,7 @@ class Planner:
             config,
             seed=mix(seed, epoch, _TRIAL),
             scale=self._scale,
+            most=self._most,
             trials=trials,
         )
         seconds = time.perf_counter() - start

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 from iexact_runner.display import Display
 from iexact_runner.nn import Model
-from iexact_runner.phases import is_out_of_memory
 from iexact_runner.runs.checkpoint import Checkpoints
 from iexact_runner.runs.interrupts import Interrupts
 from iexact_runner.runs.records import RunFolder
@@ -79,7 +78,7 @@ def _epochs(context: Context, progress: Progress) -> Iterator[Epoch]:
             yield from epochs
             return
         except (MemoryError, RuntimeError) as error:
-            if context.planner is None or not context.planner.fits or not is_out_of_memory(error):
+            if context.planner is None or not context.planner.lowers(error):
                 raise
         context.planner.shrink(progress.model, run=progress.run, seed=progress.seed, epoch=progress.epoch)
 
