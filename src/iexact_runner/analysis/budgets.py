@@ -87,7 +87,7 @@ def plan_training(
     *,
     seed: int,
     scale: float = 1.0,
-    most: int | None = None,
+    most: float | None = None,
     trials: int | None = None,
 ) -> Plan:
     """The plan for a model at its present weights.
@@ -98,20 +98,21 @@ def plan_training(
         config: of the run.
         seed: of the step that is tried.
         scale: what the budget is multiplied by.
-        most: bytes that are free at most, whatever the device says; None if nothing else is known.
+        most: bytes that it is lowered to; None for any.
         trials: gradients that may be computed; None for two of each map.
 
     Raises:
         ConfigError: if the budget is less than the least that the model keeps.
     """
     device = problem.training.x.device
-    field, budget = _budget(model, problem, config, seed=seed, most=most)
+    field, budget = _budget(model, problem, config, seed=seed)
+    budget = scale * budget if most is None else min(scale * budget, most)
     reserve = SPARE if device.type == "cuda" else 1.0
     trial = TrainingTrial(model, problem, config, seed=seed)
-    return make_plan(trial, budget=scale * budget, field=field, trials=trials, reserve=reserve)
+    return make_plan(trial, budget=budget, field=field, trials=trials, reserve=reserve)
 
 
-def _budget(model: Model, problem: Problem, config: Config, *, seed: int, most: int | None) -> tuple[str, float]:
+def _budget(model: Model, problem: Problem, config: Config, *, seed: int) -> tuple[str, float]:
     """The field that says the budget, and what it comes to in bytes."""
     compression, device = config.compression, problem.training.x.device
     if compression.budget_mib is not None:
@@ -126,7 +127,6 @@ def _budget(model: Model, problem: Problem, config: Config, *, seed: int, most: 
     available = out_of_memory.available_bytes(device)
     if available is None:
         raise ConfigError.of(field, "fit", f"what is free on {device} is not known; use compression.budget_mib")
-    available = available if most is None else min(available, most)
     probe = copy.deepcopy(model)
     probe.compression, probe.directions = compression, []
     saved = TrainingTrial(model, problem, config, seed=seed).saved([])

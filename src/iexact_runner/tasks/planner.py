@@ -54,7 +54,7 @@ class Planner:
         self._console = console
         self._plans = plans
         self._scale = 1.0
-        self._most: int | None = None  # bytes that a step had which ran out of memory
+        self._most: float | None = None  # bytes to keep, less than where memory ran out
         self._first: list[Choice] = []
         self._trials = 0
 
@@ -87,7 +87,7 @@ class Planner:
 
     def shrink(self, model: Model, *, run: int, seed: int, epoch: int) -> None:
         """Makes a plan with less, after a step ran out of memory."""
-        self._lower()
+        self._lower(MIB * self._plans[-1]["saved_mib"])
         plan = self._fitting(model, run=run, seed=seed, epoch=epoch)
         self._first = plan.choices()
         model.directions[:] = plan.directions()
@@ -133,10 +133,13 @@ class Planner:
             self._lower()
             logger.warning(f"out of memory while maps were planned: plans with {self._scale:.2f} of the budget")
 
-    def _lower(self) -> None:
+    def _lower(self, kept: float | None = None) -> None:
+        """Lowers the budget below the bytes that were kept where memory ran out, and below all that a GPU gave."""
         gc.collect()  # what the failed step left behind
         self._scale *= SHRINKAGE
-        self._most = out_of_memory.obtained_bytes(self._problem.training.x.device)
+        had = out_of_memory.obtained_bytes(self._problem.training.x.device)
+        known = [size for size in (kept, had, self._most) if size is not None]
+        self._most = SHRINKAGE * min(known) if known else None
 
     def _planned(self, model: Model, *, run: int, seed: int, epoch: int, trials: int | None) -> Plan:
         config, start = self._config, time.perf_counter()
