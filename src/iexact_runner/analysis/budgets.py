@@ -87,7 +87,6 @@ def plan_training(
     *,
     seed: int,
     scale: float = 1.0,
-    most: float | None = None,
     trials: int | None = None,
 ) -> Plan:
     """The plan for a model at its present weights.
@@ -97,8 +96,7 @@ def plan_training(
         problem: of the step that needs most.
         config: of the run.
         seed: of the step that is tried.
-        scale: what the budget is multiplied by.
-        most: bytes that it is lowered to; None for any.
+        scale: what the budget is multiplied by, or what all maps take in FP32 if that is less.
         trials: gradients that may be computed; None for two of each map.
 
     Raises:
@@ -106,10 +104,9 @@ def plan_training(
     """
     device = problem.training.x.device
     field, budget = _budget(model, problem, config, seed=seed)
-    budget = scale * budget if most is None else min(scale * budget, most)
     reserve = SPARE if device.type == "cuda" else 1.0
     trial = TrainingTrial(model, problem, config, seed=seed)
-    return make_plan(trial, budget=budget, field=field, trials=trials, reserve=reserve)
+    return make_plan(trial, budget=budget, scale=scale, field=field, trials=trials, reserve=reserve)
 
 
 def _budget(model: Model, problem: Problem, config: Config, *, seed: int) -> tuple[str, float]:

@@ -61,13 +61,22 @@ class _Effect:
     sign_bytes: float = 1.0
 
 
-def make_plan(trial: Trial, *, budget: float, field: str, trials: int | None = None, reserve: float = 1.0) -> Plan:
+def make_plan(
+    trial: Trial,
+    *,
+    budget: float,
+    field: str,
+    scale: float = 1.0,
+    trials: int | None = None,
+    reserve: float = 1.0,
+) -> Plan:
     """The plan of least expected error that keeps at most ``budget`` bytes.
 
     Args:
         trial: computes gradients.
         budget: bytes that a step may keep.
         field: of the configuration that says so, for the error.
+        scale: what the budget is multiplied by, or what all maps take in FP32 if that is less.
         trials: gradients that may be computed for all maps together, two for each group of maps; None for two a map.
             Of fewer than two no gradient is computed, and a share that is missed of any map counts the same. The
             exact gradient and those of two plans come on top.
@@ -81,18 +90,18 @@ def make_plan(trial: Trial, *, budget: float, field: str, trials: int | None = N
     maps = [site for site in sites if isinstance(site, Site)]
     alike = [_Effect() for _ in maps]
     if base is None:
-        found = _deal(trial, maps, alike, saved, budget, reserve)
+        found = _deal(trial, maps, alike, saved, budget, scale, reserve)
     else:
         groups = _groups(len(maps), None if trials is None else trials // TRIALS)
         effects = [effect for group in groups for effect in _effects(trial, maps, group, base, saved)]
         # Sign bytes are as they were measured, whatever an error is worth.
         alike = [_Effect(sign_bytes=effect.sign_bytes) for effect in effects]
-        dealt = [_deal(trial, maps, each, saved, budget, reserve, recorded=effects) for each in (effects, alike)]
+        dealt = [_deal(trial, maps, each, saved, budget, scale, reserve, recorded=effects) for each in (effects, alike)]
         plans, count = [plan for plan in dealt if plan is not None], 1 + TRIALS * len(groups)
         found = _best(trial, plans, base, evaluations=count) if plans else None
     if found is None:
         least = _least(maps, alike, saved, reserve)
-        raise ConfigError.of(field, f"{budget / MIB:.2f} MiB", f"a step keeps at least {least / MIB:.2f} MiB")
+        raise ConfigError.of(field, f"{scale * budget / MIB:.2f} MiB", f"a step keeps at least {least / MIB:.2f} MiB")
     return found
 
 
@@ -120,6 +129,7 @@ def _deal(
     effects: Sequence[_Effect],
     saved: int,
     budget: float,
+    scale: float,
     reserve: float,
     *,
     recorded: Sequence[_Effect] | None = None,
@@ -130,7 +140,10 @@ def _deal(
     """
     options = _options(maps, effects, reserve)
     known = _options(maps, recorded or effects, reserve)
-    beside, limit = saved - _usual(maps, effects), DEALT * budget
+    beside = saved - _usual(maps, effects)
+    if scale < 1:
+        budget = scale * min(budget, beside + sum(max(option.bytes for option in each) for each in options))
+    limit = DEALT * budget
     target, enough, above = limit - beside, 0.0, None
     found: Plan | None = None
     for _ in range(ATTEMPTS):

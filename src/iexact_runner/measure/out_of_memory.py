@@ -86,13 +86,6 @@ def step_advice(memory: dict[str, Any], smaller: dict[str, int], widest: int, *,
     return f"{kept}; compression={least} keeps {smaller[least] / MIB:.2f} MiB"
 
 
-def obtained_bytes(device: torch.device) -> int | None:
-    """Bytes that a GPU gave at most beside what is allocated now; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    return int(torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
-
-
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that could still be allocated; None where that is not known."""
     if device.type == "cuda":

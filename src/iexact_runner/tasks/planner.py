@@ -18,7 +18,7 @@ from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config
 from iexact_runner.display import show_plan
-from iexact_runner.measure import MIB, out_of_memory
+from iexact_runner.measure import MIB
 from iexact_runner.nn import Model
 from iexact_runner.phases import PhaseOutOfMemory, is_out_of_memory
 from iexact_runner.problem import Problem
@@ -54,7 +54,6 @@ class Planner:
         self._console = console
         self._plans = plans
         self._scale = 1.0
-        self._most: float | None = None  # bytes to keep, less than where memory ran out
         self._first: list[Choice] = []
         self._trials = 0
 
@@ -87,7 +86,7 @@ class Planner:
 
     def shrink(self, model: Model, *, run: int, seed: int, epoch: int) -> None:
         """Makes a plan with less, after a step ran out of memory."""
-        self._lower(MIB * self._plans[-1]["saved_mib"])
+        self._lower()
         plan = self._fitting(model, run=run, seed=seed, epoch=epoch)
         self._first = plan.choices()
         model.directions[:] = plan.directions()
@@ -99,7 +98,6 @@ class Planner:
         first = [choice.state() for choice in self._first]
         return {
             "scale": self._scale,
-            "most": self._most,
             "trials": self._trials,
             "first": first,
             "plans": to_json(self._plans),
@@ -107,7 +105,7 @@ class Planner:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state`."""
-        self._scale, self._most, self._trials = state["scale"], state["most"], state["trials"]
+        self._scale, self._trials = state["scale"], state["trials"]
         self._first = [Choice(**choice) for choice in state["first"]]
         self._plans[:] = json.loads(state["plans"])
 
@@ -133,13 +131,9 @@ class Planner:
             self._lower()
             logger.warning(f"out of memory while maps were planned: plans with {self._scale:.2f} of the budget")
 
-    def _lower(self, kept: float | None = None) -> None:
-        """Lowers the budget below the bytes that were kept where memory ran out, and below all that a GPU gave."""
+    def _lower(self) -> None:
         gc.collect()  # what the failed step left behind
         self._scale *= SHRINKAGE
-        had = out_of_memory.obtained_bytes(self._problem.training.x.device)
-        known = [size for size in (kept, had, self._most) if size is not None]
-        self._most = SHRINKAGE * min(known) if known else None
 
     def _planned(self, model: Model, *, run: int, seed: int, epoch: int, trials: int | None) -> Plan:
         config, start = self._config, time.perf_counter()
@@ -149,7 +143,6 @@ class Planner:
             config,
             seed=mix(seed, epoch, _TRIAL),
             scale=self._scale,
-            most=self._most,
             trials=trials,
         )
         seconds = time.perf_counter() - start
