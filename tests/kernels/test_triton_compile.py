@@ -264,6 +264,37 @@ def test_every_kernel_is_compiled(launches: list[Launch]) -> None:
     assert {launch.kernel.__name__ for launch in launches} == kernels
 
 
+def test_other_directions_compile_nothing() -> None:
+    def compiled_for(rank: int) -> set[str]:
+        c, v = torch.empty(1024, rank, device="meta"), torch.empty(128, rank, device="meta")
+        h, vector = torch.empty(1024, 128, device="meta"), torch.empty(128, device="meta")
+        mask, random = torch.empty(128 * 128, dtype=torch.uint8, device="meta"), {"p": 0.5, "seed": 1}
+        chunks = 1024 // chunk_rows(128)
+        counts = torch.empty(2, chunks, dtype=torch.int32, device="meta")
+        bits, levels = torch.empty(rank, dtype=torch.int32, device="meta"), torch.empty(512, device="meta")
+        keys = set()
+
+        def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS["sm_90"]))
+            keys.add(f"{kernel.__name__} {bind(*arguments, **options)[1]}")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(JITFunction, "run", record)
+            triton_kernels.decode_relu_dropout(c, v, vector, mask, **random)
+            triton_kernels.gated_sums(h, mask, c, v, **random)
+            triton_kernels.gated_gradient(h, mask, c, v, vector, vector, **random)
+            for exact in (False, True):
+                triton_kernels.pack_signs(mask, c, v, vector, vector, exact=exact, **random)
+                triton_kernels.unpack_signs(mask, counts, c, v, vector, vector, exact=exact, **random)
+            triton_kernels.quantize_coefficients(c, bits, levels, width=48, seed=None)
+            triton_kernels.dequantize_coefficients(torch.empty(1024, 6, dtype=torch.uint8, device="meta"), bits, levels)
+        return keys
+
+    assert len(compiled_for(18)) == 9
+    assert compiled_for(18) == compiled_for(24) == compiled_for(31)
+    assert len(compiled_for(64) - compiled_for(18)) == 1, "decoding knows the next power of two"
+
+
 def test_every_launch_forbids_fused_multiply_add(launches: list[Launch]) -> None:
     assert all(launch.options["enable_fp_fusion"] is False for launch in launches)
 
@@ -322,5 +353,7 @@ def test_float32_maps_move_16_bytes_at_once(compiled: list[Compiled]) -> None:
     }
     for item in compiled:
         pattern = streaming.get(item.launch.kernel.__name__)
+        if item.launch.kernel.__name__ == "_gated_gradient_kernel" and "bfloat16" in item.launch.label:
+            pattern = r"st\.global\.v2\.b32"  # half an eight of 16 bits each
         if pattern and TARGETS[item.target].backend == "cuda" and "odd" not in item.launch.label:
             assert re.search(pattern, item.assembly), item

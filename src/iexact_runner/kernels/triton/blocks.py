@@ -1,8 +1,8 @@
 """What a block with BatchNorm does around its sketch, in single passes; see ``triton_kernels``.
 
-Shapes: N nodes, D features, R directions; n = N D elements. A program works on a tile of ROWS x COLUMNS, D and R being
-known to the compiler: a model has few widths, and each is compiled once. So is the row from which sums and gradients
-draw, which is 0 unless processes share a graph.
+Shapes: N nodes, D features, R directions; n = N D elements. A program works on a tile of ROWS x COLUMNS, as in
+``tiles``. D is known to the compiler: a model has few widths, and each is compiled once. So is the row from which sums
+and gradients draw, which is 0 unless processes share a graph. R is not, so that other directions compile nothing.
 
 Sums over the R directions are added up in their order, so that they have one result everywhere; they are far shorter
 than what ``tl.dot`` would have to be padded to.
@@ -19,10 +19,8 @@ from iexact_runner.kernels.reference import DROPOUT, dropout_factor, dropout_thr
 from iexact_runner.kernels.triton.common import (
     TILE,
     WARPS,
-    draw16,
     drawn,
     grid,
-    halves,
     narrow,
     packed_bytes,
     seed_on,
@@ -31,13 +29,14 @@ from iexact_runner.kernels.triton.common import (
     widen,
 )
 from iexact_runner.kernels.triton.elementwise import scale_kept, store_mask
+from iexact_runner.kernels.triton.tiles import combined, factors, gated, load_columns, load_halves, store_halves
 
 _DROPOUT = tl.constexpr(DROPOUT)
-# 8 elements a thread: a tile of gradients, one of sketched values and two of sums stay in registers. A coefficient
-# serves a row of a tile, so that wide tiles load least: with 128 columns the sums take half of the time of 64.
+# An eight a thread: with more of them the passes take up to half as long again. A coefficient serves a row of a tile:
+# wide tiles load least, and with 128 columns the sums take half of the time of 64.
 BLOCK_TILE, MOST_COLUMNS = 1024, 128
-# Rows are summed up by so many programs for each run of columns: enough to fill a GPU.
-SUM_PROGRAMS = 512
+# Rows are summed up by so many programs for each run of columns: enough to fill a GPU, where 512 take a third longer.
+SUM_PROGRAMS = 1024
 
 
 def tile_of(width: int) -> tuple[int, int]:
@@ -112,89 +111,13 @@ def normalize_relu_dropout(
 
 
 @triton.jit
-def _rows_and_columns(first, nodes, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows from ``first`` (int64 [ROWS, 1]), this program's columns (int32 [1, COLUMNS]); whether each is there."""
-    row = first + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return row, column, row < nodes, column < WIDTH
+def _rows_and_eights(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a tile, and this program's eights of columns, as in ``tiles``."""
+    row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    return row, tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
 
 
-@triton.jit
-def _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH: tl.constexpr, RANK: tl.constexpr):
-    """Adds c V^T to a tile: c [N, R], V^T [R, D] -> [ROWS, COLUMNS]; without RANK c [N, D] times v [D]."""
-    if RANK is None:
-        coefficient = tl.load(c_ptr + (row * WIDTH + column), mask=there & within, other=0.0)
-        total += coefficient * tl.load(v_ptr + column, mask=within, other=0.0)
-    else:
-        for rank in range(RANK):
-            coefficient = tl.load(c_ptr + row * RANK + rank, mask=there, other=0.0)
-            total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=0.0)
-    return total
-
-
-@triton.jit
-def _mask_bits(mask_ptr, row, there, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Bits of a packed mask [n / 8] in this program's tile: int32 [ROWS, COLUMNS]."""
-    if WIDTH % 8 == 0:
-        eight = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
-        packed = tl.load(mask_ptr + (row * (WIDTH // 8) + eight), mask=there & (eight < WIDTH // 8), other=0)
-        bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-        bits = tl.reshape(bits, [ROWS, COLUMNS])
-    else:
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        index = row * WIDTH + column
-        packed = tl.load(mask_ptr + index // 8, mask=there & (column < WIDTH), other=0)
-        bits = (packed.to(tl.int32) >> (index % 8).to(tl.int32)) & 1
-    return bits
-
-
-@triton.jit
-def _draws(
-    seed_ptr, first_group, row, WIDTH: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Draws of dropout in this program's tile: uint32 [ROWS, COLUMNS]."""
-    seed, first_group = tl.load(seed_ptr), tl.cast(first_group, tl.int64)
-    if WIDTH % 8 == 0:
-        eight = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
-        draws = tl.reshape(draw16(seed, first_group + row * (WIDTH // 8) + eight, _DROPOUT, SHIFT), [ROWS, COLUMNS])
-    else:  # neighbours in a row do not share their draws with others: each is drawn by itself
-        index = row * WIDTH + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :] + SHIFT
-        of_group = halves(seed, first_group + index // 8, _DROPOUT)
-        draws = of_group[0]
-        for lane in tl.static_range(1, 8):
-            draws = tl.where(index % 8 == lane, of_group[lane], draws)
-    return draws
-
-
-@triton.jit
-def _gated(
-    x,
-    mask_ptr,
-    seed_ptr,
-    first_group,
-    threshold,
-    factor,
-    row,
-    drawn_row,
-    there,
-    WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Float32 tile x * factor where mask and dropout let it pass, else 0; either may be None.
-
-    A row draws what ``drawn_row`` of the whole map does.
-    """
-    if mask_ptr is not None:
-        x = tl.where(_mask_bits(mask_ptr, row, there, WIDTH, ROWS, COLUMNS) != 0, x, 0.0)
-    if seed_ptr is not None:
-        draws = _draws(seed_ptr, first_group, drawn_row, WIDTH, SHIFT, ROWS, COLUMNS)
-        x = tl.where(draws.to(tl.int32) >= threshold, x * factor, 0.0)
-    return x
-
-
-@triton.jit(do_not_specialize=["first_group", "threshold", "nodes"])
+@triton.jit(do_not_specialize=["first_group", "threshold", "nodes", "rank"])
 def _decode_relu_dropout_kernel(
     c_ptr,
     v_ptr,
@@ -206,19 +129,21 @@ def _decode_relu_dropout_kernel(
     factor,
     first_group,
     nodes,
+    rank,
     SHIFT: tl.constexpr,
     WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Out = dropout(mask(c V^T + shift)): c [N, R], V^T [R, D], mask [n / 8] -> out [N, D]."""
-    row, column, there, within = _rows_and_columns(tl.program_id(0).to(tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
-    shift = tl.load(shift_ptr + column, mask=within, other=0.0)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32) + shift
-    out = _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
-    out = _gated(out, mask_ptr, seed_ptr, first_group, threshold, factor, row, row, there, WIDTH, SHIFT, ROWS, COLUMNS)
-    tl.store(out_ptr + (row * WIDTH + column), out, mask=there & within)
+    row, eight = _rows_and_eights(tl.program_id(0), ROWS, COLUMNS)
+    zero = tl.zeros([ROWS, COLUMNS // 8, 4], tl.float32)
+    left, right = load_columns(shift_ptr, eight, WIDTH)
+    left, right = combined(zero + left, zero + right, c_ptr, v_ptr, row, eight, nodes, rank, WIDTH)
+    left, right = gated(
+        left, right, mask_ptr, seed_ptr, first_group, threshold, factor, row, row, eight, nodes, WIDTH, SHIFT
+    )
+    store_halves(out_ptr, left, right, row, eight, nodes, WIDTH)
 
 
 def decode_relu_dropout(
@@ -235,9 +160,9 @@ def decode_relu_dropout(
     nodes, width = coefficients.size(0), directions.size(0)
     out = torch.empty(nodes, width, dtype=torch.float32, device=coefficients.device)
     if out.numel():
-        c, v, rank = _factors(coefficients, directions)
+        c, v, rank = factors(coefficients, directions)
         rows, columns = tile_of(width)
-        sizes = (offset // 8, nodes, offset % 8, width, rank, rows, columns)
+        sizes = (offset // 8, nodes, rank, offset % 8, width, rows, columns)
         drawing = _drawing(out.device, p, seed)
         with torch.cuda.device_of(out):
             _decode_relu_dropout_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
@@ -246,7 +171,7 @@ def decode_relu_dropout(
     return out
 
 
-@triton.jit(do_not_specialize=["threshold", "nodes"])
+@triton.jit(do_not_specialize=["threshold", "nodes", "rank"])
 def _gated_sums_kernel(
     grad_ptr,
     mask_ptr,
@@ -257,27 +182,35 @@ def _gated_sums_kernel(
     threshold,
     factor,
     nodes,
+    rank,
     FIRST_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Sums of g and of g (c V^T) over every so many rows: grad [N, D] -> sums [programs, 2, D]."""
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    zero = tl.zeros([ROWS, COLUMNS // 8, 4], tl.float32)
+    sum_left, sum_right, product_left, product_right = zero, zero, zero, zero
     for index in range(tl.program_id(0), tl.cdiv(nodes, ROWS), tl.num_programs(0)):
-        row, column, there, within = _rows_and_columns(tl.cast(index, tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
-        g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-        g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + FIRST_ROW, there, WIDTH, 0, ROWS, COLUMNS)
-        estimate = tl.zeros([ROWS, COLUMNS], tl.float32)
-        estimate = _combined(estimate, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
-        total += g
-        product += g * estimate
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    place = sums_ptr + tl.program_id(0) * (2 * WIDTH) + column
-    tl.store(place, tl.sum(total, axis=0), mask=column < WIDTH)
-    tl.store(place + WIDTH, tl.sum(product, axis=0), mask=column < WIDTH)
+        row, eight = _rows_and_eights(index, ROWS, COLUMNS)
+        g_left, g_right = load_halves(grad_ptr, row, eight, nodes, WIDTH)
+        drawn_row = row + FIRST_ROW
+        g_left, g_right = gated(
+            g_left, g_right, mask_ptr, seed_ptr, 0, threshold, factor, row, drawn_row, eight, nodes, WIDTH, 0
+        )
+        left, right = combined(zero, zero, c_ptr, v_ptr, row, eight, nodes, rank, WIDTH)
+        sum_left, sum_right = sum_left + g_left, sum_right + g_right
+        product_left, product_right = product_left + g_left * left, product_right + g_right * right
+    row, eight = _rows_and_eights(0, 1, COLUMNS)
+    place = sums_ptr + tl.program_id(0) * (2 * WIDTH)
+    store_halves(place, _column_sums(sum_left), _column_sums(sum_right), row, eight, 1, WIDTH)
+    store_halves(place + WIDTH, _column_sums(product_left), _column_sums(product_right), row, eight, 1, WIDTH)
+
+
+@triton.jit
+def _column_sums(half):
+    """Sums over the rows of half a tile: [1, COLUMNS / 8, 4]."""
+    return tl.sum(half, axis=0)[None, :, :]
 
 
 def gated_sums(
@@ -294,11 +227,11 @@ def gated_sums(
     nodes, width = grad.shape
     if not grad.numel():
         return torch.zeros(2, width, dtype=torch.float32, device=grad.device)
-    c, v, rank = _factors(coefficients, directions)
+    c, v, rank = factors(coefficients, directions)
     rows, columns = tile_of(width)
     programs = min(SUM_PROGRAMS, triton.cdiv(nodes, rows))
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=grad.device)
-    numbers = (*_drawing(grad.device, p, seed), nodes, offset // max(1, width), width, rank, rows, columns)
+    numbers = (*_drawing(grad.device, p, seed), nodes, rank, offset // max(1, width), width, rows, columns)
     with torch.cuda.device_of(grad):
         _gated_sums_kernel[programs, triton.cdiv(width, columns)](
             grad.contiguous(), packed_mask, c, v, sums, *numbers, num_warps=WARPS, enable_fp_fusion=False
@@ -306,7 +239,7 @@ def gated_sums(
     return sums.sum(0)
 
 
-@triton.jit(do_not_specialize=["threshold", "nodes"])
+@triton.jit(do_not_specialize=["threshold", "nodes", "rank"])
 def _gated_gradient_kernel(
     grad_ptr,
     mask_ptr,
@@ -319,20 +252,26 @@ def _gated_gradient_kernel(
     threshold,
     factor,
     nodes,
+    rank,
     FIRST_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Out = scale g + (c V^T + shift): grad [N, D], c [N, R], V^T [R, D] -> out [N, D]."""
-    row, column, there, within = _rows_and_columns(tl.program_id(0).to(tl.int64) * ROWS, nodes, WIDTH, ROWS, COLUMNS)
-    g = widen(tl.load(grad_ptr + (row * WIDTH + column), mask=there & within, other=0.0))
-    g = _gated(g, mask_ptr, seed_ptr, 0, threshold, factor, row, row + FIRST_ROW, there, WIDTH, 0, ROWS, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(shift_ptr + column, mask=within, other=0.0)
-    total = _combined(total, c_ptr, v_ptr, row, column, there, within, WIDTH, RANK)
-    out = g * tl.load(scale_ptr + column, mask=within, other=0.0) + total
-    tl.store(out_ptr + (row * WIDTH + column), narrow(out, out_ptr.dtype.element_ty), mask=there & within)
+    row, eight = _rows_and_eights(tl.program_id(0), ROWS, COLUMNS)
+    g_left, g_right = load_halves(grad_ptr, row, eight, nodes, WIDTH)
+    drawn_row = row + FIRST_ROW
+    g_left, g_right = gated(
+        g_left, g_right, mask_ptr, seed_ptr, 0, threshold, factor, row, drawn_row, eight, nodes, WIDTH, 0
+    )
+    zero = tl.zeros([ROWS, COLUMNS // 8, 4], tl.float32)
+    left, right = load_columns(shift_ptr, eight, WIDTH)
+    left, right = combined(zero + left, zero + right, c_ptr, v_ptr, row, eight, nodes, rank, WIDTH)
+    scale_left, scale_right = load_columns(scale_ptr, eight, WIDTH)
+    left, right = g_left * scale_left + left, g_right * scale_right + right
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    store_halves(out_ptr, narrow(left, DTYPE), narrow(right, DTYPE), row, eight, nodes, WIDTH)
 
 
 def gated_gradient(
@@ -353,9 +292,9 @@ def gated_gradient(
     out = torch.empty_like(grad) if out is None else out
     if grad.numel():
         nodes, width = grad.shape
-        c, v, rank = _factors(coefficients, directions)
+        c, v, rank = factors(coefficients, directions)
         rows, columns = tile_of(width)
-        numbers = (*_drawing(grad.device, p, seed), nodes, offset // max(1, width), width, rank, rows, columns)
+        numbers = (*_drawing(grad.device, p, seed), nodes, rank, offset // max(1, width), width, rows, columns)
         with torch.cuda.device_of(grad):
             _gated_gradient_kernel[triton.cdiv(nodes, rows), triton.cdiv(width, columns)](
                 grad,
@@ -370,10 +309,3 @@ def gated_gradient(
                 enable_fp_fusion=False,
             )
     return out
-
-
-def _factors(coefficients: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, int | None]:
-    """Coefficients (N, R), directions (R, D) whose rows are read along the features, and R; None of columns (D,)."""
-    if directions.dim() == 1:
-        return coefficients.float().contiguous(), directions.float().contiguous(), None
-    return coefficients.float().contiguous(), directions.float().T.contiguous(), directions.size(1)
