@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.kernels import ops
+from iexact_runner.parallel.shard import column_sums
 from iexact_runner.schemes.graph_linear import linear
 from iexact_runner.schemes.ownership import sole_owner
 from iexact_runner.schemes.saved import SavedMap, dropout_mask_bytes, restore_seed, save_with_seed
@@ -52,7 +53,7 @@ class Linear(Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # The decoded map is gone again before the next one as large is made.
         grad_weight = ctx.layout.weight_gradient(grad, tuple(tensors)) if needs_weight else None
-        grad_bias = grad.sum(0) if needs_bias else None
+        grad_bias = column_sums(grad) if needs_bias else None
         spare = sole_owner(grad)
         grad_x = linear(grad, weight.t(), overwrite=spare) if needs_x else None
         return grad_x, grad_weight, grad_bias, None, None, None

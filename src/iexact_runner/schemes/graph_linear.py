@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from iexact_runner.compression.maps import KeptMap
 from iexact_runner.data.graph import Adjacency
+from iexact_runner.parallel.shard import column_sums
 from iexact_runner.schemes.ownership import sole_owner
 from iexact_runner.schemes.saved import SavedMap
 
@@ -71,6 +73,9 @@ def linear(
 
 def add_linear(out: Tensor, x: Tensor, weight: Tensor, *, mix: Mix | None = None) -> Tensor:
     """Adds x W^T to ``out`` (N, C), in place."""
+    # A GPU adds up where it multiplies. A CPU would round some sums differently from those of plain PyG.
+    if out.is_cuda and mix is None and out.dtype == x.dtype == weight.dtype and not torch.is_autocast_enabled("cuda"):
+        return out.addmm_(x, weight.t())
     for own, part in zip(_row_parts(out, wide=x), _row_parts(x), strict=True):
         own.add_(_product(part, weight, None, mix))
     return out
@@ -147,7 +152,7 @@ class GraphLinear(Function):
         kept, own_kept = tuple(tensors[: ctx.parts]), tuple(tensors[ctx.parts :])
         needs_x, needs_own, needs_weight, needs_own_weight, needs_bias = ctx.needs_input_grad[:5]
         grad_own = grad_weight = grad_own_weight = grad_x = None
-        grad_bias = grad.sum(0) if needs_bias else None
+        grad_bias = column_sums(grad) if needs_bias else None
         spare = sole_owner(grad)
         in_place = spare and own_weight is None
         received = ctx.adjacency.adjoint_matmul_(grad) if in_place else ctx.adjacency.adjoint_matmul(grad)

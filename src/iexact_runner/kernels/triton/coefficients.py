@@ -1,7 +1,7 @@
 """Coefficients of a sketch with a number of bits for each direction, on a GPU, equal to ``reference``.
 
 Shapes: N nodes, R directions, W bits a node, a multiple of 8; a program works on ROWS nodes. R is no constant of the
-kernels, so that another number of directions compiles nothing.
+kernels, so that another number of directions compiles nothing, or little: decoding compiles for each power of two.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from iexact_runner.kernels.triton.common import WARPS, halves, seed_on, uniform
 
 _ROUNDING = tl.constexpr(ROUNDING)
 ROWS = 128
+# Coefficients that a program decodes, neighbours in memory by neighbouring threads.
+DECODED = 1024
 
 
 @triton.jit
@@ -74,21 +76,27 @@ def _quantize_coefficients_kernel(
 
 @triton.jit(do_not_specialize=["nodes", "rank"])
 def _dequantize_coefficients_kernel(
-    packed_ptr, bits_ptr, levels_ptr, out_ptr, nodes, rank, BYTES: tl.constexpr, ROWS: tl.constexpr
+    packed_ptr,
+    bits_ptr,
+    levels_ptr,
+    out_ptr,
+    nodes,
+    rank,
+    BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Levels of the codes in packed [N, W / 8]: -> out [N, R]."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < nodes
-    first = 0
-    for column in range(rank):
-        bits = tl.load(bits_ptr + column)
-        place = first // 8
-        low = tl.load(packed_ptr + row * BYTES + place, mask=there & (place < BYTES), other=0).to(tl.int32)
-        high = tl.load(packed_ptr + row * BYTES + place + 1, mask=there & (place + 1 < BYTES), other=0).to(tl.int32)
-        count = 1 << bits
-        code = ((low | (high << 8)) >> (first % 8)) & (count - 1)
-        tl.store(out_ptr + row * rank + column, tl.load(levels_ptr + count + code), mask=there)
-        first += bits
+    """Levels of the codes in packed [N, W / 8]: -> out [N, R], R being at most COLUMNS."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    there = (row < nodes) & (column < rank)
+    bits = tl.load(bits_ptr + column, mask=column < rank, other=0)
+    first = tl.cumsum(bits, axis=1) - bits
+    place, count = first // 8, 1 << bits
+    low = tl.load(packed_ptr + row * BYTES + place, mask=there & (place < BYTES), other=0).to(tl.int32)
+    high = tl.load(packed_ptr + row * BYTES + place + 1, mask=there & (place + 1 < BYTES), other=0).to(tl.int32)
+    code = ((low | (high << 8)) >> (first % 8)) & (count - 1)
+    tl.store(out_ptr + row * rank + column, tl.load(levels_ptr + count + code, mask=there), mask=there)
 
 
 def quantize_coefficients(
@@ -113,8 +121,11 @@ def dequantize_coefficients(packed: Tensor, bits: Tensor, levels: Tensor) -> Ten
     nodes, rank = packed.size(0), bits.numel()
     out = torch.empty(nodes, rank, dtype=torch.float32, device=packed.device)
     if out.numel():
+        columns = triton.next_power_of_2(rank)
+        rows = max(1, DECODED // columns)
+        sizes = (nodes, rank, packed.size(1), rows, columns)
         with torch.cuda.device_of(out):
-            _dequantize_coefficients_kernel[(triton.cdiv(nodes, ROWS),)](
-                packed, bits, levels, out, nodes, rank, packed.size(1), ROWS, num_warps=WARPS, enable_fp_fusion=False
+            _dequantize_coefficients_kernel[(triton.cdiv(nodes, rows),)](
+                packed, bits, levels, out, *sizes, num_warps=WARPS, enable_fp_fusion=False
             )
     return out
