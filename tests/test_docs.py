@@ -232,6 +232,10 @@ def test_figures_of_models_without_twins_are_those_of_the_rows():
     assert f"errors of {error.min():.3f} to {error.max():.3f} under `int8`" in words
     assert f"take {times.min():.1f} to {times.max():.1f} times as long as FP32's" in words
     assert f"checkpoint`'s {others.min():.1f} to {others.max():.1f} times" in words
+    four, eight = (row for _, row in gpu[gpu["model"] == "GPS"].loc[["int4", "int8"]].iterrows())
+    shares = [f"{row.saved_share:.2f}"[1:] for row in (four, eight)]
+    assert f"keeps {shares[0]} of FP32 under `int4` with an error of {four.gradient_error:.3f}" in words
+    assert f"{shares[1]} under `int8` with {eight.gradient_error:.3f}" in words
     rows = pd.read_csv(REPOSITORY / "benchmarks" / "modules_cpu.csv")
     shown = 0
     for model, ways in rows.groupby("model", sort=False):

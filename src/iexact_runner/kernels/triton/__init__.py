@@ -1,6 +1,6 @@
 """The kernels for a GPU, compiled by Triton: same functions, signatures and bits as ``reference``."""
 
-from iexact_runner.kernels.reference.spmm import sampled_matmul  # cuSPARSE
+from iexact_runner.kernels.reference.spmm import sampled_matmul, spmm  # cuSPARSE
 from iexact_runner.kernels.triton.blocks import decode_relu_dropout, gated_gradient, gated_sums, normalize_relu_dropout
 from iexact_runner.kernels.triton.coefficients import dequantize_coefficients, quantize_coefficients
 from iexact_runner.kernels.triton.elementwise import (
@@ -16,7 +16,6 @@ from iexact_runner.kernels.triton.elementwise import (
 from iexact_runner.kernels.triton.product import quantize_product
 from iexact_runner.kernels.triton.quantizer import dequantize, quantize
 from iexact_runner.kernels.triton.signs import join_streams, pack_signs, unpack_signs
-from iexact_runner.kernels.triton.spmm import spmm
 
 __all__ = [
     "apply_dropout_mask",
