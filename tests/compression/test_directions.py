@@ -7,8 +7,23 @@ import torch
 
 from conftest import assert_close
 from iexact_runner.compression import directions as module
-from iexact_runner.compression.directions import leading_directions, residual_directions
+from iexact_runner.compression.directions import (
+    coefficients_of,
+    leading_directions,
+    per_feature,
+    residual_directions,
+    rows_of,
+)
 from iexact_runner.compression.seeds import mix
+
+
+def test_columns_are_the_diagonal_of_their_directions():
+    rows, factors = torch.randn(7, 5), torch.tensor([0.5, 2.0, -3.0, 1.0, 8.0])
+    assert torch.equal(coefficients_of(rows, factors), rows @ factors.diag())
+    assert torch.equal(rows_of(rows, factors), rows @ factors.diag().T)
+    assert torch.equal(
+        per_feature(rows[0], factors) * factors, (per_feature(rows[0], factors.diag()) * factors.diag()).sum(1)
+    )
 
 
 def test_directions_are_those_of_the_singular_vectors():

@@ -51,6 +51,15 @@ def make_format(bits, kept_frac):
     return MapFormat(bits, kept_frac, col_size=4, levels=None, max_block_size=None, backend="torch")
 
 
+@pytest.mark.parametrize("kept_frac", [1.0, 0.3])
+def test_inner_products_with_a_map_are_those_of_what_is_stored(kept_frac):
+    x, grad = torch.randn(37, 20), torch.randn(37, 20)
+    layout, tensors = make_format(8, kept_frac).keep(x, seed=3, project=True)
+    left, right = layout.inner_product_factors(grad, tensors)
+    assert left.shape == right.shape == (37, 20 if kept_frac == 1 else 6)
+    assert_close((left * right).sum(1), (grad * layout.decode(tensors)).sum(1))
+
+
 @pytest.mark.parametrize("seed", [3, torch.tensor(3)], ids=["int", "tensor"])
 @pytest.mark.parametrize("bits", [None, 2, 8, 16])
 @pytest.mark.parametrize("kept_frac", [1.0, 0.3])

@@ -69,11 +69,31 @@ def extreme_cases() -> Iterator[Case]:
         yield Case("quantize", (x,), {**form, "seed": 5}, "extreme")
 
 
+def sketch_cases() -> Iterator[Case]:
+    """Errors of sure signs with as many right ones between them as a byte counts, and more; blocks with NaN."""
+    for width in (40, 63, 128):
+        c, v, shift = (parity.filled("normal", size, torch.float32) for size in ((16, 3), (width, 3), (width,)))
+        sign = (reference.combine(c, v, shift) > 0).flatten()
+        sign[[7, 262, 518, 633]] ^= True  # 254, 255 and a few apart
+        mask, limit, form = reference.pack(sign.byte(), 1), torch.zeros(width), {"exact": True, "p": 0.0, "seed": 1}
+        sketch = (c, v, shift, limit)
+        yield Case("pack_signs", (mask, *sketch), form, f"{width} far apart")
+        streams, counts = reference.pack_signs(mask, *sketch, **form)
+        stream = reference.join_streams(streams, counts, capacity=int(reference.stream_lengths(counts).sum()))
+        yield Case("unpack_signs", (stream, counts, *sketch), form, f"{width} far apart")
+    for special, (rank, rows, bits) in product((torch.nan, torch.inf), ((8, 4, 4), (16, 4, 4), (8, 1, 2), (24, 2, 1))):
+        z = (10 * parity.filled("normal", (40, 100), torch.float32)).round()
+        matrix, z[5, 3] = (3 * parity.filled("normal", (100, rank), torch.float32)).round(), special
+        form = {"bits": bits, "block_size": rows * rank, "levels": None, "seed": 1}
+        yield Case("quantize_product", (z, matrix, torch.ones(rank)), form, f"{special} rank {rank}")
+
+
 SELECTIONS = {
     "quick": lambda: parity.cases(quick=True),
     "short": short_cases,
     "long": long_cases,
     "extreme": extreme_cases,
+    "sketch": sketch_cases,
 }
 
 

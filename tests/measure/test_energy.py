@@ -75,6 +75,13 @@ def test_country_that_is_not_known_leaves_the_emissions_null(tmp_path, tracker):
     assert world["energy"]["gco2e"] > 0 and world["energy"]["country"] is None
 
 
+def test_a_meter_that_measured_nothing_is_named(tmp_path, tracker, monkeypatch):
+    monkeypatch.setattr(sys.modules["codecarbon"].OfflineEmissionsTracker, "stop", lambda self: None)
+    summary, screen = run(tmp_path)
+    assert summary["energy"] is None and summary["status"] == "completed"
+    assert "measure.energy: codecarbon measured nothing; energy stays null" in screen
+
+
 def test_machine_without_a_meter_records_null_and_says_so(tmp_path, monkeypatch):
     pytest.importorskip("codecarbon")
     monkeypatch.setattr(energy, "RAPL", tmp_path / "none")
