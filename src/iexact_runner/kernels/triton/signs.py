@@ -303,7 +303,7 @@ def pack_signs(
                 words,
                 counts,
                 *sizes,
-                num_warps=_warps(width),
+                num_warps=2 * WARPS if width <= 256 else 4 * WARPS,  # an eight a thread
                 enable_fp_fusion=False,
             )
     return words.view(torch.uint8), counts
@@ -373,12 +373,7 @@ def unpack_signs(
                 *sizes,
                 chunk_rows(width),
                 triton.next_power_of_2(width),
-                num_warps=2 * WARPS,
+                num_warps=2 * WARPS,  # with more of them exact signs of the widest maps spill
                 enable_fp_fusion=False,
             )
     return mask.view(torch.uint8)[: triton.cdiv(nodes * width, 8)], wrong.sum(dtype=torch.int32)
-
-
-def _warps(width: int) -> int:
-    """8 elements a thread in most tiles, 16 in the widest: with more of them registers spill."""
-    return 2 * WARPS if width <= 256 else 4 * WARPS
