@@ -50,6 +50,15 @@ def test_what_is_freed_before_the_output_does_not_count():
     assert [record.bytes for record in records] == [160]
 
 
+def test_a_backward_pass_frees_what_it_has_used():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(10, 4)
+    with SavedTensors(model, excluded=[x]) as saved:
+        out = model(x)
+    assert len(saved.kept(out)) == 1 and len(saved._alive()) > 1
+    out.sum().backward()
+    assert not saved._alive()
+
+
 def test_layers_are_named_by_their_module():
     class Net(nn.Module):
         def __init__(self):

@@ -69,7 +69,7 @@ class SavedTensors:
         self._excluded = {_key(part) for tensor in resident for part in dense_parts(tensor)}
         self._packed: list[weakref.ref[_Packed]] = []
         self._stack: list[str] = ["model"]
-        self._seen: list[_Packed] = []
+        self._seen: list[_Packed] | None = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._handles: list[Any] = []
 
@@ -127,7 +127,7 @@ class SavedTensors:
             for name in dir(node):
                 if name.startswith("_saved_"):
                     getattr(node, name)
-        seen, self._seen = self._seen, []
+        seen, self._seen = self._seen, None
         for described in saved_map if isinstance(saved_map, tuple) else (saved_map,):
             yield seen[: described.parts], described
             seen = seen[described.parts :]
@@ -141,7 +141,8 @@ class SavedTensors:
         return packed
 
     def _unpack(self, packed: _Packed) -> Tensor:
-        self._seen.append(packed)
+        if self._seen is not None:  # asked for here, and not by a backward pass, which is to free what it has used
+            self._seen.append(packed)
         return packed.tensor
 
     def _enter_layer(self, module: nn.Module, args: Any) -> None:
