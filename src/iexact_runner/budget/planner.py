@@ -89,19 +89,21 @@ def make_plan(
     base, saved = trial.gradient(sites) if measured else (None, trial.saved(sites))
     maps = [site for site in sites if isinstance(site, Site)]
     alike = [_Effect() for _ in maps]
+    if scale < 1:
+        budget = scale * min(budget, _most(maps, alike, saved, reserve))
     if base is None:
-        found = _deal(trial, maps, alike, saved, budget, scale, reserve)
+        found = _deal(trial, maps, alike, saved, budget, reserve)
     else:
         groups = _groups(len(maps), None if trials is None else trials // TRIALS)
         effects = [effect for group in groups for effect in _effects(trial, maps, group, base, saved)]
         # Sign bytes are as they were measured, whatever an error is worth.
         alike = [_Effect(sign_bytes=effect.sign_bytes) for effect in effects]
-        dealt = [_deal(trial, maps, each, saved, budget, scale, reserve, recorded=effects) for each in (effects, alike)]
+        dealt = [_deal(trial, maps, each, saved, budget, reserve, recorded=effects) for each in (effects, alike)]
         plans, count = [plan for plan in dealt if plan is not None], 1 + TRIALS * len(groups)
         found = _best(trial, plans, base, evaluations=count) if plans else None
     if found is None:
         least = _least(maps, alike, saved, reserve)
-        raise ConfigError.of(field, f"{scale * budget / MIB:.2f} MiB", f"a step keeps at least {least / MIB:.2f} MiB")
+        raise ConfigError.of(field, f"{budget / MIB:.2f} MiB", f"a step keeps at least {least / MIB:.2f} MiB")
     return found
 
 
@@ -129,7 +131,6 @@ def _deal(
     effects: Sequence[_Effect],
     saved: int,
     budget: float,
-    scale: float,
     reserve: float,
     *,
     recorded: Sequence[_Effect] | None = None,
@@ -140,10 +141,7 @@ def _deal(
     """
     options = _options(maps, effects, reserve)
     known = _options(maps, recorded or effects, reserve)
-    beside = saved - _usual(maps, effects)
-    if scale < 1:
-        budget = scale * min(budget, beside + sum(max(option.bytes for option in each) for each in options))
-    limit = DEALT * budget
+    beside, limit = saved - _usual(maps, effects), DEALT * budget
     target, enough, above = limit - beside, 0.0, None
     found: Plan | None = None
     for _ in range(ATTEMPTS):
@@ -174,6 +172,12 @@ def _options(maps: Sequence[Site], effects: Sequence[_Effect], reserve: float) -
 def _usual(maps: Sequence[Site], effects: Sequence[_Effect]) -> float:
     """Bytes of the maps as they are usually kept."""
     return sum(_option(site.usual, effect, 1.0).bytes for site, effect in zip(maps, effects, strict=True))
+
+
+def _most(maps: Sequence[Site], effects: Sequence[_Effect], saved: int, reserve: float) -> float:
+    """The bytes that a step keeps with all maps in FP32."""
+    largest = sum(max(option.bytes for option in each) for each in _options(maps, effects, reserve))
+    return saved - _usual(maps, effects) + largest
 
 
 def _least(maps: Sequence[Site], effects: Sequence[_Effect], saved: int, reserve: float) -> float:
