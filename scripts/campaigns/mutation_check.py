@@ -158,6 +158,15 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, 24, 8)) -> "
         "shapes = QUICK_WIDTHS if quick else (*WIDTHS, (4099, (25), 8))",
     ): "another size does as well",
+    (
+        "parallel/messages.py",
+        "vectors = torch.linalg.eigh(moments.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))[1] -> "
+        "vectors = torch.linalg.eigh((moments.nan_to_num(posinf=0.0, neginf=0.0)))[1]",
+    ): "a NaN becomes 0 by default too",
+    (
+        "data/part_files.py",
+        "far = torch.zeros(facts.num_nodes, dtype=torch.bool) -> far = (torch.zeros(facts.num_nodes))",
+    ): "ones are counted as well",
     ("compression/host.py", "self.mapping.madvise(mmap.MADV_DONTNEED) -> pass"): "advice, which changes no byte",
     ("compression/signs.py", "exact: bool = False -> exact: bool = (True)"): "where all signs are stored none is wrong",
     (

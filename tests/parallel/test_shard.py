@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from iexact_runner.data.partitioned import PartitionedEdges
 from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
 from iexact_runner.kernels.ops import RowSeed
 from iexact_runner.parallel import messages
@@ -231,3 +232,11 @@ def test_what_travels_at_once_has_a_limit():
     assert runs[0] == slice(0, 16) and runs[-1] == slice(128, 130) and len(runs) == 9
     assert replace(halo, most=0).column_runs(130) == [slice(0, 130)]
     assert replace(halo, most=10**9).column_runs(20) == [slice(0, 8), slice(8, 16), slice(16, 20)]
+
+
+def test_edges_that_are_left_out_leave_the_halo():
+    halos = [Halo(DistributedShard([0, 2], 0), torch.arange(0), (0,), (0,), most=most) for most in (1, 2)]
+    edges = PartitionedEdges(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1]), None, *halos)
+    left = edges.masked(torch.tensor([False, True, True]))
+    assert left.offsets.tolist() == [0, 1, 2] and left.columns.tolist() == [1, 1]
+    assert [left.halo, left.back] == halos
