@@ -117,7 +117,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "sampling/saint.py": ("sampling/test_samplers.py",),
     "sampling/samplers.py": ("sampling/test_samplers.py",),
     "sampling/subgraph.py": ("sampling/test_subgraph.py", "sampling/test_samplers.py"),
-    "schemes/aggregation.py": ("schemes/test_aggregation.py",),
+    "schemes/aggregation.py": ("schemes/test_aggregation.py", "parallel/test_gradients.py"),
     "schemes/attention.py": ("schemes/test_aggregation.py",),
     "schemes/graph_linear.py": ("schemes/test_graph_linear.py", *_SCHEMES),
     "schemes/normalization.py": (*_SCHEMES, *_SHARDS),
@@ -167,6 +167,15 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "data/part_files.py",
         "far = torch.zeros(facts.num_nodes, dtype=torch.bool) -> far = (torch.zeros(facts.num_nodes))",
     ): "ones are counted as well",
+    (
+        "sampling/parallel.py",
+        "assert isinstance(build, (ScaledAdjacency, EdgePattern)) and isinstance(config.parallel, ParallelConfig) -> "
+        "assert (isinstance(build, (ScaledAdjacency, EdgePattern)) or isinstance(config.parallel, ParallelConfig))",
+    ): "says to the type checker what is so",
+    (
+        "schemes/recompute.py",
+        "for each, value in zip(inputs, values, strict=True) -> for each, value in (zip(inputs, values))",
+    ): "there are as many of both",
     ("compression/host.py", "self.mapping.madvise(mmap.MADV_DONTNEED) -> pass"): "advice, which changes no byte",
     ("compression/signs.py", "exact: bool = False -> exact: bool = (True)"): "where all signs are stored none is wrong",
     (
