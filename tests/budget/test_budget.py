@@ -354,6 +354,23 @@ def test_a_plan_keeps_less_than_what_ran_out_of_memory(tmp_path, monkeypatch):
     assert second["saved_mib"] <= second["budget_mib"]
 
 
+@pytest.mark.parametrize("what", ["plan_training", "step_memory"])
+def test_what_no_budget_helps_ends_in_out_of_memory(tmp_path, monkeypatch, caplog, what):
+    from iexact_runner import experiment
+    from iexact_runner.tasks import planner
+
+    def failing(*arguments, **fields):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(planner if what == "plan_training" else experiment, what, failing)
+    with pytest.raises(UserError) as raised:
+        run(tmp_path / "a", "compression.budget=fit", "runs=1")
+    # A plan may find first that the least its maps can be kept in is more.
+    assert "out of memory" in str(raised.value) or (what == "step_memory" and "keeps at least" in str(raised.value))
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["status"] == "failed"
+    assert 5 < caplog.text.count("out of memory") < 30
+
+
 def test_an_evaluation_that_runs_out_of_memory_lowers_no_budget(tmp_path, monkeypatch, caplog):
     from iexact_runner import training
     from iexact_runner.phases import PhaseOutOfMemory

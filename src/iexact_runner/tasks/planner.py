@@ -26,8 +26,8 @@ from iexact_runner.runs.records import to_json
 
 logger = logging.getLogger(__name__)
 
-# What is left of a budget once memory ran out under it.
-SHRINKAGE = 0.7
+# What is left of a budget once memory ran out under it, and the least share of it that is worth a try.
+SHRINKAGE, LEAST_SCALE = 0.7, 0.01
 # Of the epochs, what may be spent on trials, which take about as long each.
 TIME_SHARE = 0.03
 # What a plan takes beside its trials, in trials: before training, and where plans are held against the exact gradient.
@@ -58,9 +58,10 @@ class Planner:
         self._trials = 0
 
     def lowers(self, error: BaseException) -> bool:
-        """Whether fewer bytes of maps are the answer: the budget is ``fit``, and a step ran out of memory."""
-        evaluated = isinstance(error, PhaseOutOfMemory) and error.phase == "evaluation"
-        return self._config.compression.budget == "fit" and is_out_of_memory(error) and not evaluated
+        """Whether fewer bytes of maps may be the answer: the budget is ``fit``, and a step ran out of memory."""
+        if self._config.compression.budget != "fit" or self._scale < LEAST_SCALE:
+            return False
+        return is_out_of_memory(error) and not (isinstance(error, PhaseOutOfMemory) and error.phase == "evaluation")
 
     def start(self, model: Model, *, run: int, seed: int) -> None:
         """Has a new model keep its maps as planned before the first run."""

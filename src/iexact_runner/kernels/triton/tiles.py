@@ -1,7 +1,7 @@
 """Tiles of a map (N, D) with a sketch, whose elements go in eights: a thread has all whose bits share a byte.
 
 A tile of ROWS x COLUMNS is two halves [ROWS, COLUMNS / 8, 4], of 16 bytes of float32 a thread each, and its masks are
-bytes int32 [ROWS, COLUMNS / 8]; no thread asks another. ``row`` is int64 [ROWS, 1], and ``eight`` int32
+bytes int32 [ROWS, COLUMNS / 8], for which no thread asks another. ``row`` is int64 [ROWS, 1], and ``eight`` int32
 [1, COLUMNS / 8] counts eights of columns from the first of a row on; the last may have fewer than eight.
 """
 
@@ -52,10 +52,16 @@ def load_columns(ptr, eight, WIDTH: tl.constexpr):
 @triton.jit
 def store_halves(ptr, left, right, row, eight, nodes, WIDTH: tl.constexpr):
     """Writes both halves to their places in a map [N, D]."""
-    in_left, in_right = columns_of(eight)
     place, there = row[:, :, None] * WIDTH, (row < nodes)[:, :, None]
-    tl.store(ptr + (place + in_left), left, mask=there & (in_left < WIDTH))
-    tl.store(ptr + (place + in_right), right, mask=there & (in_right < WIDTH))
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:  # of which a whole eight is 16 bytes
+        both = tl.permute(tl.join(left, right), (0, 1, 3, 2))
+        column = eight[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+        both = tl.reshape(both, [left.shape[0], left.shape[1], 8])
+        tl.store(ptr + (place + column), both, mask=there & (column < WIDTH))
+    else:
+        in_left, in_right = columns_of(eight)
+        tl.store(ptr + (place + in_left), left, mask=there & (in_left < WIDTH))
+        tl.store(ptr + (place + in_right), right, mask=there & (in_right < WIDTH))
 
 
 @triton.jit
