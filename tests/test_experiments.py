@@ -14,6 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+import commands
 from conftest import REPOSITORY
 from iexact_runner.cli import compose_config, config_dir, register_schema, spell_out
 
@@ -103,14 +104,7 @@ def test_a_choice_of_the_user_beats_the_experiment():
 
 def test_sweep_ends_with_the_table_of_its_runs(tmp_path):
     arguments = ("-m", "+experiment=pareto", "quick=true", "training.epochs=3", "compression=none,int2")
-    result = subprocess.run(
-        [sys.executable, "-m", "iexact_runner", *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = commands.run("-m", "iexact_runner", *arguments, cwd=tmp_path, env=os.environ | {"COLUMNS": "200"})
     assert result.returncode == 0 and result.stderr == "", result.stderr
     table = result.stdout[result.stdout.rindex("\npareto") :]
     summaries = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
@@ -130,6 +124,5 @@ def test_sweep_ends_with_the_table_of_its_runs(tmp_path):
 
 
 def test_sweep_without_rows_ends_without_a_table(tmp_path):
-    command = [sys.executable, "-m", "iexact_runner", "-m", "task=bins", "bins.bits=1,2"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = commands.run("-m", "iexact_runner", "-m", "task=bins", "bins.bits=1,2", cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == "" and "iexact-report" not in result.stdout

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import types
@@ -15,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+import commands
 from conftest import REPOSITORY
 from iexact_runner.kernels import reference
 from iexact_runner.report import tables
@@ -24,13 +23,7 @@ from recorded import edit_summary, record
 
 def script(name, *arguments, cwd):
     (path,) = (REPOSITORY / "scripts").glob(f"*/{name}")
-    return subprocess.run(
-        [sys.executable, str(path), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return commands.run(path, *arguments, cwd=cwd)
 
 
 def test_epoch_benchmark_takes_ratios_within_rounds(tmp_path):
@@ -205,11 +198,10 @@ def test_ranks_benchmark_has_a_row_for_each_process(tmp_path):
 
 def test_messages_benchmark_compares_gradients(tmp_path):
     fields = ("dataset=digits", "model=gcn", "parallel.partition=label_propagation")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launcher, REPOSITORY / "scripts" / "bench" / "bench_messages.py"]
-    options = ["--epochs", "2", "--draws", "2", "--csv", "m.csv"]
-    result = subprocess.run([*command, *options, *fields], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    words = (REPOSITORY / "scripts" / "bench" / "bench_messages.py", "--epochs", "2", "--draws", "2", "--csv", "m.csv")
+    for command in commands.start_ranks(2, *words, *fields, cwd=tmp_path):
+        _, stderr = command.communicate(timeout=300)
+        assert command.returncode == 0, stderr
     rows = pd.read_csv(tmp_path / "m.csv")
     half, tenth = (rows[rows["halo_sample"] == share].iloc[0] for share in (0.5, 0.1))
     assert 0 < half["relative_error"] < tenth["relative_error"] and tenth["share_of_fp32"] < half["share_of_fp32"] < 0.6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from commands import free_port
 from iexact_runner.parallel.team import Team, joined
 
 
@@ -35,19 +35,12 @@ def in_processes(size: int, function: Callable[..., Any], *arguments: Any) -> li
     return found
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 @cache
 def _worker(rank: int) -> Connection:
     """A process that stays for all tests, for one takes seconds to import torch."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
+    context.set_forkserver_preload(["parallel.processes"])
     process = context.Process(target=_work, args=(theirs,), daemon=True)
     process.start()
     atexit.register(process.terminate)

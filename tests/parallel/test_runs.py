@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
+import commands
 from iexact_runner.errors import ConfigError, TeamError
 from iexact_runner.parallel.team import Team, backend_of, joined
-from parallel.processes import free_port, in_processes
+from parallel.processes import in_processes
 
 FIELDS = (
     "parallel=graph",
@@ -30,19 +28,8 @@ FIELDS = (
 
 def start(folder, size, *overrides, fields=FIELDS, epochs=4):
     """Processes of a run, as torchrun starts them."""
-    command = [sys.executable, "-m", "iexact_runner", *fields, f"training.epochs={epochs}", *overrides]
-    contract = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | contract | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    words = ("-m", "iexact_runner", *fields, f"training.epochs={epochs}", *overrides)
+    return commands.start_ranks(size, *words, cwd=folder)
 
 
 def ended(processes):

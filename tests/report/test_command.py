@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import pytest
 
+import commands
 from conftest import REPOSITORY
 from iexact_runner.config.presets import preset
 from iexact_runner.report import command as report
@@ -282,8 +283,8 @@ def test_conditions_select_runs(runs, monkeypatch, capsys):
 
 
 def test_rows_of_real_runs_hold_figures_and_environment(tmp_path):
-    command = [sys.executable, "-m", "iexact_runner", "-m", "compression=none,iexact", "training.epochs=2"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    swept = commands.run("-m", "iexact_runner", "-m", "compression=none,iexact", "training.epochs=2", cwd=tmp_path)
+    assert swept.returncode == 0, swept.stderr
     code = "from iexact_runner.report.command import main; main()"
     command = [sys.executable, "-c", code, "outputs", "--format", "csv"]
     result = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)

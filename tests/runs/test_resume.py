@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
+import commands
 from iexact_runner.cli import compose_config
 from iexact_runner.errors import ConfigError
 from iexact_runner.runs.files import locked
@@ -100,9 +99,7 @@ def test_names_of_overrides():
 
 
 def iexact(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "iexact_runner", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+    return commands.run("-m", "iexact_runner", *arguments, cwd=cwd)
 
 
 def losses(folder):

@@ -6,8 +6,6 @@ import importlib.util
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import commands
 from iexact_runner.errors import ConfigError
 from iexact_runner.runs import jobs, sweeps
 from iexact_runner.runs.jobs import JOB_LOCK, Ended, Job, jobs_below
@@ -314,16 +313,17 @@ def test_launcher_that_begins_nothing_is_an_error(tmp_path):
         sweep.run(ready, lambda jobs: (_ for _ in ()).throw(OSError("no such queue")))
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "iexact_runner", "-m", "dataset=digits", "model.hidden_channels=8", *arguments]
+def start(*arguments, cwd):
+    return commands.start(*COMMAND, *arguments, cwd=cwd, env=ONE_THREAD)
 
 
+COMMAND = ("-m", "iexact_runner", "-m", "dataset=digits", "model.hidden_channels=8")
 # A launcher of several processes gives each fewer threads, and sums over others differ in the last bit.
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, cwd):
-    return subprocess.run(command(*arguments), cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    return commands.run(*COMMAND, *arguments, cwd=cwd, env=ONE_THREAD)
 
 
 def states(folder):
@@ -361,9 +361,7 @@ def test_killed_sweep_ends_as_an_undisturbed_one(tmp_path, undisturbed):
     """The first kill is followed by a new attempt, the second by one that goes on from a checkpoint."""
     draws = random.Random(0)
     for job in ("0", "1"):
-        process = subprocess.Popen(
-            command(*SWEEP, "checkpoint.every=5"), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL
-        )
+        process = start(*SWEEP, "checkpoint.every=5", cwd=tmp_path)
         deadline = time.monotonic() + 120
         while states(tmp_path / "sweep").get(job) != "running" and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -398,9 +396,7 @@ def test_lines_of_also_add_their_own_choices(tmp_path):
 
 
 def test_two_sweeps_at_once_share_a_folder(tmp_path, undisturbed):
-    processes = [
-        subprocess.Popen(command(*SWEEP), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL) for _ in range(2)
-    ]
+    processes = [start(*SWEEP, cwd=tmp_path) for _ in range(2)]
     assert [process.wait(300) for process in processes] == [0, 0]
     assert metrics(tmp_path / "sweep") == undisturbed
     assert not list(tmp_path.rglob("attempt_*"))
