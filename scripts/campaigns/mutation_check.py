@@ -145,6 +145,22 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "no two plans have the same error to the last bit",
     ("layerwise.py", "touched = 0 -> touched = (1)"): "a byte more of a gibibyte",
     (
+        "compression/bins.py",
+        "sigma: Array = _top(bits) / 2 / np.abs(ndtri(1 / np.asarray(d, dtype=np.float64))) -> "
+        "sigma: Array = _top(bits) / 2 / np.abs(ndtri(1 / (np.asarray(d))))",
+    ): "one divided by integers is float64 too",
+    (
+        "compression/formats/velora.py",
+        "return VeLoRA(MapFormat(config.bits, 1.0, 0, None, None, config.backend), config.group_size) -> "
+        "return VeLoRA(MapFormat(config.bits, (2.0), 0, None, None, config.backend), config.group_size)",
+    ): "what is not projected has no share of columns",
+    ("kernels/numba/spmm.py", "FEATURES = 32 -> FEATURES = (33)"): "another size does as well",
+    (
+        "kernels/parity.py",
+        "each, width = torch.tensor(bits, dtype=torch.int32), -(-sum(bits) // 8) * 8 -> "
+        "each, width = (torch.tensor(bits)), -(-sum(bits) // 8) * 8",
+    ): "another type of integers does as well",
+    (
         "kernels/numba/quantizer.py",
         "decoded = torch.empty(shape, dtype=torch.float32) -> decoded = (torch.empty(shape))",
     ): "torch's default type is float32 too, or holds every float32",

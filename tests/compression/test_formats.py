@@ -50,6 +50,12 @@ def test_every_use_of_a_map_is_that_of_the_decoded_map(name, seed, shape):
         assert torch.equal(layout.decode(tensors), before) is layout.decodes_afresh
 
 
+def test_positions_of_dropit_are_as_long_as_the_map_needs():
+    for rows, kind in ((2**16, torch.int32), (2**16 + 1, torch.int64)):
+        x = torch.empty(rows, 2**15, device="meta")  # 2**31 elements, whose last position is the largest int32
+        assert format_of(preset("dropit")).keep(x, seed=3, project=True).tensors[1].dtype == kind
+
+
 @pytest.mark.parametrize("project", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PRESETS)

@@ -96,6 +96,32 @@ def test_does_not_depend_on_threads(count: int) -> None:
     assert numba.get_num_threads() == before
 
 
+@pytest.mark.usefixtures("threads")
+def test_threads_of_torch_are_put_back() -> None:
+    torch.set_num_threads(2)
+    with numba_common.torch_threads():
+        torch.set_num_threads(1)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.fixture
+def double_by_default() -> Iterator[None]:
+    """Tensors of float64 where nobody says another type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_does_not_depend_on_the_default_type(request: pytest.FixtureRequest) -> None:
+    cases = list(parity.cases(quick=True))
+    expected = [case.run(reference, CPU) for case in cases]
+    request.getfixturevalue("double_by_default")
+    for module in (reference, numba_kernels):
+        for case, tensors in zip(cases, expected, strict=True):
+            exactly = {"rtol": case.tolerance or 0.0, "atol": 1e-6 if case.tolerance else 0.0}
+            torch.testing.assert_close(case.run(module, CPU), tensors, equal_nan=True, **exactly, msg=str(case))
+
+
 @pytest.mark.parametrize("cut", [8, 100, 4096, 10_007])
 def test_pieces_equal_the_whole(cut: int) -> None:
     x = torch.randn(20_011)

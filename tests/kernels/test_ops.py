@@ -157,3 +157,10 @@ def test_entries_of_the_same_place_are_added_up():
     for row, column, value in zip([0] * 9 + [2] * 3, columns.tolist(), values.tolist(), strict=True):
         expected[row, column] += value
     assert torch.equal(dense, expected) and dense.dtype == torch.float32
+
+
+def test_rows_of_a_larger_map_draw_from_their_place_in_it():
+    """Also where what is at hand is a vector as long as the map is wide."""
+    seed = ops.RowSeed.of(3, 5)
+    assert [ops.row_offset(seed, torch.empty(shape)) for shape in ((63,), (2, 63), (2, 3, 63))] == [5 * 63] * 3
+    assert ops.row_offset(3, X) == ops.row_offset(torch.tensor(3), X) == 0

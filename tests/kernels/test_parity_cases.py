@@ -84,6 +84,27 @@ def test_another_shape_type_or_count_is_noticed() -> None:
         assert all(words in line for line in found)
 
 
+@pytest.mark.parametrize(("function", "bits_count"), [("quantize", True), ("leaky_relu", False)])
+def test_bits_of_a_nan_count_in_what_is_stored_alone(function: str, bits_count: bool) -> None:
+    """Zero and scale of a block with a NaN are kept bytes, whose every bit is compared."""
+
+    def renamed(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        results = [tensor.clone() for tensor in getattr(reference, function)(*args, **options)]
+        for tensor in results:
+            if tensor.is_floating_point():
+                integers = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+                integers[tensor.isnan()] ^= 1
+        return tuple(results)
+
+    x = torch.tensor([1.0, torch.nan, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    blocks = {"bits": 2, "block_size": 8, "levels": None, "seed": 1}
+    options = blocks if function == "quantize" else {"negative_slope": 0.1}
+    module = _copy()
+    setattr(module, function, renamed)
+    found = parity.mismatches(module, CPU, [parity.Case(function, (x,), options, "nan")])
+    assert bool(found) is bits_count, found
+
+
 def _mutant(function: str, position: int) -> ModuleType:
     """The reference, with the lowest bit of the last element of one result of one function flipped."""
 

@@ -42,7 +42,7 @@ def normalize_relu_dropout(
 
 def combine(coefficients: Tensor, directions: Tensor, shift: Tensor | None) -> Tensor:
     """Product c V^T + shift in float32: c (N, R), V (D, R), shift (D,) -> (N, D), added up in the order of R."""
-    combined = torch.zeros(coefficients.size(0), directions.size(0), device=coefficients.device)
+    combined = torch.zeros(coefficients.size(0), directions.size(0), dtype=torch.float32, device=coefficients.device)
     if shift is not None:
         combined += shift
     if directions.dim() == 1:

@@ -31,7 +31,7 @@ def csr_tensor(
         gathered = torch.repeat_interleave(row_scale.flatten(), offsets.diff(), output_size=columns.numel())
         values = gathered if values is None else gathered * values
     if values is None:
-        values = torch.ones(columns.numel(), device=columns.device)
+        values = torch.ones(columns.numel(), dtype=torch.float32, device=columns.device)
     nodes = offsets.numel() - 1
     with warnings.catch_warnings():  # torch tells of CSR at its first use what is no news to a user
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
