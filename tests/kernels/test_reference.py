@@ -278,3 +278,19 @@ def test_columns_are_the_diagonal_of_directions():
             )
         )
     assert all(torch.equal(column, matrix) for column, matrix in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_chunks_that_hold_another_number_of_signs_are_counted(exact):
+    """What is decoded in the backward pass must be what the forward pass decoded, or signs would shift."""
+    c, v, shift = torch.randn(200, 3), torch.randn(40, 3), torch.randn(40)
+    mask, sketch = reference.pack((c @ v.T > 0).flatten().byte(), 1), (c, v, shift, torch.ones(40))
+    form = {"exact": exact, "p": 0.3, "seed": 1}
+    streams, counts = reference.pack_signs(mask, *sketch, **form)
+    capacity = int(reference.stream_lengths(counts).sum()) + 8
+    assert counts.size(1) > 5
+    for chunks in ([], [1], [0, 2, 5]):
+        changed = counts.clone()
+        changed[0, chunks] += 1
+        stream = reference.join_streams(streams, changed, capacity=capacity)
+        assert int(reference.unpack_signs(stream, changed, *sketch, **form)[1]) == len(chunks)

@@ -81,6 +81,14 @@ def sketch_cases() -> Iterator[Case]:
         streams, counts = reference.pack_signs(mask, *sketch, **form)
         stream = reference.join_streams(streams, counts, capacity=int(reference.stream_lengths(counts).sum()))
         yield Case("unpack_signs", (stream, counts, *sketch), form, f"{width} far apart")
+    for width in (5, 516):  # narrower and wider than the kernels: the reference draws from the same place
+        c, v, shift = (parity.filled("normal", size, torch.float32) for size in ((16, 3), (width, 3), (width,)))
+        mask, sketch = reference.pack((c @ v.T > 0).flatten().byte(), 1), (c, v, shift, torch.ones(width))
+        form = {"exact": True, "p": 0.3, "seed": 1, "offset": 8 * width}
+        yield Case("pack_signs", (mask, *sketch), form, f"width {width}")
+        streams, counts = reference.pack_signs(mask, *sketch, **form)
+        stream = reference.join_streams(streams, counts, capacity=int(reference.stream_lengths(counts).sum()))
+        yield Case("unpack_signs", (stream, counts, *sketch), form, f"width {width}")
     for special, (rank, rows, bits) in product((torch.nan, torch.inf), ((8, 4, 4), (16, 4, 4), (8, 1, 2), (24, 2, 1))):
         z = (10 * parity.filled("normal", (40, 100), torch.float32)).round()
         matrix, z[5, 3] = (3 * parity.filled("normal", (100, rank), torch.float32)).round(), special
