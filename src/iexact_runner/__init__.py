@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from iexact_runner.nn import compress, compressed_pass
     from iexact_runner.nn.saved_tensors import compressed_saved_tensors
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CompressionConfig", "__version__", "compress", "compressed_pass", "compressed_saved_tensors", "deal_budget"]
 
 # Imported when they are first asked for: torch takes seconds, which ``iexact --help`` has no use for.
