@@ -52,15 +52,14 @@ class Command:
     Args:
         arguments: behind ``python``.
         report: file descriptor from which its number and then its exit status are read.
-        streams: files for stdout and stderr, if they are wanted.
+        streams: files for stdout and stderr.
     """
 
     def __init__(self, arguments: tuple[str, ...], report: int, streams: list[Any]) -> None:
-        self.args, self.returncode, self.pid = arguments, None, 0
+        self.args = arguments
+        self.returncode: int | None = None
         self._report, self._streams = os.fdopen(report), streams
         self.pid = int(self._report.readline())
-
-    returncode: int | None
 
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""
@@ -168,6 +167,7 @@ def _serve(connection: Connection) -> tuple[str, ...]:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     while True:
         try:
+            words: tuple[str, ...]
             words, folder, variables = connection.recv()
         except EOFError:
             os._exit(0)
