@@ -21,8 +21,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -200,33 +198,20 @@ def _tell(report: int, process: int) -> NoReturn:
     os._exit(0)
 
 
-def _become(words: tuple[str, ...]) -> NoReturn:
-    """Does in this process what ``python WORDS`` does, and ends it without taking apart what was imported."""
-    status = 0
-    try:
-        if words[0] == "-m":
-            sys.argv, sys.path[0] = [words[0], *words[2:]], os.getcwd()
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent)
-            runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _become(words: tuple[str, ...]) -> None:
+    """Does in this process what ``python WORDS`` does."""
+    if words[0] == "-m":
+        sys.argv, sys.path[0] = [words[0], *words[2:]], os.getcwd()
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = list(words), str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":
     for _name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(_name)
-    gc.freeze()
+    gc.freeze()  # what looks for garbage would copy the pages of all that was imported
+    atexit.register(gc.freeze)
     _become(_serve(Connection(int(sys.argv[1]))))

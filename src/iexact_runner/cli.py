@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
+import gc
 import os
 import re
 import signal
@@ -280,6 +282,7 @@ def spell_out(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point of ``iexact``: every expected error is one line on stderr and a non-zero exit status."""
     _failures.clear()
+    atexit.register(gc.freeze)  # the interpreter would look for garbage among all that was imported, for a second
     with forgiving_streams() as is_lost:
         _command()
         if not _failures and is_lost():
@@ -334,9 +337,7 @@ def _command() -> None:
 def folder_of_helper() -> Iterator[None]:
     """Records of a process that is not the first of its run go to a folder that is gone afterwards."""
     if launched_size() > 1 and any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
-        raise ConfigError(
-            "-m: jobs of a sweep run in one process each; start each run over several processes by itself"
-        )
+        raise ConfigError("-m: jobs of a sweep run in one process each; start a run over several processes by itself")
     if launched_rank() == 0:
         yield
         return
