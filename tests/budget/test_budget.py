@@ -19,7 +19,8 @@ from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 from iexact_runner import compress, deal_budget
 from iexact_runner.analysis.budgets import TrainingTrial, plan_training
 from iexact_runner.budget import make_plan
-from iexact_runner.budget.sites import ELEMENT_BITS, Site, grid
+from iexact_runner.budget.planner import _with_signs
+from iexact_runner.budget.sites import ELEMENT_BITS, Site, Way, grid
 from iexact_runner.cli import compose_config
 from iexact_runner.compression.choices import UNPLANNED, Choice
 from iexact_runner.compression.coefficients import directions_for
@@ -601,3 +602,20 @@ def test_bytes_of_the_maps_are_nearly_all_that_is_kept(share):
     model, problem, config = prepared("model.dropout=0.5", f"compression.budget={share}", "dataset.num_nodes=3000")
     plan = plan_training(model, problem, config, seed=1)
     assert sum(each.bytes for each in plan.maps) == pytest.approx(plan.saved, rel=0.1)
+
+
+def test_signs_of_a_sketch_are_tried_as_the_option_of_the_nearest_bits_has_them():
+    ways = [
+        Way(
+            Choice(bits, threshold),
+            bytes=bits,
+            sign_bytes=10 - threshold - bits / 100,
+            missed=1 / bits,
+            wrong=bits / 1e4,
+        )
+        for bits in (8, 40, 128)
+        for threshold in (0.5, 1.0)
+    ]
+    usual = Way(Choice(48, 0.7), bytes=48.0, sign_bytes=20.0, missed=0.1, wrong=0.0)
+    found = _with_signs(Site(usual=usual, ways=[*ways, Way(Choice(None), 999.0, 99.0, 0.0, 0.0)]))
+    assert found == Way(Choice(48, 1.0), bytes=48.0, sign_bytes=10 - 1.0 - 0.4, missed=0.1, wrong=40 / 1e4)

@@ -65,6 +65,7 @@ def test_timed_epochs_are_what_is_measured(tmp_path, tracker):
     assert record["gco2e"] == pytest.approx(100 * record["kwh"])
     assert (record["sensors"], record["country"]) == (["RAPL"], "DNK") and "kWh" in screen
     assert tracker["country_iso_code"] == "DNK" and tracker["output_methods"] == []
+    assert tracker["allow_multiple_runs"], "other jobs of the machine may measure too"
 
 
 def test_country_that_is_not_known_leaves_the_emissions_null(tmp_path, tracker):

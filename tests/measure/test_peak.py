@@ -32,6 +32,24 @@ def test_peak_is_the_most_at_one_moment():
     assert 8000 <= peak.bytes < 9000
 
 
+def test_peak_on_a_gpu_is_that_of_the_context_alone(monkeypatch):
+    """Neither a higher one before it, nor what was allocated before."""
+    memory = {"now": 300, "most": 900}
+
+    def reset(device):
+        memory["most"] = memory["now"]
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory["most"])
+    with PeakMemory(torch.device("cuda")) as peak:
+        memory["most"] = 450
+    assert peak.bytes == 150
+    with PeakMemory(torch.device("cuda")) as peak:
+        pass
+    assert peak.bytes == 0
+
+
 def test_memory_inside_of_operators_counts():
     x = torch.zeros(1000, 100)
     with PeakMemory(CPU) as peak:
