@@ -226,8 +226,8 @@ def test_two_residual_sketches_leave_no_bias(name):
 
 def test_one_residual_sketch_in_both_places_would_be_biased(monkeypatch):
     monkeypatch.setattr(SketchLayout, "independent", lambda layout: layout)
-    biased, _ = deviations(CONFIGS["sage"], low_rank(rank=1, residual=1, bits=None), draws=1000)
-    assert biased.square().mean() > 4.0, biased  # 1 without a bias, and 8.4 with it
+    biased, _ = deviations(CONFIGS["sage"], low_rank(rank=1, residual=1, bits=None), draws=3000)
+    assert biased.square().mean() > 10.0, biased  # 1 without a bias
 
 
 def test_more_residual_columns_are_less_noise():
