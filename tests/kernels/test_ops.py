@@ -88,8 +88,16 @@ def test_operator_is_registered_soundly(name):
 
 def test_every_operator_is_checked():
     values = [value for module in (ops, block_ops, sketch_ops, sparse_ops) for value in vars(module).values()]
-    defined = {value for value in values if isinstance(value, torch.library.CustomOpDef)}
+    defined = {value for value in values if isinstance(value, torch._ops.OpOverload)}
     assert defined == {operator for operator, _ in CALLS.values()}
+
+
+def test_autograd_notices_that_a_saved_map_was_written_over():
+    weight, saved = torch.ones(37, 63, requires_grad=True), X.clone()
+    product = weight * saved
+    block_ops.normalize_relu_dropout(saved, *[VECTOR] * 4, p=0.3, seed=7, backend="torch", overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 def test_strides_are_ironed_out():

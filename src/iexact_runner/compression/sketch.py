@@ -187,6 +187,7 @@ class SketchLayout(_Chunked):
         shift, p = tensors[self.coefficients.parts + 1], self.dropout
         seed = tensors[-1] if self.seed is None else self.seed
         signs = None if self.signs is None else self.mask(tensors, seed)
+        drawn, offset = ops.seed_tensor(seed, shift.device), ops.row_offset(seed, shift)
         coefficients, directions = self.factors(tensors)
         if self.signs is not None and self.signs.dropped:
             factor, p = dropout_factor(p), 0.0
@@ -202,8 +203,8 @@ class SketchLayout(_Chunked):
                     shift,
                     mask,
                     p=p,
-                    seed=seed,
-                    offset=first,
+                    seed=drawn,
+                    offset=offset + first,
                     backend=self.backend,
                 ),
             )
@@ -230,10 +231,11 @@ class ResidentLayout(_Chunked):
         """Runs of rows, and the features there."""
         features, *rest = tensors
         seed = rest[-1] if self.seed is None else self.seed
+        drawn, offset = ops.seed_tensor(seed, features.device), ops.row_offset(seed, features)
         for part in self._row_chunks(features.device):
             piece, first = features[part], part.start * self.shape[1]
             if self.dropout:
-                piece = ops.dropout(piece, p=self.dropout, seed=seed, offset=first, backend=self.backend)
+                piece = ops.dropout(piece, p=self.dropout, seed=drawn, offset=offset + first, backend=self.backend)
             yield part, piece
 
     def weight_gradients(self, grads: Sequence[Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from iexact_runner.kernels import reference
 from iexact_runner.kernels.backends import select
 
-_LIBRARY = "iexact"
+_LIBRARY = torch.library.Library("iexact", "DEF")
 Shapes = TypeVar("Shapes", bound=Callable[..., Any])
 
 
@@ -35,17 +36,23 @@ def operator(*, call: Callable[..., Any] | None = None, writes: Sequence[str] = 
 
     def register(shapes: Shapes) -> Shapes:
         name, parameters = shapes.__name__.removeprefix("_"), tuple(inspect.signature(shapes).parameters)
+        written = [parameters.index(each) for each in writes]
 
         def run(*arguments: Any) -> Any:
             # Tables and shapes arrive as lists, which no kernel could be cached by.
             values = (tuple(value) if isinstance(value, list) else value for value in arguments)
             named: dict[str, Any] = dict(zip(parameters, values, strict=True))
             kernels = select(named.pop("backend", "auto"), arguments[0].device)
+            for place in written:  # autograd then notices if it has saved what is no longer there
+                increment_version(arguments[place])
             return call(kernels, **named) if call else getattr(kernels, name)(**named)
 
+        # Not by ``torch.library.custom_op``, whose Python around each call takes a GPU's host tens of microseconds.
         schema = torch.library.infer_schema(shapes, mutates_args=writes)
-        made: Any = torch.library.custom_op(f"{_LIBRARY}::{name}", run, mutates_args=writes, schema=schema)
-        made.register_fake(shapes)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        made = getattr(torch.ops.iexact, name).default
+        torch.library.register_fake(made, shapes, lib=_LIBRARY)
         return made  # type: ignore[no-any-return]  # called as the function is
 
     return register
