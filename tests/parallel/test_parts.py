@@ -146,6 +146,15 @@ def test_what_does_not_fit_the_folder_is_told_before_anything_runs(overrides, me
     assert str(raised.value).startswith(message.format(folder=sound))
 
 
+def test_more_processes_than_parts_are_told(sound, monkeypatch):
+    monkeypatch.setattr(Team, "agree", lambda team, **values: None)
+    fields = [field for field in CONFIG if not field.startswith("parallel.parts")]
+    config = compose_config(*fields, f"parallel.folder={sound}", "parallel.parts=null")
+    assert read_parts(config, Team(size=3)).facts.num_parts == 3
+    with pytest.raises(ConfigError, match="^parallel.parts=3: must be at least the number of processes, 4$"):
+        read_parts(config, Team(size=4))
+
+
 def cut_short(folder):
     path = part_path(folder, 1)
     path.write_bytes(path.read_bytes()[:-100])

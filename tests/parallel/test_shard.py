@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from iexact_runner.data.partitioned import PartitionedEdges
+from conftest import tiny_dataset
+from iexact_runner.config import SAGEConfig
+from iexact_runner.data.partitioned import PartitionedEdges, with_exact_messages
 from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
 from iexact_runner.kernels.ops import RowSeed
 from iexact_runner.parallel import messages
@@ -18,6 +20,7 @@ from iexact_runner.parallel.halo import Halo
 from iexact_runner.parallel.halo import _Rows as Gathered
 from iexact_runner.parallel.messages import format_of
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, column_statistics, sampled_rows
+from iexact_runner.problem import prepare
 from iexact_runner.sampling.parallel import aligned_order
 from parallel.processes import in_processes
 
@@ -58,6 +61,27 @@ def test_sums_and_samples_are_those_of_the_whole_map():
         assert np.array_equal(found[0], expected[0].numpy())  # the very rows
         for actual, right in zip(found[1:], expected[1:], strict=True):
             np.testing.assert_allclose(actual, right.numpy(), rtol=2e-6, atol=1e-6)
+
+
+def statistics_of_a_process(team, dtype):
+    shard, x = DistributedShard(CUTS, team.rank), whole_map(dtype)[CUTS[team.rank] : CUTS[team.rank + 1]]
+    return [each.numpy() for each in column_statistics(x, None, None, 0.3, shard)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_statistics_of_other_types_are_no_less_exact_and_one_type_in_every_process(dtype):
+    """One process has no rows, and so nothing of the map's type."""
+    variance, mean = torch.var_mean(whole_map(dtype).double(), dim=0, correction=0)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    for found in in_processes(3, statistics_of_a_process, dtype):
+        for actual, right in zip(found, (mean, variance), strict=True):
+            assert actual.dtype == (np.float64 if dtype == torch.float64 else np.float32)
+            np.testing.assert_allclose(actual, right.numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_messages_of_a_graph_that_is_whole_are_exact_already():
+    graph = prepare(tiny_dataset(), SAGEConfig(name="sage"), inductive=False, device=torch.device("cpu")).training.graph
+    assert with_exact_messages(graph) is graph
 
 
 CALLS = {

@@ -137,13 +137,15 @@ def sampled_rows(nodes: int, count: int, *, device: torch.device) -> Tensor:
 def column_statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, shard: Shard = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance (D,) of each column of the whole map, float32; moves the running ones."""
+    """Mean and variance (D,) of each column of the whole map, float32 or float64; moves the running ones."""
     if isinstance(x, FakeTensor):  # torch has no rule for the shapes of its kernel
         return x.new_empty(x.size(1), dtype=torch.float32), x.new_empty(x.size(1), dtype=torch.float32)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    # On a processor the statistics of a 16-bit map would be rounded to 16 bits.
+    x = x if x.is_cuda else x.to(exact)
     if not isinstance(shard, DistributedShard):
         mean, variance = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
         return mean, variance
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     own_mean = own_variance = x.new_zeros(x.size(1), dtype=exact)
     if x.size(0):
         own_mean, own_variance = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.0)

@@ -141,9 +141,7 @@ class BatchNormReLUDropout(Function):
         overwrite: bool = False,
         shard: Shard = WHOLE,
     ) -> Tensor:
-        # On a processor the statistics of a 16-bit map would be rounded to 16 bits.
-        exact = x if x.is_cuda else x.float()
-        mean, variance = column_statistics(exact, running_mean, running_var, momentum, shard)
+        mean, variance = column_statistics(x, running_mean, running_var, momentum, shard)
         inverse_std = (variance + eps).rsqrt()
         layout, tensors = keep(mean, inverse_std)
         output, mask = block_ops.normalize_relu_dropout(
