@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from iexact_runner.capture import CapturedStep
-from iexact_runner.compression.seeds import mix
+from iexact_runner.compression.seeds import StepSeed, mix
 from iexact_runner.config import TrainingConfig
 from iexact_runner.data.graph import Graph, edge_count
 from iexact_runner.data.partitioned import with_exact_messages
@@ -239,6 +239,9 @@ def forward(
 ) -> Tensor:
     """Scores of a forward pass that is trained on: in a precision, what it keeps moved to the host if that is asked."""
     moving = offloading(model.compression, [features, *graph.tensors(), *model.buffers()])
+    if features.is_cuda:  # where each seed would be a launch
+        seed = StepSeed.on(features.device, seed) if isinstance(seed, int) else seed
+        map_seed = None if map_seed is None else StepSeed.on(features.device, map_seed)
     with autocast(precision, features.device), moving:
         scores: Tensor = model(features, graph, seed=seed, map_seed=map_seed)
     return scores

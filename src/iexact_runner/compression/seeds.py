@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from iexact_runner.kernels import reference
-from iexact_runner.kernels.ops import RowSeed
+from iexact_runner.kernels.ops import RowSeed, WrittenSeed
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+# Seeds that are written on a device at once.
+_WRITTEN = 64
 
 
 def _signed(value: int) -> int:
@@ -32,6 +34,32 @@ def mix(*parts: int) -> int:
     return _signed(state)
 
 
+class StepSeed(int):
+    """The seed of a step whose tensors are on a device: the seeds of all are written there at once, not one by one.
+
+    Args:
+        device: where.
+    """
+
+    device: torch.device
+    _written: list[Tensor]
+
+    @classmethod
+    def on(cls, device: torch.device, seed: int) -> StepSeed:
+        """The seed of a step on a device."""
+        made = cls(seed)
+        made.device, made._written = device, []
+        return made
+
+    def written(self, index: int) -> Tensor:
+        """The seed of the ``index``-th random tensor, 0-d."""
+        while index >= len(self._written):
+            first = len(self._written) + 1
+            strides = torch.arange(first, first + _WRITTEN, device=self.device).mul_(_signed(_GOLDEN))
+            self._written += strides.add_(int(self)).unbind()
+        return self._written[index]
+
+
 def tensor_seed(step_seed: int | Tensor, index: int) -> int | Tensor:
     """Seed of the ``index``-th random tensor of a step; distinct keys suffice, for Philox hashes them itself.
 
@@ -41,6 +69,8 @@ def tensor_seed(step_seed: int | Tensor, index: int) -> int | Tensor:
     if isinstance(step_seed, Tensor):
         return step_seed + stride
     derived = _signed((step_seed + stride) & _MASK)
+    if isinstance(step_seed, StepSeed):
+        return WrittenSeed.of(derived, step_seed.written(index))
     return RowSeed.of(derived, step_seed.first_row) if isinstance(step_seed, RowSeed) else derived
 
 

@@ -60,7 +60,28 @@ def operator(*, call: Callable[..., Any] | None = None, writes: Sequence[str] = 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """A seed as a 0-d int64 tensor; an int is written on the device, which a copy to it would wait for."""
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed
+    if isinstance(seed, WrittenSeed) and seed.tensor.device == device:
+        return seed.tensor
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+class WrittenSeed(int):
+    """A seed that is on a device already.
+
+    Args:
+        tensor: the seed, 0-d.
+    """
+
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, seed: int, tensor: Tensor) -> WrittenSeed:
+        """The seed whose tensor this is."""
+        made = cls(seed)
+        made.tensor = tensor
+        return made
 
 
 class RowSeed(int):
