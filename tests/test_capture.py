@@ -81,7 +81,6 @@ def captured_step(monkeypatch, net, optimization, problem, *, fails=()):
     """A captured step, of whose replays those of the numbers ``fails`` have not enough room."""
     captured = stepper(net, optimization, problem)
     wrong = (number in fails for number in itertools.count())
-    captured._refresh = net.compression.refresh or math.inf
     monkeypatch.setattr(capture, "Recording", lambda work: Replayed(work, captured, wrong))
     return captured
 

@@ -58,8 +58,26 @@ def test_presets_of_the_library_are_those_of_the_command_line(name):
 
 def test_directions_are_found_less_often_on_a_gpu():
     config = preset("lowrank")
-    assert (config.refresh_on("cpu"), config.refresh_on("cuda")) == (1, 10)
-    assert {preset("lowrank", refresh=3).refresh_on(device) for device in ("cpu", "cuda")} == {3}
+    assert (config.refresh_on("cpu"), config.refresh_on("cpu", before=1)) == (1, 1)
+    intervals = [0]
+    for _ in range(6):
+        intervals.append(config.refresh_on("cuda", before=intervals[-1]))
+    assert intervals[1:] == [10, 20, 40, 80, 100, 100]
+    fixed = preset("lowrank", refresh=3)
+    assert {fixed.refresh_on(device, before=before) for device in ("cpu", "cuda") for before in (0, 3)} == {3}
+
+
+@pytest.mark.parametrize(("device", "refresh"), [("cuda", None), ("cpu", None), ("cuda", 1), ("cpu", 7)])
+def test_oldest_directions_are_those_that_were_followed_longest(device, refresh):
+    config = preset("lowrank", refresh=refresh)
+    age = interval = oldest = 0
+    for number in range(400):
+        age += 1
+        if age >= interval:
+            age, interval = 0, config.refresh_on(device, before=interval)
+        oldest = max(oldest, age)
+        assert config.oldest_directions(device, passes=number) == oldest
+    assert oldest == {("cuda", None): 99, ("cpu", None): 0, ("cuda", 1): 0, ("cpu", 7): 6}[device, refresh]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from conftest import REPOSITORY
-from iexact_runner.config import BinsConfig
+from iexact_runner.config import BinsConfig, CompressionConfig
 from iexact_runner.tasks.bins import best_bins
 
 BINS = (REPOSITORY / "docs" / "bins.md").read_text()
@@ -195,10 +195,21 @@ def test_figures_of_a_gpu_are_those_of_the_rows():
         ]
         times = " | ".join(f"{mean:.1f}" for mean in means) + f" | {means[2] / means[0]:.2f}"
         assert f"| {row.model} | {row.preset} | {times} | {row.replays}/{row.epochs} |" in text
+    words = " ".join(text.split())
+    columns = [f"gradient_error_{epoch}_mean" for epoch in (5, 30, 100)]
     refreshed = pd.read_csv(rows / "fidelity_refresh_cpu.csv")
-    for _, row in refreshed.iterrows():
-        errors = "/".join(f"{row[f'gradient_error_{epoch}_mean']:.2f}"[1:] for epoch in (5, 30, 100))
-        assert f"{row['model.name']} {errors} in place of" in " ".join(text.split())
+    fresh = refreshed["compression.refresh"] == 1
+    errors = [refreshed[of].groupby("model.name")[columns].first() for of in (~fresh, fresh)]
+    for name in ("sage", "gcn", "gcn2", "gat"):
+        aged, found = ("/".join(f"{error:.2f}".lstrip("0") for error in of.loc[name]) for of in errors)
+        assert f"{name} {aged} in place of {found}" in words
+    oldest = [CompressionConfig(scheme="lowrank").oldest_directions("cuda", passes=epoch) for epoch in (5, 30, 100)]
+    assert "{}, {} and {} epochs".format(*oldest) in words
+    for name, row in captured[captured["preset"] == "lowrank"].set_index("model").iterrows():
+        usual, mean = row["captured_milliseconds_median"], row["captured_milliseconds"]
+        finding = 7 / 500 / (2 / 20)  # at passes 10, 30, ... 450, where 2 of 20 epochs were measured
+        predicted = (usual + finding * (mean - usual)) / row["baseline_milliseconds"]
+        assert f"{predicted:.2f}".lstrip("0") + f" of PyG's time in {name}" in words
 
 
 def test_figures_of_a_gpu_in_the_results_are_those_of_the_rows():

@@ -48,7 +48,7 @@ class Recording:
 class CapturedStep:
     """Takes training steps, most of them by a replay, with the numbers of steps that are not captured.
 
-    Steps that find the directions of maps anew are taken without a graph, and so is every one whose kept signs need
+    Steps that find directions of maps anew are taken without a graph, and so is every one whose kept signs need
     more room than the graph has; the next one is captured anew. Where a step cannot be captured none is, which is said
     once.
 
@@ -56,16 +56,12 @@ class CapturedStep:
         model: the model, on a GPU.
         optimization: what updates its weights.
         loss: the loss of a step from its seed, a 0-d int64 tensor.
-        refresh: passes after which directions are found anew.
     """
 
-    def __init__(
-        self, model: nn.Module, optimization: Optimizing, loss: Callable[[Tensor], Tensor], *, refresh: int
-    ) -> None:
+    def __init__(self, model: nn.Module, optimization: Optimizing, loss: Callable[[Tensor], Tensor]) -> None:
         self._model = model
         self._optimization = optimization
         self._loss = loss
-        self._refresh = refresh
         self._parameters = list(model.parameters())
         device = self._parameters[0].device
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
@@ -84,7 +80,7 @@ class CapturedStep:
         """
         self._seed.fill_(seed)
         # Without directions yet, or with such as are due, the pass makes tensors that outlive it.
-        if self._waiting > 0 or any(state.age >= self._refresh for state in self._directions()):
+        if self._waiting > 0 or any(state.due for state in self._directions()):
             self._waiting -= 1
             return self._plain(epoch)
         fresh = self._recording is None

@@ -198,7 +198,7 @@ def stepper(model: Model, optimization: Optimization, problem: Problem) -> Calla
     def loss(seed: Tensor) -> Tensor:
         return training_loss(model, problem, kind=config.loss, precision=optimization.precision, seed=seed)
 
-    return CapturedStep(model, optimization, loss, refresh=model.compression.refresh_on("cuda"))
+    return CapturedStep(model, optimization, loss)
 
 
 def step(model: Model, optimization: Optimization, problem: Problem, *, seed: int, epoch: int) -> float:

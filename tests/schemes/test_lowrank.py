@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import assert_close, projected, relative_error, tiny_dataset
-from iexact_runner.compression.directions import followed_directions, leading_directions
+from iexact_runner.compression.choices import Choice
+from iexact_runner.compression.directions import Directions, followed_directions, leading_directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.compression.sketch import SketchLayout
 from iexact_runner.config import (
@@ -144,6 +146,24 @@ def test_directions_are_found_anew_after_as_many_passes_and_follow_the_map_in_be
     anew = [kinds[first] == "leading_directions" for first in range(0, len(kinds), maps)]
     assert anew == ([True] * 5 if refresh == 1 else [True, False, False, True, False])
     assert torch.equal(model.directions[0].vectors, made[-maps][1])
+
+
+def test_intervals_of_a_gpu_become_longer(dataset, monkeypatch):
+    monkeypatch.setattr(CompressionConfig, "refresh_on", lambda config, device, *, before=0: min(max(2, 2 * before), 5))
+    config = CONFIGS["sage"]
+    model = make(config, low_rank(rank=4))
+    passes = []
+    for number in range(14):
+        gradient(model, config, dataset, seed=number)
+        passes.append({(state.age, state.interval) for state in model.directions})
+    ages = [(age, interval) for interval in (2, 4, 5, 5) for age in range(1, interval + 1)]
+    assert passes == [{each} for each in ages[:14]]
+
+
+def test_columns_of_a_map_are_never_due():
+    directions = Directions(vectors=torch.eye(3), age=2, interval=2)
+    assert directions.due and not replace(directions, age=1).due
+    assert not replace(directions, choice=Choice(None)).due and not Directions().due
 
 
 def recording(made, name):

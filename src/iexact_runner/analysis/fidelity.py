@@ -96,13 +96,14 @@ def checkpoints(
 
     Training and the exact gradient are in float32, what several processes send each other too; the draws are in
     ``config.precision``, with messages as configured. FP32 maps are compared as their exact twin: an error of 0 in
-    float32, for they are what the others are held against. Directions of the low-rank scheme are as old as they become
-    in training, found ``refresh`` - 1 epochs ago, or as old as the model is. ``passed`` is called after every epoch,
-    and may have the model keep its maps in another way.
+    float32, for they are what the others are held against. Directions of the low-rank scheme are as old as they have
+    become in training by then. ``passed`` is called after every epoch, and may have the model keep its maps in another
+    way.
     """
     twin = exact_twin(config.compression)
     compared = twin if config.compression.scheme == "none" else config.compression
-    refresh = compared.refresh_on(problem.whole.x.device.type)
+    device = problem.whole.x.device.type
+    oldest = {epoch: compared.oldest_directions(device, passes=epoch) for epoch in config.fidelity.epochs}
     model.compression = twin
     optimization = Optimization(model, config.training)
     names = [name for name, _ in model.named_parameters()]
@@ -119,9 +120,10 @@ def checkpoints(
                 yield epoch, _on_batches(model, compared, problem, config, seed=seed, epoch=epoch + 1, names=names)
             continue
         for later in config.fidelity.epochs:
-            if later + 1 - refresh <= epoch < later:
+            if later - oldest[later] <= epoch < later:
                 directions.setdefault(later, copy.deepcopy(model.directions))
-                _update(directions[later], model, compared, problem, config, seed=mix(seed, epoch + 1))
+                age, seeds = oldest[later], mix(seed, epoch + 1)
+                _update(directions[later], model, compared, problem, config, oldest=age, seed=seeds)
         if epoch in config.fidelity.epochs:
             # A copy, for a forward pass also moves the running statistics of BatchNorm.
             probe = copy.deepcopy(model)
@@ -151,14 +153,16 @@ def _on_batches(
     full = joined(gradients(copy.deepcopy(model), whole, kind=kind, seed=mix(seed, epoch)))
     directions = copy.deepcopy(model.directions)
     sampling, both = Deviations(), Deviations()
-    older = compared.refresh_on(device.type) - 1 if compared.scheme in LOW_RANK else 0
+    older = 0
+    if compared.scheme in LOW_RANK and problem.batches is not None:
+        older = compared.oldest_directions(device.type, passes=epoch * len(problem.batches))
 
     def pairs() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         turns = itertools.islice(_batches(problem, seed=seed, epoch=epoch), older + config.fidelity.draws)
         for turn, batch in enumerate(turns):
             seeds = mix(seed, epoch, turn)
             if turn < older:
-                _update(directions, model, compared, batch, config, seed=seeds)
+                _update(directions, model, compared, batch, config, oldest=older, seed=seeds)
                 continue
             probe = copy.deepcopy(model)
             exact = gradients(probe, batch, kind=kind, seed=seeds)
@@ -199,12 +203,15 @@ def _update(
     problem: Problem,
     config: Config,
     *,
+    oldest: int,
     seed: int,
 ) -> None:
-    """Brings directions up to date as a training pass at these weights would."""
+    """Finds directions as a training pass at these weights would, or has them follow until they are the oldest."""
     probe = copy.deepcopy(model).train()
     probe.compression, probe.directions = compared, directions
     training_loss(probe, problem, kind=config.training.loss, precision=config.precision, seed=seed)
+    for state in directions:
+        state.interval = oldest + 1
 
 
 def _draws(

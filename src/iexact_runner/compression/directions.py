@@ -29,6 +29,7 @@ class Directions:
         vectors: (D, R), orthonormal columns, or ones (D,) for the columns of the map themselves; None before the
             first pass.
         age: training passes since they were found anew.
+        interval: passes after which they are found anew; 0 before the first pass.
         bits: int32 (R,), dealt when they were found anew; None if all coefficients have as many.
         room: for the signs of the map, once it has any.
         choice: how this map is kept, where each has its own; None for as the configuration says.
@@ -36,9 +37,15 @@ class Directions:
 
     vectors: Tensor | None = None
     age: int = 0
+    interval: int = 0
     bits: Tensor | None = None
     room: Room | None = None
     choice: Choice | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the next pass finds anew what was found; the columns of a map themselves stay."""
+        return self.vectors is not None and not self.of_columns and self.age >= self.interval
 
     @property
     def of_columns(self) -> bool:
@@ -64,6 +71,7 @@ class Directions:
         return {
             "vectors": self.vectors,
             "age": self.age,
+            "interval": self.interval,
             "bits": self.bits,
             "room": self.room and self.room.state(),
             "choice": self.choice and self.choice.state(),
@@ -74,7 +82,8 @@ class Directions:
         """What :meth:`state` was taken of."""
         vectors, bits = (None if part is None else part.to(device) for part in (state["vectors"], state["bits"]))
         room, choice = state["room"], state["choice"]
-        return cls(vectors, state["age"], bits, room and Room(**room), choice and Choice(**choice))
+        ages = state["age"], state.get("interval", 0)  # which 0.2.0 does not write: it finds them anew
+        return cls(vectors, *ages, bits, room and Room(**room), choice and Choice(**choice))
 
 
 def coefficients_of(x: Tensor, directions: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ ROUNDINGS = ("nearest", "stochastic")
 SIGNS = ("sketch", "exact")
 # Of the low-rank scheme where nothing is said of bits and directions.
 MAP_BITS = 48
-# Passes from one eigenproblem to the next on a GPU.
-GPU_REFRESH = 10
+# Passes from the first eigenproblem to the second on a GPU, and the most between two: maps move less and less.
+GPU_REFRESH, LONGEST_GPU_REFRESH = 10, 100
 
 
 @dataclass
@@ -66,7 +66,8 @@ class CompressionConfig:
             many as ``sign_threshold`` says.
         signs: ``sketch`` takes the signs that the sketch is sure of as they are, ``exact`` lists its errors as well.
         refresh: training passes from one eigenproblem of a map to the next; its directions follow it in between. null
-            for 1 on a CPU and 10 on a GPU, where an eigenproblem takes longer than the rest of a block.
+            for 1 on a CPU; on a GPU, where one takes longer than the rest of a block, for 10, and then twice as many
+            each time up to 100.
         sample_rows: rows that new directions are found from.
         residual: columns [k] of each of two random sketches of what the directions miss, which make ``lowrank``
             unbiased and noisy; 0 leaves it out of the gradient.
@@ -238,9 +239,22 @@ class CompressionConfig:
         check_at_least("compression.residual", self.residual, 0)
         self._check_sketches()
 
-    def refresh_on(self, device: str) -> int:
-        """Training passes from one eigenproblem of a map to the next on a type of device."""
-        return self.refresh or (GPU_REFRESH if device == "cuda" else 1)
+    def refresh_on(self, device: str, *, before: int = 0) -> int:
+        """Training passes from one eigenproblem of a map to the next on a type of device.
+
+        ``before`` is how many there were up to this one since the one before it; 0 if it is the first.
+        """
+        if self.refresh or device != "cuda":
+            return self.refresh or 1
+        return min(max(GPU_REFRESH, 2 * before), LONGEST_GPU_REFRESH)
+
+    def oldest_directions(self, device: str, *, passes: int) -> int:
+        """Passes that directions of a map have followed it for at most, after so many training passes."""
+        found, interval, oldest = 0, self.refresh_on(device), 0
+        while found + interval <= passes:
+            found, oldest = found + interval, interval - 1  # intervals never become shorter
+            interval = self.refresh_on(device, before=interval)
+        return max(oldest, passes - found)
 
     def _check_dealt_bits(self, bits: int) -> None:
         check(bits >= 8 and bits % 8 == 0, "compression.map_bits", bits, "must be a multiple of 8, or null")

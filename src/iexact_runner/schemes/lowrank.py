@@ -307,13 +307,14 @@ class LowRank(Projected):
             if state.vectors is None:
                 state.vectors = torch.ones(sample.size(1), device=sample.device)
             return
-        if state.vectors is not None and state.age < config.refresh_on(sample.device.type):
+        if state.vectors is not None and not state.due:
             state.follow(followed_directions(sample, state.vectors))
             return
         rank = config.rank
         if choice.bits is not None and (state.choice is not None or (rank is None and config.energy is None)):
             rank = directions_for(choice.bits)
         state.vectors, state.age = leading_directions(sample, rank=rank, energy=config.energy), 1
+        state.interval = config.refresh_on(sample.device.type, before=state.interval)
         if choice.bits is not None:
             state.bits = deal_bits((sample @ state.vectors).square().mean(0), choice.bits)
 
