@@ -32,7 +32,8 @@ def sketch_of(z, *, bits, rank, relu=False, dropout=0.0, seed=7):
     """The layout and tensors of dropout(ReLU(z)), and the activation itself."""
     mean, scale = z.mean(0), 1.0 / (z.std(0, correction=0) + 1.0)
     directions = leading_directions((z - mean) * scale, rank=rank, energy=None)
-    (coefficients, tensors), deviation = keep_coefficients(z, mean, scale, directions, form(bits), seed=1)
+    sampled = ((z - mean) * scale) @ directions
+    (coefficients, tensors), deviation = keep_coefficients(z, mean, scale, directions, sampled, form(bits), seed=1)
     scaled = directions * deviation
     value, signs = ops.leaky_relu(z, negative_slope=0.0, backend="torch") if relu else (z, None)
     if dropout:
@@ -76,10 +77,11 @@ def test_few_directions_hold_a_map_of_low_rank():
 def test_rounding_of_coefficients_is_unbiased():
     z = torch.randn(64, 12)
     mean, directions = z.mean(0), leading_directions(z - z.mean(0), rank=4, energy=None)
-    exact = (z - mean) @ directions @ directions.T
+    scale, sampled = torch.ones(12), (z - mean) @ directions
+    exact = sampled @ directions.T
     draws = []
     for seed in range(400):
-        (layout, tensors), deviation = keep_coefficients(z, mean, torch.ones(12), directions, form(2), seed=seed)
+        (layout, tensors), deviation = keep_coefficients(z, mean, scale, directions, sampled, form(2), seed=seed)
         scaled = directions * deviation
         draws.append(layout.stored(tensors[:3]) @ scaled.T - exact)
     errors = torch.stack(draws).flatten(1) @ torch.randn(64 * 12, 20)

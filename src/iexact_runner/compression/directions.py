@@ -135,11 +135,12 @@ def _orthonormal(columns: Tensor) -> Tensor:
     """
     q = columns.double()
     q = q / q.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    shift = CHOLESKY_SHIFT * torch.eye(q.size(1), dtype=q.dtype, device=q.device)
     for _ in range(2):
-        factor = torch.linalg.cholesky_ex(q.T @ q + shift).L
+        moments = q.T @ q
+        moments.diagonal().add_(CHOLESKY_SHIFT)
+        factor = torch.linalg.cholesky_ex(moments).L
         q = torch.linalg.solve_triangular(factor.T, q, upper=True, left=False)
-    orthonormal: Tensor = q.to(columns.dtype).contiguous()
+    orthonormal: Tensor = q.to(columns.dtype, memory_format=torch.contiguous_format)
     return orthonormal
 
 

@@ -23,15 +23,12 @@ from iexact_runner.compression.maps import Layout, MapFormat
 from iexact_runner.compression.signs import Decoded, Room, SignLayout
 from iexact_runner.kernels import block_ops, ops
 from iexact_runner.kernels.reference import dropout_factor
-from iexact_runner.parallel.shard import WHOLE, Shard
 
 # Elements of a map that are decoded at once, in runs of whole rows whose masks begin with a byte.
 CHUNK_ELEMENTS = 1 << 18
 # The same on a GPU: 16 MiB of float32 stay in its cache, and each run is worth a launch.
 GPU_CHUNK_ELEMENTS = 1 << 22
 LEAST_CHUNK_ROWS = 64
-# Rows that the deviations of coefficients are estimated from.
-DEVIATION_ROWS = 4096
 
 
 class Coefficients(Protocol):
@@ -279,24 +276,24 @@ def keep_coefficients(
     mean: Tensor,
     scale: Tensor,
     directions: Tensor,
+    sampled: Tensor,
     form: MapFormat | CoefficientFormat,
     *,
     bits: Tensor | None = None,
     seed: int | Tensor,
-    shard: Shard = WHOLE,
     standardized: bool = True,
 ) -> tuple[tuple[Coefficients, tuple[Tensor, ...]], Tensor]:
-    """Keeps c = ((z - mean) scale) V, each column divided by its deviation in a few thousand rows, or all by one.
+    """Keeps c = ((z - mean) scale) V, each column divided by its deviation in sampled rows, or all by one.
 
     Args:
         z: map (N, D).
         mean: (D,), of its columns.
         scale: (D,), what the centred columns are multiplied by.
         directions: V (D, R), or (D,) of the columns themselves.
+        sampled: c (S, R) of some rows of the whole map.
         form: how the coefficients are quantized.
         bits: int32 (R,), dealt over the directions, for a :class:`CoefficientFormat`.
         seed: of the rounding.
-        shard: which rows of the whole map these are.
         standardized: whether each column has a deviation of its own. One that is small but for some rows would widen
             the ranges of these, where a range is that of a row.
 
@@ -304,8 +301,7 @@ def keep_coefficients(
         The kept coefficients, and the deviations (R,) that were divided out.
     """
     scaled = per_feature(scale, directions) * directions
-    sample = shard.sample(z, DEVIATION_ROWS)
-    deviation = coefficients_of(sample - mean, scaled).square().mean(0).sqrt()
+    deviation = sampled.square().mean(0).sqrt()
     if not standardized:
         deviation = deviation.square().mean().sqrt().expand_as(deviation)
     # A column that is next to constant in these rows need not be so in the others.

@@ -244,24 +244,22 @@ class LowRank(Projected):
         if residual:
             halves = [self._residual_directions(directions) for _ in range(2)]
             directions = torch.cat([directions, *halves], dim=1)
-        form, seed = self._coefficients_of(choice), self.next_map_seed()
+        form, seed, sampled = self._coefficients_of(choice), self.next_map_seed(), coefficients_of(sample, directions)
         (coefficients, tensors), deviation = keep_coefficients(
             z,
             mean,
             scale,
             directions,
+            sampled,
             form,
             bits=state.bits,
             seed=seed,
-            shard=self.shard,
             standardized=not state.of_columns,
         )
         scaled, limit = directions * deviation, []
         if threshold is not None:
             state.room = state.room or Room(share=choice.sign_share or 1.0)
-            own, parts = encode_coefficients(
-                coefficients_of(sample, directions / deviation), form, bits=state.bits, seed=seed
-            )
+            own, parts = encode_coefficients(sampled / deviation, form, bits=state.bits, seed=seed)
             known = rows_of(own.stored(parts[: own.parts]).float(), scaled)
             missed = sample.sub_(known).square_().mean(0).sqrt()
             limit = sure_from(known.add_(offset), missed, [(threshold, choice.sign_share)])
