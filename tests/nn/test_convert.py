@@ -369,8 +369,6 @@ def test_what_is_no_preset_is_refused_and_the_model_stays_as_it_is():
 def test_plain_schemes_and_two_devices_are_refused():
     with pytest.raises(ConfigError, match="^compression.scheme=none: must be projected, lowrank or auto to compress"):
         compress(OneReLU(), FP32)
-    with pytest.raises(ConfigError, match="^compression.refresh=2: must be 1 or null to compress a model"):
-        compress(OneReLU(), low_rank(refresh=2))
     model = OneReLU()
     model.lin.to("meta")
     with pytest.raises(ConfigError, match="^model=OneReLU: is on cpu and meta; must be on one device$"):

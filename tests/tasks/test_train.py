@@ -78,6 +78,8 @@ def summary_of(path):
         ("compression=int4", "dataset.inductive=true", "task=distribution"),
         ("compression=lowrank", "compression.refresh=3", "sampler=cluster", "sampler.parts=8", "sampler.batch_parts=2")
         + ("sampler.partition=label_propagation",),
+        ("compression=lowrank", "compression.refresh=3", "model=module", "model.target=torch_geometric.nn:GraphSAGE")
+        + ("model.num_layers=2",),
         ("compression=iexact", "sampler=saint_rw", "sampler.roots=40", "model=gcn"),
         ("compression=none", "sampler=neighbor", "sampler.batch_size=20"),
     ],

@@ -16,6 +16,7 @@ from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.utils._trim_to_layer import TrimToLayer
 
 from iexact_runner.budget.calls import budget_of, plan_call
+from iexact_runner.compression.directions import Directions
 from iexact_runner.config import LOW_RANK, CompressionConfig
 from iexact_runner.config.checks import check_choice
 from iexact_runner.config.presets import check_names, preset
@@ -90,6 +91,8 @@ class Compressed(nn.Module):
     _compression: Compression
     # Of the model that was compressed; its parts have none.
     _report: Report | None = None
+    # Of passes that begin with a call of this layer, in the order of their maps.
+    _kept_directions: list[Directions]
 
     def __repr__(self) -> str:
         return super().__repr__() if self._report is None else f"{super().__repr__()}\n{self._report}"
@@ -108,7 +111,7 @@ class Compressed(nn.Module):
             shared.directions = []  # while it is planned
             shared.plan = plan_call(self, args, kwargs, budget_mib=budget_of(shared.config))
             shared.directions = None
-        with shared.running((*args, *kwargs.values())):
+        with shared.running((*args, *kwargs.values()), self._kept_directions):
             return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -143,6 +146,9 @@ def compress(
     Functions are caught while a module of the model runs. Code that calls parts of the model and functions in turn runs
     in :func:`compressed_pass`. Under ``torch.compile`` training passes run as they are.
 
+    Directions of the low-rank scheme are found anew in each pass, for passes need not be alike. ``refresh=k`` is for a
+    model whose passes are: found every k passes, they follow the maps in between, first to first, second to second.
+
     Args:
         model: any module; nothing of it may be compressed already.
         compression: how maps are kept: a preset of the command line's ``compression=NAME``, or a configuration.
@@ -162,9 +168,6 @@ def compress(
         if config.scheme == "recompute":
             valid += "; torch.utils.checkpoint computes parts of any model again"
         raise ConfigError.of("compression.scheme", config.scheme, valid)
-    if config.refresh is not None and config.refresh > 1:
-        valid = "must be 1 or null to compress a model, whose passes need not be alike"
-        raise ConfigError.of("compression.refresh", config.refresh, valid)
     check_choice("fallback", fallback, ("saved_tensors", None))
     model_name = type(model).__name__
     _take_own_defaults(model)
@@ -183,7 +186,7 @@ def compress(
         if kept is not None or (leaf and not isinstance(module, PARTS)):
             layers.append(Layer(name, kind.__name__, kept is not None, kept or why_not))
         if _runs(module):
-            module._compression = shared
+            module._compression, module._kept_directions = shared, []
             module.__class__ = _twin(kind, kind.__name__ if kept is None else f"Compressed{kind.__name__}")
     report = Report(tuple(layers), shared.functions, shared.left, shared.savings)
     model._report = report  # type: ignore[assignment]  # modules hold anything
@@ -201,7 +204,8 @@ def compressed_pass(model: nn.Module) -> AbstractContextManager[Any]:
     compressed = next((module for module in model.modules() if isinstance(module, Compressed)), None)
     if compressed is None:
         raise ConfigError.of("model", type(model).__name__, "is not compressed; call compress(model) first")
-    return compressed._compression.running()
+    shared = compressed._compression
+    return shared.running((), shared.between_calls)
 
 
 def _chosen(compression: str | CompressionConfig, fields: dict[str, Any]) -> CompressionConfig:

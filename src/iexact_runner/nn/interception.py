@@ -58,9 +58,16 @@ class Compression:
         # Of maps that each have a choice of their own: the plan, or states that go on from pass to pass.
         self.plan: Plan | None = None
         self.directions: list[Directions] | None = None
+        # Of passes that no layer of the model begins.
+        self.between_calls: list[Directions] = []
 
-    def running(self, inputs: Iterable[Any] = ()) -> AbstractContextManager[Any]:
-        """The pass that runs already, else a new one; ``inputs`` are what the model is called with."""
+    def running(self, inputs: Iterable[Any], known: list[Directions]) -> AbstractContextManager[Any]:
+        """The pass that runs already, else a new one.
+
+        Args:
+            inputs: what the model is called with.
+            known: directions of earlier passes that began in the same place, which go on if they serve several passes.
+        """
         if self.current() is not None:
             return nullcontext()
         # Not even a new pass with the same seed would draw the same masks for a part of the model.
@@ -70,7 +77,7 @@ class Compression:
                 " compressed already"
             )
         self.passes += 1
-        return Pass(self, inputs)
+        return Pass(self, inputs, known if (self.config.refresh or 1) > 1 else [])
 
     def current(self) -> Pass | None:
         """The pass of this model that runs at the moment."""
@@ -85,11 +92,13 @@ class Compression:
 class Pass(TorchFunctionMode):
     """One training pass: the scheme's operations, and the one kept map of each tensor that several layers use."""
 
-    def __init__(self, model: Compression, inputs: Iterable[Any]) -> None:
+    def __init__(self, model: Compression, inputs: Iterable[Any], known: list[Directions]) -> None:
         super().__init__()
         self.model = model
         seed, map_seed = model.seeds or (mix(model.seed, model.passes), None)
-        directions = model.directions if model.plan is None else model.plan.directions()
+        directions = known if model.directions is None else model.directions
+        if model.plan is not None:
+            directions = model.plan.directions()
         ops = start_pass(model.config, training=True, seed=seed, map_seed=map_seed, directions=directions)
         assert isinstance(ops, Projected)
         ops.references_inputs = model.fallback

@@ -47,7 +47,7 @@ class ModuleNet(nn.Module):
         super().__init__()
         self.target = config.target
         self.net = _made(config, in_channels=in_channels, out_channels=out_channels)
-        self.directions: list[Directions] = []  # found anew in each pass, but under a plan
+        self.directions: list[Directions] = []  # found anew in each pass, but under a plan or a longer refresh
         self._config = compression
         self._pass: Compression | None = None
         self.compression = compression
@@ -83,7 +83,8 @@ class ModuleNet(nn.Module):
         """
         if self._pass is not None:
             self._pass.seeds = (seed, map_seed)
-            self._pass.directions = self.directions if self._config.scheme == "auto" else None
+            go_on = self._config.scheme == "auto" or (self._config.refresh or 1) > 1
+            self._pass.directions = self.directions if go_on else None
         scores = self.net(features, graph.edge_index)
         if not isinstance(scores, Tensor) or scores.dim() != 2 or scores.size(0) != features.size(0):
             found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"

@@ -305,8 +305,10 @@ class LowRank(Projected):
             if state.vectors is None:
                 state.vectors = torch.ones(sample.size(1), device=sample.device)
             return
-        if state.vectors is not None and not state.due:
-            state.follow(followed_directions(sample, state.vectors))
+        known = state.vectors
+        # Of another width where the passes of a model of others are not alike after all.
+        if known is not None and known.size(0) == sample.size(1) and not state.due:
+            state.follow(followed_directions(sample, known))
             return
         rank = config.rank
         if choice.bits is not None and (state.choice is not None or (rank is None and config.energy is None)):
