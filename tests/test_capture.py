@@ -14,6 +14,8 @@ import torch
 
 from conftest import FP32, projected, tiny_dataset
 from iexact_runner import capture
+from iexact_runner.compression.choices import Choice
+from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import CompressionConfig, DeeperGCNConfig, GATConfig, GCN2Config, SAGEConfig, TrainingConfig
 from iexact_runner.errors import TrainingError
@@ -105,6 +107,29 @@ def test_losses_and_weights_are_those_of_steps_that_are_not_captured(model, sche
     assert all(torch.equal(weights[key], value) for key, value in state.items())
     renewed = 2 if scheme == "lowrank" else 0  # in epochs 6 and 11; the first is one of the warm-up
     assert captured.replays == EPOCHS - capture.WARM_UP - renewed - len(fails)
+
+
+@pytest.mark.parametrize("after", [1, 6, 8])
+def test_a_new_plan_is_captured_anew(after, monkeypatch):
+    """After a plain step, one that found directions, and replays."""
+    choices = [Choice(40, 2.0, 0.5), Choice(8, blockwise=True), Choice(16)]
+    compression = CompressionConfig(scheme="auto", budget=0.2, refresh=REFRESH)
+
+    def planned(take, net):
+        losses = []
+        for epoch in range(1, EPOCHS + 1):
+            losses.append(take(seed=mix(7, epoch), epoch=epoch))
+            if epoch == after:
+                net.directions[:] = [Directions(choice=choice) for choice in choices[: len(net.directions)]]
+        return losses, net.state_dict()
+
+    net, optimization, problem = problem_of(MODELS["sage"], compression)
+    losses, state = planned(lambda **epoch: step(net, optimization, problem, **epoch), net)
+    net, optimization, problem = problem_of(MODELS["sage"], compression, cuda_graph=True)
+    captured = captured_step(monkeypatch, net, optimization, problem)
+    found, weights = planned(captured, net)
+    assert found == losses and all(torch.equal(weights[key], value) for key, value in state.items())
+    assert 0 < captured.replays <= EPOCHS - 2 * capture.WARM_UP + (after == 1)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights(monkeypatch):

@@ -48,9 +48,9 @@ class Recording:
 class CapturedStep:
     """Takes training steps, most of them by a replay, with the numbers of steps that are not captured.
 
-    Steps that find directions of maps anew are taken without a graph, and so is every one whose kept signs need
-    more room than the graph has; the next one is captured anew. Where a step cannot be captured none is, which is said
-    once.
+    Steps that find directions of maps anew are taken without a graph, and so are those after a new plan and every one
+    whose kept signs need more room than the graph has; the next one is captured anew. Where a step cannot be captured
+    none is, which is said once.
 
     Args:
         model: the model, on a GPU.
@@ -70,6 +70,7 @@ class CapturedStep:
         self._gradients: list[Tensor | None] = []
         self._before: list[Tensor] = []
         self._waiting = WARM_UP
+        self._known: Sequence[Directions] | None = None
         self.replays = 0
 
     def __call__(self, *, seed: int, epoch: int) -> float:
@@ -79,6 +80,8 @@ class CapturedStep:
             TrainingError: if the loss is not finite; the weights are then left as they were.
         """
         self._seed.fill_(seed)
+        if self._known is not None and list(map(id, self._directions())) != list(map(id, self._known)):
+            self._waiting = max(self._waiting, WARM_UP)  # a new plan, of which the graph knows nothing
         # Without directions yet, or with such as are due, the pass makes tensors that outlive it.
         if self._waiting > 0 or any(state.due for state in self._directions()):
             self._waiting -= 1
@@ -120,6 +123,7 @@ class CapturedStep:
         self._optimization.backward(loss)
         value = loss.item()
         del loss
+        self._known = list(self._directions())
         self._optimization.apply(self._model, value, epoch=epoch)
         return value
 
