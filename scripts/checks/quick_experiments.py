@@ -6,54 +6,79 @@ python scripts/checks/quick_experiments.py --out FOLDER [NAME ...]
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import gc
+import importlib
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from iexact_runner.cli import config_dir
-
-REPORT = "from iexact_runner.report.command import main; main()"
+# What a run imports on its way; each is a fork of this process, for an interpreter of its own takes seconds to begin.
+IMPORTED = ("cli", "data.prepare", "experiment", "kernels.numba", "report.command", "sampling.batches")
 
 
 def main() -> None:
     """Runs them all, then exits with 1 if a run failed or a cell is not what its runs recorded."""
-    names = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"by default all: {', '.join(names)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="by default all of conf/experiment")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="experiments at once")
     arguments = parser.parse_args()
     began = time.monotonic()
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = pool.map(lambda name: run(name, arguments.out / name, threads=threads), arguments.names or names)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))  # read while torch is imported
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # above all: torch tells that a fork is another thread
+    for name in IMPORTED:
+        importlib.import_module(f"iexact_runner.{name}")
+    gc.freeze()  # or each fork copies all of it
+    from iexact_runner.cli import config_dir
+
+    names = arguments.names or sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+    with multiprocessing.get_context("fork").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        found = pool.imap(functools.partial(run, arguments.out), names, chunksize=1)
         problems = [problem for several in found for problem in several]
+        pool.close()  # left at once, it would interrupt them as a run is interrupted
+        pool.join()
     print(f"{len(problems)} problems, {time.monotonic() - began:.0f} s")
     sys.exit("\n".join(problems) if problems else 0)
 
 
-def run(name: str, folder: Path, *, threads: int) -> list[str]:
-    """Runs one experiment in a folder of its own on so many threads; what is wrong, a line each."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "iexact_runner", "-m", f"+experiment={name}", "quick=true", f"output_dir={folder}"]
-    shared = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    finished = subprocess.run(command, capture_output=True, text=True, env=shared)
-    if finished.returncode:
-        return [f"{name}: exit status {finished.returncode}: {finished.stderr.strip()}"]
-    reported = [sys.executable, "-c", REPORT, str(folder), "--format", "markdown"]
-    table = subprocess.run(reported, capture_output=True, text=True)
-    if table.returncode:
-        return [f"{name}: iexact-report: {table.stderr.strip()}"]
-    problems = [f"{name}: {problem}" for problem in differences(table.stdout, folder)]
-    print(f"{name}: {time.monotonic() - began:.0f} s, {len(problems)} problems")
+def run(out: Path, name: str) -> list[str]:
+    """Runs one experiment in a folder of its own; what is wrong, a line each."""
+    began, folder = time.monotonic(), out / name
+    status, _, errors = ended("iexact_runner.cli", "-m", f"+experiment={name}", "quick=true", f"output_dir={folder}")
+    if status:
+        return [f"{name}: exit status {status}: {errors.strip()}"]
+    status, table, errors = ended("iexact_runner.report.command", str(folder), "--format", "markdown")
+    if status:
+        return [f"{name}: iexact-report: {errors.strip()}"]
+    problems = [f"{name}: {problem}" for problem in differences(table, folder)]
+    print(f"{name}: {time.monotonic() - began:.0f} s, {len(problems)} problems", flush=True)
     return problems
+
+
+def ended(module: str, *arguments: str) -> tuple[object, str, str]:
+    """Exit status of a module's ``main``, and what it wrote to stdout and stderr."""
+    sys.argv = [module, *arguments]
+    status: object = 0
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                importlib.import_module(module).main()
+            except SystemExit as end:
+                status = end.code
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read())
+    return status, texts[0], texts[1]
 
 
 def differences(markdown: str, folder: Path) -> Iterator[str]:
