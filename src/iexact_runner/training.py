@@ -239,11 +239,12 @@ def forward(
 ) -> Tensor:
     """Scores of a forward pass that is trained on: in a precision, what it keeps moved to the host if that is asked."""
     moving = offloading(model.compression, [features, *graph.tensors(), *model.buffers()])
-    if features.is_cuda:  # where each seed would be a launch
-        seed = StepSeed.on(features.device, seed) if isinstance(seed, int) else seed
-        map_seed = None if map_seed is None else StepSeed.on(features.device, map_seed)
-    with autocast(precision, features.device), moving:
-        scores: Tensor = model(features, graph, seed=seed, map_seed=map_seed)
+    device = features.device
+    seeds = {"seed": StepSeed.where_it_pays(device, seed)}
+    if map_seed is not None:
+        seeds["map_seed"] = StepSeed.where_it_pays(device, map_seed)
+    with autocast(precision, device), moving:
+        scores: Tensor = model(features, graph, **seeds)
     return scores
 
 

@@ -28,6 +28,15 @@ def test_seeds_that_are_written_at_once_are_those_that_are_written_one_by_one(se
     assert seed_tensor(found, torch.device("meta")).device.type == "meta"
 
 
+def test_only_the_plain_seeds_of_a_gpu_are_written_at_once():
+    gpu = torch.device("cuda")
+    written = StepSeed.where_it_pays(gpu, 7)
+    assert isinstance(written, StepSeed) and (written, written.device) == (7, gpu)
+    rows, tensor = RowSeed.of(7, 24), torch.tensor(7)
+    for device, seed in ((CPU, 7), (gpu, rows), (gpu, tensor), (gpu, written)):
+        assert StepSeed.where_it_pays(device, seed) is seed
+
+
 def test_seeds_of_a_run_of_rows_stay_with_their_rows():
     derived = tensor_seed(RowSeed.of(7, 24), 3)
     assert isinstance(derived, RowSeed) and (derived, derived.first_row) == (tensor_seed(7, 3), 24)

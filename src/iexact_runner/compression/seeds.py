@@ -51,6 +51,11 @@ class StepSeed(int):
         made.device, made._written = device, []
         return made
 
+    @classmethod
+    def where_it_pays(cls, device: torch.device, seed: int | Tensor) -> int | Tensor:
+        """A seed for a step on a device: on a GPU, where each seed would be a launch, it writes them at once."""
+        return cls.on(device, seed) if device.type == "cuda" and type(seed) is int else seed
+
     def written(self, index: int) -> Tensor:
         """The seed of the ``index``-th random tensor, 0-d."""
         while index >= len(self._written):

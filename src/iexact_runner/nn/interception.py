@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from iexact_runner.budget.plan import Plan
 from iexact_runner.compression.codec import DTYPES
 from iexact_runner.compression.directions import Directions
-from iexact_runner.compression.seeds import mix
+from iexact_runner.compression.seeds import StepSeed, mix
 from iexact_runner.config import CompressionConfig
 from iexact_runner.errors import TrainingError
 from iexact_runner.kept import tensors_in
@@ -95,7 +95,10 @@ class Pass(TorchFunctionMode):
     def __init__(self, model: Compression, inputs: Iterable[Any], known: list[Directions]) -> None:
         super().__init__()
         self.model = model
+        inputs = list(inputs)
         seed, map_seed = model.seeds or (mix(model.seed, model.passes), None)
+        if (first := next(tensors_in(inputs), None)) is not None:
+            seed = StepSeed.where_it_pays(first.device, seed)
         directions = known if model.directions is None else model.directions
         if model.plan is not None:
             directions = model.plan.directions()
@@ -108,7 +111,6 @@ class Pass(TorchFunctionMode):
         self.ops: Projected = cast(Projected, _Quiet(ops, self._fallback))
         self._sources = WeakIdKeyDictionary()
         self._token: Token[Pass | None] | None = None
-        inputs = list(inputs)
         self._fallback.hold(tensors_in(inputs))
         self._moving = offloading(model.config, tensors_in(inputs))
         for value in inputs:
