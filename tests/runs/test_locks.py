@@ -132,7 +132,9 @@ def test_endless_work_makes_nobody_wait_without_end(tmp_path):
         works, end = enter(late)
         assert not works.wait(0.2) and works.wait(10)
         waiting.join(10)
-        assert messages[-1] == "cpu was not free for 1 s: epochs are timed beside other work"
+        # Who came after it may have the gate by then, which it is told to wait for.
+        others = [message for message in messages if not message.startswith("waiting for cpu: ")]
+        assert others == ["cpu was not free for 1 s: epochs are timed beside other work"]
         assert not measurement.alone and not late.alone
         end()
     holder.leave()
