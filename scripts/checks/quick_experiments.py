@@ -34,7 +34,6 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))  # read while torch is imported
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # above all: torch tells that a fork is another thread
     for name in IMPORTED:
         importlib.import_module(f"iexact_runner.{name}")
     gc.freeze()  # or each fork copies all of it
