@@ -24,6 +24,9 @@ from typing import Any
 # What a run imports on its way; each is a fork of this process, for an interpreter of its own takes seconds to begin.
 IMPORTED = ("cli", "data.prepare", "experiment", "kernels.numba", "report.command", "sampling.batches")
 
+# Seconds that one is waited for: a pool does not tell that a process was killed.
+PATIENCE = 900.0
+
 
 def main() -> None:
     """Runs them all, then exits with 1 if a run failed or a cell is not what its runs recorded."""
@@ -42,7 +45,7 @@ def main() -> None:
     names = arguments.names or sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
     with multiprocessing.get_context("fork").Pool(arguments.jobs, maxtasksperchild=1) as pool:
         found = pool.imap(functools.partial(run, arguments.out), names, chunksize=1)
-        problems = [problem for several in found for problem in several]
+        problems = [problem for _ in names for problem in found.next(timeout=PATIENCE)]
         pool.close()  # left at once, it would interrupt them as a run is interrupted
         pool.join()
     print(f"{len(problems)} problems, {time.monotonic() - began:.0f} s")
