@@ -100,6 +100,15 @@ def test_autograd_notices_that_a_saved_map_was_written_over():
         product.sum().backward()
 
 
+def test_what_has_no_gradient_is_refused_where_one_is_recorded():
+    x = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="^iexact::dropout has no gradient"):
+        ops.dropout(x, p=0.5, seed=1, backend="auto")
+    with torch.no_grad():
+        kept = ops.dropout(x, p=0.5, seed=1, backend="auto")
+    torch.testing.assert_close(kept, ops.dropout(x.detach(), p=0.5, seed=1, backend="auto"), rtol=0, atol=0)
+
+
 def test_strides_are_ironed_out():
     x = torch.randn(20, 30).t()
     assert ops.leaky_relu(x, negative_slope=0.0, backend="torch")[0].is_contiguous()
