@@ -205,7 +205,11 @@ def test_messages_benchmark_compares_gradients(tmp_path):
     rows = pd.read_csv(tmp_path / "m.csv")
     half, tenth = (rows[rows["halo_sample"] == share].iloc[0] for share in (0.5, 0.1))
     assert 0 < half["relative_error"] < tenth["relative_error"] and tenth["share_of_fp32"] < half["share_of_fp32"] < 0.6
-    rows = rows[rows["halo_sample"] == 1.0].set_index(["forward", "backward"])
+    whole = rows["halo_sample"] == 1.0
+    delta = rows[whole & rows["delta"]].set_index(["forward", "backward"])
+    rows = rows[whole & ~rows["delta"]].set_index(["forward", "backward"])
+    both = ("int4", "int4")
+    assert 0 < delta["relative_error"][both] < 2 and delta["sent_mib"][both] == rows["sent_mib"][both]
     assert rows.loc[("fp32", "fp32"), "relative_error"] == 0
     error, sent = rows["relative_error"], rows["sent_mib"]
     assert 0 < error["int8", "int8"] < error["int4", "int4"] < error["int2", "int2"] < 2
@@ -215,11 +219,12 @@ def test_messages_benchmark_compares_gradients(tmp_path):
 
 def test_message_accuracy_benchmark_pairs_repeats(tmp_path):
     fields = ("dataset=digits", "model=gcn", "parallel.partition=label_propagation", "--epochs", 3, "--runs", 2)
-    options = ("--csv", "a.csv", "--messages", "fp32/fp32")
+    options = ("--csv", "a.csv", "--messages", "fp32/fp32", "int8/int8/delta")
     result = script("bench_message_accuracy.py", *fields, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = pd.read_csv(tmp_path / "a.csv").set_index(["forward", "backward"])
-    assert rows["difference_mean"]["fp32", "fp32"] == pytest.approx(0, abs=0.01) and len(rows) == 1
+    assert rows["difference_mean"]["fp32", "fp32"] == pytest.approx(0, abs=0.01) and len(rows) == 2
+    assert list(rows["delta"]) == [False, True]
     assert (rows["repeats"] == 2).all() and rows["one_process_mean"].nunique() == 1
 
 

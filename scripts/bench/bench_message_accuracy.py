@@ -17,7 +17,7 @@ from bench_epoch import append_rows
 from bench_ranks import run, setting
 from iexact_runner.report.paired import interval
 
-MESSAGES = ("fp32/fp32", "int8/int8", "int8/int4", "int4/int4", "lowrank/int4")
+MESSAGES = ("fp32/fp32", "int8/int8", "int8/int4", "int4/int4", "lowrank/int4", "lowrank/int4/delta", "int2/int4/delta")
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--messages", nargs="+", default=MESSAGES, help="forward/backward")
+    parser.add_argument("--messages", nargs="+", default=MESSAGES, help="forward/backward[/delta]")
     parser.add_argument("--csv", type=Path, help="file to append the rows to")
     parser.add_argument("overrides", nargs="*", help="of the configuration: dataset=NAME model=NAME ...")
     arguments = parser.parse_args()
@@ -34,13 +34,15 @@ def main() -> None:
     fixed = [f"parallel.parts={size}", f"training.epochs={arguments.epochs}", f"runs={arguments.runs}"]
     alone = run(1, [*arguments.overrides, *fixed])["accuracy"]["test"]["values"]
     rows: list[dict[str, Any]] = []
-    for forward, backward in (pair.split("/") for pair in arguments.messages):
+    for name in arguments.messages:
+        forward, backward, *delta = name.split("/")
         messages = [f"messages.forward={forward}", f"messages.backward={backward}"]
+        messages.append(f"messages.delta={str(delta == ['delta']).lower()}")
         summary = run(size, [*arguments.overrides, *fixed, *messages])
         rows.append(row(summary, alone))
         found = rows[-1]
         print(
-            f"{forward}/{backward}  {100 * found['test_mean']:.2f} %, against one process "
+            f"{name}  {100 * found['test_mean']:.2f} %, against one process "
             f"{100 * found['difference_mean']:+.2f} ± {100 * found['difference_interval']:.2f} points",
             flush=True,
         )
@@ -56,6 +58,7 @@ def row(summary: dict[str, Any], alone: list[float]) -> dict[str, Any]:
     return {
         **setting(summary),
         "rank": config["messages"]["rank"],
+        "delta": config["messages"]["delta"],
         "processes": summary["parallel"]["processes"],
         "partition": summary["parallel"]["method"],
         "epochs": config["training"]["epochs"],

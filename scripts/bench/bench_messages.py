@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 2 scripts/bench/bench_messages.py --csv benchmarks/messages_cpu.csv dataset=amazon_computers
 
 Trains with messages in float32, and after some epochs compares the gradient of one step, at the same weights and masks,
-with that of the same step under each kind of messages. The bytes are those that all processes send in the step.
+with that of the same step under each kind of messages. Differences are to what earlier epochs would have sent. The
+bytes are those that all processes send in the step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from iexact_runner.cli import compose_config
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import Config, ParallelConfig
 from iexact_runner.data import load_dataset
-from iexact_runner.data.partitioned import halo_of
+from iexact_runner.data.partitioned import begin_epoch, frozen_messages, halo_of
 from iexact_runner.measure import environment
 from iexact_runner.nn import Model
 from iexact_runner.parallel.team import Team, joined
@@ -29,19 +30,32 @@ from iexact_runner.problem import Problem
 from iexact_runner.sampling.parallel import in_parts, parallel_problem
 from iexact_runner.training import Optimization, step, training_loss
 
-# Forward, backward, and the share of the halo that travels.
+
+class Kind(NamedTuple):
+    """Messages forward and backward, the share of the halo that travels, and whether it does so as differences."""
+
+    forward: str
+    backward: str
+    halo_sample: float = 1.0
+    delta: bool = False
+
+
 MESSAGES = (
-    ("fp32", "fp32", 1.0),
-    ("bf16", "bf16", 1.0),
-    ("int8", "int8", 1.0),
-    ("int8", "int4", 1.0),
-    ("int4", "int4", 1.0),
-    ("int2", "int2", 1.0),
-    ("int4", "fp32", 1.0),
-    ("fp32", "int4", 1.0),
-    ("lowrank", "int4", 1.0),
-    ("fp32", "fp32", 0.5),
-    ("fp32", "fp32", 0.1),
+    Kind("fp32", "fp32"),
+    Kind("bf16", "bf16"),
+    Kind("int8", "int8"),
+    Kind("int8", "int4"),
+    Kind("int4", "int4"),
+    Kind("int2", "int2"),
+    Kind("int4", "fp32"),
+    Kind("fp32", "int4"),
+    Kind("lowrank", "int4"),
+    Kind("int8", "int8", delta=True),
+    Kind("int4", "int4", delta=True),
+    Kind("int2", "int4", delta=True),
+    Kind("lowrank", "int4", delta=True),
+    Kind("fp32", "fp32", halo_sample=0.5),
+    Kind("fp32", "fp32", halo_sample=0.1),
 )
 MIB = 2**20
 
@@ -67,36 +81,40 @@ def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> lis
     device = torch.device("cpu")
     graph = in_parts(load_dataset(config.dataset), config, team)
 
-    def problem_of(forward: str, backward: str, share: float) -> Problem:
-        messages = replace(config.messages, forward=forward, backward=backward)
-        parallel = replace(config.parallel, halo_sample=share)
+    def problem_of(kind: Kind) -> Problem:
+        messages = replace(config.messages, forward=kind.forward, backward=kind.backward, delta=kind.delta)
+        parallel = replace(config.parallel, halo_sample=kind.halo_sample)
         return parallel_problem(graph, replace(config, messages=messages, parallel=parallel), team, device)[0]
 
-    compared = {each: problem_of(*each) for each in MESSAGES}
+    compared = {kind: problem_of(kind) for kind in MESSAGES}
     exact = compared[MESSAGES[0]]
     model = seeded_model(config, exact, device)
     optimization = Optimization(model, config.training)
     rows: list[dict[str, Any]] = []
     for epoch in range(1, max(epochs) + 1):
+        for kind, problem in compared.items():
+            if kind.delta:
+                gradient(model, problem, config, team, seed=mix(0, epoch))
+                begin_epoch(problem.training.graph, epoch + 1)
         step(model, optimization, exact, seed=mix(0, epoch), epoch=epoch)
         if epoch not in epochs:
             continue
         expected, full = gradient(model, exact, config, team, seed=mix(1, epoch))
-        for (forward, backward, share), problem in compared.items():
+        for kind, problem in compared.items():
             errors, sent = [], 0.0
-            for draw in range(draws):
-                found, sent = gradient(model, problem, config, team, seed=mix(1, epoch), draw=draw)
-                errors.append(((found - expected).norm() / expected.norm()).item())
+            with frozen_messages(problem.training.graph):
+                for draw in range(draws):
+                    found, sent = gradient(model, problem, config, team, seed=mix(1, epoch), draw=draw)
+                    errors.append(((found - expected).norm() / expected.norm()).item())
             rows.append(
                 {
                     "dataset": config.dataset.name,
                     "model": config.model.name,
                     "processes": team.size,
                     "epoch": epoch,
-                    "forward": forward,
-                    "backward": backward,
-                    "halo_sample": share,
-                    "rank": config.messages.rank if forward == "lowrank" else None,
+                    "dropout": config.model.dropout,
+                    **kind._asdict(),
+                    "rank": config.messages.rank if kind.forward == "lowrank" else None,
                     "relative_error": sum(errors) / draws,
                     "sent_mib": sent,
                     "share_of_fp32": sent / full if full else 1.0,
@@ -106,7 +124,8 @@ def compare(config: Config, team: Team, *, epochs: list[int], draws: int) -> lis
             )
             if team.first:
                 row = rows[-1]
-                name = f"{forward}/{backward}{'' if share == 1.0 else f', {share:g} of the halo'}"
+                name = f"{kind.forward}/{kind.backward}{', differences' if kind.delta else ''}"
+                name += "" if kind.halo_sample == 1.0 else f", {kind.halo_sample:g} of the halo"
                 print(f"epoch {epoch}  {name}  error {row['relative_error']:.4f}  {sent:.2f} MiB", flush=True)
     return rows
 

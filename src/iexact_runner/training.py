@@ -16,7 +16,7 @@ from iexact_runner.capture import CapturedStep
 from iexact_runner.compression.seeds import StepSeed, mix
 from iexact_runner.config import TrainingConfig
 from iexact_runner.data.graph import Graph, edge_count
-from iexact_runner.data.partitioned import with_exact_messages
+from iexact_runner.data.partitioned import begin_epoch, with_exact_messages
 from iexact_runner.errors import TrainingError
 from iexact_runner.layerwise import layerwise_scores
 from iexact_runner.loss import node_loss
@@ -208,6 +208,7 @@ def step(model: Model, optimization: Optimization, problem: Problem, *, seed: in
         TrainingError: if the loss is not finite; the weights are then left as they were.
     """
     model.train()
+    begin_epoch(problem.training.graph, epoch)
     loss = training_loss(model, problem, kind=optimization.config.loss, precision=optimization.precision, seed=seed)
     optimization.backward(loss)
     shard = problem.training.shard

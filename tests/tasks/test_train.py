@@ -198,6 +198,16 @@ def test_without_any_whole_checkpoint_the_run_starts_again(tmp_path, monkeypatch
     assert "has no checkpoint: starts again" in caplog.text and numbers(path) == whole
 
 
+def test_checkpoints_wait_until_rows_travel_whole(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, "write", lambda self, state: written.append((state["run"], state["epoch"]))
+    )
+    delta = ("parallel=graph", "messages.forward=int4", "messages.delta=true", "messages.delta_interval=3")
+    run(tmp_path / "run", *delta)
+    assert written == [(0, 3), (0, 6), (1, 3), (1, 6)]
+
+
 def test_lines_that_are_lost_take_the_checkpoint_with_them(tmp_path, monkeypatch, whole):
     path = tmp_path / "run"
     killed_after(monkeypatch, path, 5)

@@ -26,6 +26,7 @@ from torch import Tensor
 from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.seeds import mix
 from iexact_runner.config import LOW_RANK, CompressionConfig, Config
+from iexact_runner.data.partitioned import begin_epoch, frozen_messages
 from iexact_runner.errors import TrainingError
 from iexact_runner.nn import Model
 from iexact_runner.problem import Problem
@@ -95,10 +96,10 @@ def checkpoints(
     """Trains ``model`` exactly and yields, after each of ``config.fidelity.epochs``, that epoch and its figures.
 
     Training and the exact gradient are in float32, what several processes send each other too; the draws are in
-    ``config.precision``, with messages as configured. FP32 maps are compared as their exact twin: an error of 0 in
-    float32, for they are what the others are held against. Directions of the low-rank scheme are as old as they have
-    become in training by then. ``passed`` is called after every epoch, and may have the model keep its maps in another
-    way.
+    ``config.precision``, with messages as configured; their differences are to what a run's earlier messages would
+    have told. FP32 maps are compared as their exact twin: an error of 0 in float32, for they are what the others are
+    held against. Directions of the low-rank scheme are as old as they have become in training by then. ``passed`` is
+    called after every epoch, and may have the model keep its maps in another way.
     """
     twin = exact_twin(config.compression)
     compared = twin if config.compression.scheme == "none" else config.compression
@@ -110,11 +111,15 @@ def checkpoints(
     directions: dict[int, list[Directions]] = {}
     undisturbed = problem.with_exact_messages()
     train_epoch = epoch_trainer(model, optimization, undisturbed, seed=seed)
+    graph = problem.training.graph
     for epoch in range(config.fidelity.epochs[-1] + 1):
         if epoch > 0:
+            if config.messages.delta:
+                _pass(copy.deepcopy(model), problem, config, seed=mix(seed, epoch))
             train_epoch(epoch)
             if passed is not None:
                 passed(epoch)
+        begin_epoch(graph, epoch + 1)
         if problem.batches is not None:
             if epoch in config.fidelity.epochs:
                 yield epoch, _on_batches(model, compared, problem, config, seed=seed, epoch=epoch + 1, names=names)
@@ -123,7 +128,8 @@ def checkpoints(
             if later - oldest[later] <= epoch < later:
                 directions.setdefault(later, copy.deepcopy(model.directions))
                 age, seeds = oldest[later], mix(seed, epoch + 1)
-                _update(directions[later], model, compared, problem, config, oldest=age, seed=seeds)
+                with frozen_messages(graph):
+                    _update(directions[later], model, compared, problem, config, oldest=age, seed=seeds)
         if epoch in config.fidelity.epochs:
             # A copy, for a forward pass also moves the running statistics of BatchNorm.
             probe = copy.deepcopy(model)
@@ -131,7 +137,9 @@ def checkpoints(
             probe.compression = compared
             states = directions.get(epoch, model.directions)
             draws = _draws(probe, problem, config, states, seeds=(seed, epoch + 1))
-            yield epoch, compare(((drawn, exact) for drawn in draws), names=names)
+            with frozen_messages(graph):
+                figures = compare(((drawn, exact) for drawn in draws), names=names)
+            yield epoch, figures
 
 
 def _on_batches(
@@ -207,11 +215,16 @@ def _update(
     seed: int,
 ) -> None:
     """Finds directions as a training pass at these weights would, or has them follow until they are the oldest."""
-    probe = copy.deepcopy(model).train()
+    probe = copy.deepcopy(model)
     probe.compression, probe.directions = compared, directions
-    training_loss(probe, problem, kind=config.training.loss, precision=config.precision, seed=seed)
+    _pass(probe, problem, config, seed=seed)
     for state in directions:
         state.interval = oldest + 1
+
+
+def _pass(model: Model, problem: Problem, config: Config, *, seed: int) -> None:
+    """The forward pass of a training step, for what it leaves behind."""
+    training_loss(model.train(), problem, kind=config.training.loss, precision=config.precision, seed=seed)
 
 
 def _draws(

@@ -73,16 +73,23 @@ class MessagesConfig:
             process sends. A rounded activation goes through ReLU, so the gradient has a bias.
         backward: of gradients, likewise; what is rounded is unbiased there, for which reason ``lowrank`` is refused.
         rank: directions of ``lowrank``.
+        delta: activations travel as the rounded difference to what the receiver has of them from the epoch before.
+        delta_interval: epochs between two in which they travel whole; checkpoints are written before those alone.
     """
 
     forward: str = "fp32"
     backward: str = "fp32"
     rank: int = 32
+    delta: bool = False
+    delta_interval: int = 20
 
     def __post_init__(self) -> None:
         check_choice("messages.forward", self.forward, FORWARD)
         check_choice("messages.backward", self.backward, BACKWARD)
         check_at_least("messages.rank", self.rank, 1)
+        check_at_least("messages.delta_interval", self.delta_interval, 1)
+        rounded = "must be false with messages.forward=fp32, whose differences are no shorter"
+        check(not self.delta or self.forward != "fp32", "messages.delta", True, rounded)
 
 
 PARALLEL_CONFIGS: dict[str, type[NoParallelConfig]] = {"none": NoParallelConfig, "graph": ParallelConfig}
@@ -108,6 +115,11 @@ def check_parallel(config: Any) -> None:
         check(parallel.parts is not None, "parallel.parts", parallel.parts, needed)
         check(parallel.folder is not None, "parallel.folder", parallel.folder, needed)
     compression, training = config.compression, config.training
+    if config.messages.delta:
+        again = "must be false under compression=recompute, which fetches rows of one pass twice"
+        check(compression.scheme != "recompute", "messages.delta", True, again)
+        sampled = "must be false where parallel.halo_sample is not 1: a share of the differences says little"
+        check(config.parallel.halo_sample == 1.0, "messages.delta", True, sampled)
     if config.dataset.inductive:
         whole = "parts in files are of the whole graph: dataset.inductive=true needs null"
         check(config.parallel.folder is None, "parallel.folder", config.parallel.folder, whole)

@@ -5,7 +5,8 @@ Shapes: N rows of this process, H rows of its halo, D columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from iexact_runner.data.graph import Adjacency, EdgePattern, Graph, ScaledAdjacency
 from iexact_runner.data.sparse import COLUMNS, CSR
-from iexact_runner.parallel.halo import Draws, Halo, Traffic
+from iexact_runner.parallel.halo import Draws, Halo, Known, Traffic
 from iexact_runner.parallel.messages import Format, Plain
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, Shard
 
@@ -80,7 +81,7 @@ class PartitionedMatrix(CSR):
     def tensors(self) -> list[Tensor]:
         """The parts."""
         assert self.far is not None and self.halo is not None
-        return [*super().tensors(), *self.far.tensors(), self.halo.rows]
+        return [*super().tensors(), *self.far.tensors(), *self.halo.tensors()]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PartitionedMatrix:
         """The matrix with a function applied to its parts, for example to move them to a device."""
@@ -110,7 +111,7 @@ class PartitionedEdges(CSR):
     def tensors(self) -> list[Tensor]:
         """The parts."""
         assert self.halo is not None
-        return [*super().tensors(), self.halo.rows]
+        return [*super().tensors(), *self.halo.tensors()]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PartitionedEdges:
         """The pattern with a function applied to its parts."""
@@ -138,8 +139,27 @@ def begin_pass(graph: Graph, seed: int | Tensor) -> Shard:
     if halo is None:
         return WHOLE
     assert isinstance(seed, int)
-    halo.draws.begin(seed)
+    halo.begin_pass(seed)
     return halo.shard
+
+
+def begin_epoch(graph: Graph, epoch: int) -> None:
+    """An epoch begins, counted from 1, in which rows may have to travel whole."""
+    halo = halo_of(graph)
+    if halo is not None and halo.known is not None:
+        halo.known.begin_epoch(epoch)
+
+
+@contextmanager
+def frozen_messages(graph: Graph) -> Iterator[None]:
+    """A context whose passes leave what processes have of each other's rows as it is, to be taken again."""
+    halo = halo_of(graph)
+    known = Known(1) if halo is None or halo.known is None else halo.known
+    known.frozen = True
+    try:
+        yield
+    finally:
+        known.frozen = False
 
 
 def with_exact_messages(graph: Graph) -> Graph:
@@ -147,9 +167,10 @@ def with_exact_messages(graph: Graph) -> Graph:
 
     def exact(matrix: CSR) -> CSR:
         if isinstance(matrix, PartitionedMatrix) and matrix.halo is not None:
-            return replace(matrix, halo=replace(matrix.halo, form=Plain()))
+            return replace(matrix, halo=replace(matrix.halo, form=Plain(), known=None))
         if isinstance(matrix, PartitionedEdges) and matrix.halo is not None and matrix.back is not None:
-            return replace(matrix, halo=replace(matrix.halo, form=Plain()), back=replace(matrix.back, form=Plain()))
+            halo = replace(matrix.halo, form=Plain(), known=None)
+            return replace(matrix, halo=halo, back=replace(matrix.back, form=Plain()))
         return matrix
 
     if halo_of(graph) is None:
@@ -168,6 +189,7 @@ def partitioned(
     *,
     forward: Format,
     backward: Format,
+    delta_interval: int | None = None,
 ) -> Graph:
     """The rows of one process of what a model applies; every process must call it.
 
@@ -178,21 +200,24 @@ def partitioned(
         shard: the rows of this process.
         forward: how rows of maps travel.
         backward: how rows of gradients travel.
+        delta_interval: epochs between two in which rows of maps travel whole, and as differences in the others; None
+            has them always travel whole.
     """
+    known = None if delta_interval is None else Known(delta_interval)
     if build.self_loops:
         sources = sources.with_diagonal(first=shard.start)
         targets = None if targets is None else targets.with_diagonal(first=shard.start)
     options: dict[str, Any] = {"draws": Draws(shard.rank), "traffic": Traffic()}
     if isinstance(build, EdgePattern):
-        return _edges_of(sources, shard, forward, backward, options)
-    matrix = _rows_of(sources, shard, forward, options)
+        return _edges_of(sources, shard, forward, backward, options, known)
+    matrix = _rows_of(sources, shard, forward, options | {"known": known})
     if targets is not None:
         adjoint = _rows_of(targets, shard, backward, options)
-    elif backward == forward:
+    elif backward == forward and known is None:
         adjoint = matrix
     else:
         assert matrix.halo is not None
-        adjoint = replace(matrix, halo=replace(matrix.halo, form=backward))
+        adjoint = replace(matrix, halo=replace(matrix.halo, form=backward, known=None))
     return Adjacency(matrix, adjoint, *build.scales(sources))
 
 
@@ -205,15 +230,20 @@ def _rows_of(rows: CSR, shard: DistributedShard, form: Format, options: dict[str
 
 
 def _edges_of(
-    rows: CSR, shard: DistributedShard, forward: Format, backward: Format, options: dict[str, Any]
+    rows: CSR,
+    shard: DistributedShard,
+    forward: Format,
+    backward: Format,
+    options: dict[str, Any],
+    known: Known | None,
 ) -> PartitionedEdges:
     near = (rows.columns >= shard.start) & (rows.columns < shard.stop)
     needed, far = _halo_columns(rows.columns[~near], shard)
-    halo = Halo.of(shard, needed, form=forward, **options)
+    back = Halo.of(shard, needed, form=backward, **options)
     columns = rows.columns - shard.start
     columns[~near] = shard.rows + far
     offsets = torch.cat([rows.offsets, rows.offsets[-1:].expand(needed.numel())])
-    return PartitionedEdges(offsets, columns, None, halo, replace(halo, form=backward))
+    return PartitionedEdges(offsets, columns, None, replace(back, form=forward, known=known), back)
 
 
 def _halo_columns(columns: Tensor, shard: DistributedShard) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,39 @@ class Draws:
         return (key + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+@dataclass
+class Known:
+    """What both sides of each exchange of a pass have of its rows, to which the next message is the difference.
+
+    The sender decodes what it sends as the receiver does, so an error of one message is part of the next. A pass makes
+    the same exchanges as the one before it.
+
+    Args:
+        interval: passes of an optimizer's step between two whose rows travel whole.
+        rows: of each exchange those sent (n, D) and those that came (H, D), in float32.
+        turn: which exchange of the pass is next.
+        frozen: what travels changes nothing, as in a pass that is taken again with other draws.
+    """
+
+    interval: int
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    turn: int = 0
+    frozen: bool = False
+
+    def begin_epoch(self, epoch: int) -> None:
+        """An epoch begins, counted from 1: its rows travel whole where an interval does."""
+        if (epoch - 1) % self.interval == 0:
+            self.rows.clear()
+
+    def next(self, sent: int, received: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the next exchange, of a map like ``x`` (N, D): zeros, where they travel whole."""
+        self.turn += 1
+        if self.turn > len(self.rows):
+            both = [x.new_zeros(count, x.size(1), dtype=torch.float32) for count in (sent, received)]
+            self.rows.append((both[0], both[1]))
+        return self.rows[self.turn - 1]
+
+
 @dataclass(frozen=True)
 class Halo:
     """Which rows go to which process in each exchange, and which come back.
@@ -74,6 +107,7 @@ class Halo:
         form: how rows travel.
         draws: seeds of the rounding.
         traffic: is counted here.
+        known: what differences are sent to; None sends the rows themselves.
     """
 
     shard: DistributedShard
@@ -84,6 +118,7 @@ class Halo:
     form: messages.Format = messages.Plain()
     draws: Draws = field(default_factory=Draws, compare=False)
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+    known: Known | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, shard: DistributedShard, needed: Tensor, **options: object) -> Halo:
@@ -104,6 +139,16 @@ class Halo:
     def size(self) -> int:
         """H."""
         return sum(self.receive_counts)
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds: which rows are sent, and what is known of them."""
+        return [self.rows, *(part for both in (self.known.rows if self.known else ()) for part in both)]
+
+    def begin_pass(self, seed: int) -> None:
+        """A pass begins, whose messages are rounded by this seed."""
+        self.draws.begin(seed)
+        if self.known is not None:
+            self.known.turn = 0
 
     def column_runs(self, width: int) -> list[slice]:
         """Columns that travel together, the same in every process, so that what is on its way stays small."""
@@ -141,6 +186,8 @@ class Halo:
         work = _all_to_all(received, message, coming, going, asynchronous=True)
         self.traffic.exchanges += 1
         self.traffic.sent_bytes += message.nbytes
+        if rows.known is not None and self.known is not None and not self.known.frozen:
+            rows.known += self.form.decode(message, to, width, slice(None))
         return Arriving(self, received, of, width, work)
 
 
@@ -149,6 +196,7 @@ class Exchange:
 
     def __init__(self, halo: Halo, x: Tensor, scale: Tensor | None) -> None:
         self._halo, self._x, self._scale = halo, x, scale
+        self._sent, self._came = self._known(halo, x)
         self._runs = halo.column_runs(x.size(1))
         self._first = (
             None if isinstance(x, FakeTensor) else self._send(slice(None) if halo.form.whole else self._runs[0])
@@ -160,21 +208,41 @@ class Exchange:
             if arriving is None:  # a fake tensor has no process to ask
                 yield run, self._x.new_empty(self._halo.size, len(range(self._x.size(1))[run]))
                 continue
-            rows = arriving.wait(run if whole else slice(None)).to(self._x.dtype)
+            rows = self._with_known(arriving.wait(run if whole else slice(None)), run).to(self._x.dtype)
             if not whole and number + 1 < len(self._runs):
                 arriving = self._send(self._runs[number + 1])
             yield run, rows
 
     def _send(self, run: slice) -> Arriving:
-        halo = self._halo
-        return halo.send(_Rows(self._x.detach()[:, run], halo.rows, self._scale), halo.send_counts, halo.receive_counts)
+        halo, sent = self._halo, self._sent
+        known = None if sent is None else sent[:, run]
+        rows = _Rows(self._x.detach()[:, run], halo.rows, self._scale, known)
+        return halo.send(rows, halo.send_counts, halo.receive_counts)
+
+    @staticmethod
+    def _known(halo: Halo, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if halo.known is None or isinstance(x, FakeTensor):
+            return None, None
+        return halo.known.next(halo.rows.numel(), halo.size, x)
+
+    def _with_known(self, rows: Tensor, run: slice) -> Tensor:
+        """The rows that came, of a message that holds their difference to what was known."""
+        if self._came is None or self._halo.known is None:
+            return rows
+        if self._halo.known.frozen:
+            return self._came[:, run] + rows
+        known = self._came[:, run]
+        known += rows
+        return known
 
 
 class _Rows:
-    """Rows of a map, or those that ``index`` names, gathered and scaled as they are asked for."""
+    """Rows of a map, or those that ``index`` names, gathered and scaled as they are asked for; less what is known."""
 
-    def __init__(self, x: Tensor, index: Tensor | None = None, scale: Tensor | None = None) -> None:
-        self._x, self._index, self._scale = x, index, scale
+    def __init__(
+        self, x: Tensor, index: Tensor | None = None, scale: Tensor | None = None, known: Tensor | None = None
+    ) -> None:
+        self._x, self._index, self._scale, self.known = x, index, scale, known
         self.shape = (x.size(0) if index is None else index.numel(), x.size(1))
         self.dtype, self.device = x.dtype, x.device
 
@@ -183,7 +251,9 @@ class _Rows:
             return self._x[part]
         index = self._index[part]
         rows = self._x.index_select(0, index)
-        return rows if self._scale is None else rows.mul_(self._scale.index_select(0, index).to(rows.dtype))
+        if self._scale is not None:
+            rows.mul_(self._scale.index_select(0, index).to(rows.dtype))
+        return rows if self.known is None else rows.float().sub_(self.known[part])
 
     def picked(self, places: Tensor) -> _Rows:
         """Those at some places."""

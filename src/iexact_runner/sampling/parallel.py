@@ -172,7 +172,10 @@ def _view_of(
         format_of(name, rank=chosen.rank, share=config.parallel.halo_sample)
         for name in (chosen.forward, chosen.backward)
     )
-    held = partitioned(build, rows.sources, rows.targets, shard, forward=forward, backward=backward)
+    interval = chosen.delta_interval if chosen.delta else None
+    held = partitioned(
+        build, rows.sources, rows.targets, shard, forward=forward, backward=backward, delta_interval=interval
+    )
     mine, x = held.map(lambda part: part.to(device)), rows.x.to(device)
     exact = with_exact_messages(mine)
     if cached and isinstance(mine, Adjacency) and isinstance(exact, Adjacency):

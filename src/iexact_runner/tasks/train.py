@@ -25,6 +25,8 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
     findings.warmup_epochs = warmup = min(config.measure.warmup_epochs, config.training.epochs // 2)
     checkpoints = Checkpoints(context.folder, config.checkpoint.every if context.team.first else None)
     progress = start(context, checkpoints)
+    # What differences of rows are to is in no checkpoint: a resumed run begins where they travel whole.
+    whole = config.messages.delta_interval if config.messages.delta else 1
     with (
         Display(context.console, runs=config.runs, epochs=config.training.epochs, metric=problem.metric) as display,
         Interrupts() as interrupts,
@@ -39,7 +41,7 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
             save()  # so that it counts as resumed whatever happens next
         while True:
             display.start_run(progress.run)
-            begun = progress.epoch
+            begun, due = progress.epoch, False
             for epoch in _epochs(context, progress):
                 interrupts.wait = checkpoints.enabled
                 record(context.folder, progress.run, epoch)
@@ -52,8 +54,10 @@ def run(context: Context, *, finish: Callable[[Model, int], None] | None = None)
                 display.show(progress.run, epoch, saved_mib=findings.memory["saved_mib"])
                 if context.planner is not None and epoch.number < config.training.epochs:
                     context.planner.passed(progress.model, progress.run, progress.seed, epoch.number)
-                if checkpoints.enabled and (interrupts.pending or checkpoints.due(epoch.number)):
+                due |= interrupts.pending or checkpoints.due(epoch.number)
+                if checkpoints.enabled and due and epoch.number % whole == 0:
                     save()
+                    due = False
                 if interrupts.pending:
                     raise KeyboardInterrupt
             if finish is not None:
