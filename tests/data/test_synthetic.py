@@ -177,6 +177,20 @@ def test_digits() -> None:
     assert torch.equal(dataset.edge_index, again.edge_index) and torch.equal(dataset.train, again.train)
 
 
+def test_digits_as_near_as_each_other_are_chosen_by_their_number() -> None:
+    """What is nearest may not depend on the number of threads, which differs between the processes of a graph."""
+    dataset = load_dataset(DigitsConfig(name="digits", source="digits"))
+    pixels = (16 * dataset.x).round().long()
+    chosen, ties = [], 0
+    for node, own in enumerate(pixels):
+        distances = (pixels - own).square().sum(1)
+        distances[node] = distances.max() + 1
+        nearest, order = distances.sort(stable=True)
+        chosen += [(node, other) for other in order[:10].tolist()]
+        ties += int(nearest[9] == nearest[10])
+    assert ties > 30 and pairs(dataset) == {*chosen, *((other, node) for node, other in chosen)}
+
+
 @pytest.mark.parametrize("source", ["digits", "synthetic"])
 def test_source_without_its_fields(source: str) -> None:
     with pytest.raises(ConfigError, match=f"start from dataset={source}"):
