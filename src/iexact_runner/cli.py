@@ -32,11 +32,11 @@ from iexact_runner import config as schema
 from iexact_runner.errors import ConfigError, TeamError, UserError
 from iexact_runner.explanations import explain, suggest_field
 from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
+from iexact_runner.job import remove_if_empty, run_job
 from iexact_runner.parallel.launch import launched_rank, launched_size
 from iexact_runner.streams import forgiving_streams
 
 if TYPE_CHECKING:
-    from iexact_runner.parallel.team import Team
     from iexact_runner.runs.sweeps import Sweep
 
 INTERRUPTED = "interrupted: what was recorded so far is kept"
@@ -104,12 +104,12 @@ def app(composed: DictConfig) -> None:
             composed = of_resumed_run(composed, hydra_config.overrides.task)
             run_job(to_config(composed), folder, OmegaConf.to_yaml(composed, resolve=True))
     except (ConfigError, OmegaConfBaseException) as error:
-        _remove_if_empty(folder)
+        remove_if_empty(folder)
         _report(job + explain(error), EXIT_USAGE, debug=debug)
     except UserError as error:
         _report(job + explain(error), EXIT_FAILED, debug=debug, everywhere=isinstance(error, TeamError))
     except KeyboardInterrupt as interrupt:
-        _remove_if_empty(folder)
+        remove_if_empty(folder)
         raise KeyboardInterrupt(_way_on(composed)) from interrupt
     except Exception as error:
         _report(job + _unexpected(error, debug=debug), EXIT_FAILED, debug=debug)
@@ -150,67 +150,6 @@ def of_resumed_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig
     return merged
 
 
-def run_job(config: schema.Config, folder: Path, resolved_yaml: str, *, live: bool = True) -> None:
-    """Runs a checked configuration with its records in ``folder``.
-
-    Args:
-        config: what to run.
-        folder: where the records go.
-        resolved_yaml: the configuration as it is recorded.
-        live: show progress as a bar if the screen is a terminal.
-    """
-    # rich is slow to import, and --help does not need it.
-    from rich.console import Console
-
-    from iexact_runner.display import show_messages
-    from iexact_runner.runs.records import RunFolder
-    from iexact_runner.runs.resume import place
-
-    first = launched_rank() == 0
-    # By name, because dataset libraries are silenced by replacing sys.stdout.
-    screen = Console(file=sys.stdout, force_terminal=None if live else False, quiet=not first)
-    show_messages(screen)
-    chosen, resumed = place(config, folder) if first else (folder, False)
-    if resumed:
-        _remove_if_empty(folder)
-    records = RunFolder(chosen, resumed=resumed)
-    with records.in_use():
-        # Before anything slow, such as importing torch: a run that is killed then can be resumed.
-        records.write_config(resolved_yaml)
-        try:
-            if config.task == "bins":
-                from iexact_runner.tasks import bins
-
-                bins.run(config, records, screen, resolved_yaml)
-            else:
-                from iexact_runner.experiment import Experiment
-
-                with processes_of(config) as team:
-                    Experiment(config, records, screen, team).run_in_use(resolved_yaml)
-        except ConfigError:
-            records.forget_config()
-            raise
-
-
-@contextmanager
-def processes_of(config: schema.Config) -> Iterator[Team]:
-    """The processes that share a run; this one alone unless ``parallel=graph``.
-
-    Raises:
-        ConfigError: if several were started and none of them is told to share.
-        TeamError: if one of them is lost.
-    """
-    from iexact_runner.parallel.team import Team, joined
-
-    if isinstance(config.parallel, schema.ParallelConfig):
-        with joined(device=config.device, timeout=config.parallel.timeout) as team:
-            yield team
-    elif launched_size() > 1:
-        raise ConfigError.of("parallel", config.parallel.name, f"{launched_size()} processes were started: use graph")
-    else:
-        yield Team()
-
-
 def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> None:
     """Runs one job of a sweep and records its status, unless another process does."""
     from iexact_runner.runs.jobs import Job
@@ -228,7 +167,8 @@ def run_sweep_job(composed: DictConfig, folder: Path, sweep_folder: Path) -> Non
         if config.resume == "auto":
             begun = (folder / METRICS).exists() or (folder / SUMMARY).exists()
             config = dataclasses.replace(config, resume=str(folder) if begun else None)
-        with own_gpu(announce=print) if config.device == "auto" else nullcontext():
+        # Several processes take the first GPUs, one each.
+        with own_gpu(announce=print) if config.device == "auto" and config.processes == 1 else nullcontext():
             # Without a sweep of its own this is one of several processes that share a terminal.
             run_job(config, folder, OmegaConf.to_yaml(composed, resolve=True), live=bool(_sweeps))
 
@@ -337,7 +277,7 @@ def _command() -> None:
 def folder_of_helper() -> Iterator[None]:
     """Records of a process that is not the first of its run go to a folder that is gone afterwards."""
     if launched_size() > 1 and any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
-        raise ConfigError("-m: jobs of a sweep run in one process each; start a run over several processes by itself")
+        raise ConfigError("-m: started in several processes; processes=N starts those of each job of a sweep")
     if launched_rank() == 0:
         yield
         return
@@ -389,11 +329,3 @@ def _check_known(composed: DictConfig, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{key}: no such field; {suggest_field(key, kind)}")
         if not OmegaConf.is_missing(composed, key) and OmegaConf.is_dict(composed[key]):
             _check_known(composed[key], f"{prefix}{key}.")
-
-
-def _remove_if_empty(folder: Path) -> None:
-    for path in (folder, folder.parent):
-        try:
-            path.rmdir()
-        except OSError:  # somebody's files are in it
-            return

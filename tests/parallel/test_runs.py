@@ -120,7 +120,7 @@ def test_processes_measure_and_compare_together(tmp_path):
         (["parallel.parts=5000"], "parallel.parts=5000: must be at most the 1797 nodes"),
         (["messages.forward=int3"], "messages.forward=int3: "),
         (["parallel=none"], "parallel=none: 2 processes were started: use graph"),
-        (["-m"], "-m: jobs of a sweep run in one process each"),
+        (["-m"], "-m: started in several processes; processes=N starts"),
     ],
 )
 def test_what_does_not_work_is_one_line_and_leaves_nothing(tmp_path, overrides, message):

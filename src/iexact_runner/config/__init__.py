@@ -298,6 +298,8 @@ class Config:
         debug: show the traceback of an error.
         output_dir: folder below which every run gets one of its own.
         logger: what is told of every epoch beside the records.
+        processes: that the command starts on this machine for ``parallel=graph``; with 1 it takes part in those that a
+            launcher such as torchrun started, if any.
         resume: folder of a run to go on with, or ``auto`` for the newest of this configuration; null begins anew.
         deterministic: insist on kernels that give the same bits each time; an error where torch has none.
         model: group of the model's fields.
@@ -323,6 +325,7 @@ class Config:
     debug: bool = False
     output_dir: str = "outputs"
     logger: str = "none"
+    processes: int = 1
     resume: str | None = None
     deterministic: bool = False
     model: ModelConfig = MISSING
@@ -376,6 +379,8 @@ class Config:
             check(not chosen.simulate, "compression.simulate", "true", valid)
         shared = isinstance(self.parallel, ParallelConfig)
         check(shared or self.task != "partition", "task", self.task, "writes the parts of parallel=graph: add it")
+        check_at_least("processes", self.processes, 1)
+        check(shared or self.processes == 1, "processes", self.processes, "is for parallel=graph: add it")
         if shared:
             check_parallel(self)
         energy = self.measure.energy

@@ -114,6 +114,7 @@ def check_parallel(config: Any) -> None:
         needed = "task=partition writes a graph in parts: set parallel.parts and parallel.folder"
         check(parallel.parts is not None, "parallel.parts", parallel.parts, needed)
         check(parallel.folder is not None, "parallel.folder", parallel.folder, needed)
+        check(config.processes == 1, "processes", config.processes, "task=partition needs one")
     compression, training = config.compression, config.training
     if config.messages.delta:
         again = "must be false under compression=recompute, which fetches rows of one pass twice"

@@ -39,7 +39,7 @@ STATUSES = ("completed", "failed", "interrupted")
 # Folders below a job's that hold what earlier attempts at it left begin with this.
 ATTEMPT = "attempt_"
 # Fields of a configuration that say where and how it is recorded; no number depends on them.
-WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "resume", "sweep")
+WITHOUT_EFFECT = ("output_dir", "debug", "logger", "checkpoint", "processes", "resume", "sweep")
 
 # Bytes that a file may have; of metrics that is some 150,000 epochs.
 MOST_CONFIG, MOST_SUMMARY, MOST_METRICS = 2**18, 2**24, 2**25
