@@ -42,7 +42,7 @@ from iexact_runner.training import Scores
 logger = logging.getLogger(__name__)
 
 # Of the memory of each of several processes.
-MEMORY_OF_A_PROCESS = ("saved_mib", "step_peak_mib", "evaluation_peak_mib", "data_mib")
+MEMORY_OF_A_PROCESS = ("saved_mib", "offloaded_mib", "step_peak_mib", "evaluation_peak_mib", "data_mib")
 
 
 def resolve_device(name: str, *, local_rank: int = 0) -> torch.device:

@@ -20,6 +20,8 @@ from iexact_runner.errors import ConfigError
 from iexact_runner.nn import build_model
 from iexact_runner.parallel import halo
 from iexact_runner.problem import prepare
+from iexact_runner.schemes import offload
+from iexact_runner.schemes.offload import Offload
 from iexact_runner.sampling.parallel import in_parts, parallel_problem, read_parts
 from iexact_runner.training import evaluate, forward, training_loss
 from parallel.processes import in_processes
@@ -176,6 +178,27 @@ def test_a_few_columns_at_a_time_travel_as_well_as_all(model):
     dataset, overrides = tiny_dataset(nodes=401), [f"model={model}", "compression=none", "parallel.parts=2"]
     whole, runs = (in_processes(2, each, dataset, overrides) for each in (steps, steps_in_small_messages))
     assert max(errors(whole[0], runs)) <= EXACT
+
+
+def steps_that_count_moves(team, dataset, overrides):
+    moved, move = [], Offload._to_host
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload, "LEAST_BYTES", 1)
+        patch.setattr(Offload, "_to_host", lambda self, tensor: moved.append(tensor.nbytes) or move(self, tensor))
+        return steps(team, dataset, overrides), sum(moved)
+
+
+@pytest.mark.parametrize(
+    ("model", "compression"),
+    [*itertools.product(MODELS, ("none", "lowrank")), ("sage", "iexact"), ("gcn", "recompute")],
+)
+def test_what_each_process_moves_to_its_host_changes_no_gradient(model, compression):
+    dataset, overrides = tiny_dataset(nodes=401), [f"model={model}", f"compression={compression}", "parallel.parts=2"]
+    expected = in_processes(2, steps, dataset, overrides)
+    found = in_processes(2, steps_that_count_moves, dataset, [*overrides, "compression.offload=true"])
+    for (losses, gradients, scores, _), ((offloaded, others, same, _), moved) in zip(expected, found, strict=True):
+        assert moved > 0 and offloaded == losses and same == scores
+        assert all(np.array_equal(*pair) for pair in zip(gradients, others, strict=True))
 
 
 @pytest.mark.parametrize(

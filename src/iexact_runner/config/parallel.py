@@ -135,7 +135,6 @@ def check_parallel(config: Any) -> None:
         ("sampler", config.sampler.name, ("none",)),
         ("compression.scheme", compression.scheme, SCHEMES),
         ("compression.rounding", compression.rounding, ("nearest",)),
-        ("compression.offload", compression.offload, (False,)),
         ("training.cuda_graph", training.cuda_graph, (False,)),
     ):
         shown = ", ".join(str(each).lower() for each in valid)
