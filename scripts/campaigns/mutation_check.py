@@ -62,7 +62,7 @@ _PARTS = ("blocks", "coefficients", "common", "elementwise", "product", "quantiz
 _REFERENCE = (*_QUANTIZER, *_SCHEMES, *_NUMBA)
 _TRITON = ("kernels/test_triton_interpreter.py",)
 _SAVED = ("test_kept.py", "measure/test_memory_formulas.py")
-_SHARDS = ("parallel/test_shard.py", "parallel/test_gradients.py")
+_SHARDS = ("parallel/test_delta.py", "parallel/test_shard.py", "parallel/test_gradients.py")
 # The tests that mirror a module first, then those of what it serves.
 TESTS: dict[str, tuple[str, ...]] = {
     "kernels/backends.py": ("kernels/test_backends.py", "compression/test_codec.py"),
@@ -105,6 +105,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "measure/step.py": ("measure/test_step.py", *_SAVED, "measure/test_out_of_memory.py", "test_experiment.py"),
     "measure/throughput.py": _SAVED,
     "parallel/halo.py": _SHARDS,
+    "parallel/helpers.py": ("parallel/test_helpers.py",),
     "parallel/messages.py": _SHARDS,
     "parallel/shard.py": _SHARDS,
     "parallel/team.py": ("parallel/test_runs.py",),
