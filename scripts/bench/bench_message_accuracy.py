@@ -17,7 +17,7 @@ from bench_epoch import append_rows
 from bench_ranks import run, setting
 from iexact_runner.report.paired import interval
 
-MESSAGES = ("fp32/fp32", "int8/int8", "int8/int4", "int4/int4", "lowrank/int4", "lowrank/int4/delta", "int2/int4/delta")
+MESSAGES = ("fp32/fp32", "int8/int8", "int8/int4", "int4/int4", "lowrank/int4", "int4/int4/delta", "lowrank/int4/delta")
 
 
 def main() -> None:
