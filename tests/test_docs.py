@@ -416,10 +416,17 @@ def test_tables_of_several_processes_are_those_of_the_rows():
         figures = f"{row.epoch_seconds:.2f} | {ratio} | {row.waiting_seconds:.1f}"
         assert f"| {row.forward} / {row.backward} | {figures} |" in lines
     messages = pd.read_csv(REPOSITORY / "benchmarks" / "messages_cpu.csv")
-    for (forward, backward, share), found in messages.groupby(["forward", "backward", "halo_sample"]):
+    kinds = ["dropout", "forward", "backward", "halo_sample", "delta"]
+    place = lines.index("Without dropout:")
+    known = {0.5: set(lines[:place]), 0.0: set(lines[place : lines.index("```bash", place)])}
+    unsaid = 0
+    for (dropout, forward, backward, share, delta), found in messages.groupby(kinds):
         cells = []
         for _, rows in found.groupby("processes"):
             early, late = (rows.loc[rows["epoch"] == epoch].iloc[0] for epoch in (5, 30))
             cells += [f"{early.relative_error:.3f} / {late.relative_error:.3f}", f"{early.sent_mib:.2f}"]
-        part = "" if share == 1.0 else f", {share:g} of the halo"
-        assert f"| {forward} / {backward}{part} | {' | '.join(cells)} |" in lines
+        part = (", differences" if delta else "") + ("" if share == 1.0 else f", {share:g} of the halo")
+        line = f"| {forward} / {backward}{part} | {' | '.join(cells)} |"
+        assert line in known[dropout] or dropout == 0.0, line
+        unsaid += line not in known[dropout]
+    assert sum(line.startswith("| ") and "forward" not in line for line in known[0.0]) == 15 - unsaid

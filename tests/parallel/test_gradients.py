@@ -20,9 +20,9 @@ from iexact_runner.errors import ConfigError
 from iexact_runner.nn import build_model
 from iexact_runner.parallel import halo
 from iexact_runner.problem import prepare
+from iexact_runner.sampling.parallel import in_parts, parallel_problem, read_parts
 from iexact_runner.schemes import offload
 from iexact_runner.schemes.offload import Offload
-from iexact_runner.sampling.parallel import in_parts, parallel_problem, read_parts
 from iexact_runner.training import evaluate, forward, training_loss
 from parallel.processes import in_processes
 

@@ -27,8 +27,8 @@ def operator(*, call: Callable[..., Any] | None = None, writes: Sequence[str] = 
     """Makes a custom operator of this library of a function that tells the shapes and types of what it returns.
 
     Its annotations are the schema, its name is that of the operator and, after an underscore, of the kernel, which gets
-    all arguments by name but ``backend``, by which it is chosen: ``auto`` where there is none. It has no gradient of its
-    own: autograd functions call it, and called where autograd records a tensor's gradient it raises a RuntimeError.
+    all arguments by name but ``backend``, by which it is chosen: ``auto`` where there is none. It has no gradient of
+    its own: autograd functions call it, and called where autograd records a tensor's gradient it raises a RuntimeError.
 
     Args:
         call: starts the kernel where its arguments are others, given the module of the backend and the arguments.
@@ -40,8 +40,12 @@ def operator(*, call: Callable[..., Any] | None = None, writes: Sequence[str] = 
         written = [parameters.index(each) for each in writes]
 
         def run(*arguments: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
-                raise RuntimeError(f"iexact::{name} has no gradient: call it in an autograd function or torch.no_grad()")
+            if torch.is_grad_enabled() and any(
+                isinstance(value, Tensor) and value.requires_grad for value in arguments
+            ):
+                raise RuntimeError(
+                    f"iexact::{name} has no gradient: call it in an autograd function or torch.no_grad()"
+                )
             # Tables and shapes arrive as lists, which no kernel could be cached by.
             values = (tuple(value) if isinstance(value, list) else value for value in arguments)
             named: dict[str, Any] = dict(zip(parameters, values, strict=True))
