@@ -42,7 +42,14 @@ from iexact_runner.training import Scores
 logger = logging.getLogger(__name__)
 
 # Of the memory of each of several processes.
-MEMORY_OF_A_PROCESS = ("saved_mib", "offloaded_mib", "step_peak_mib", "evaluation_peak_mib", "data_mib")
+MEMORY_OF_A_PROCESS = (
+    "saved_mib",
+    "saved_mib_fp32",
+    "offloaded_mib",
+    "step_peak_mib",
+    "evaluation_peak_mib",
+    "data_mib",
+)
 
 
 def resolve_device(name: str, *, local_rank: int = 0) -> torch.device:
@@ -271,7 +278,9 @@ class Experiment:
             own["peak_resident_mib"] = measure.peak_mib(self._device)["peak_resident_mib"]
             record["ranks"] = ranks = self._team.gathered(own)
             # Where it has to fit decides: the figures of tables are those of the process that needs most.
-            self._findings.memory |= {name: max(rank[name] for rank in ranks) for name in MEMORY_OF_A_PROCESS}
+            for name in MEMORY_OF_A_PROCESS:
+                found = [rank[name] for rank in ranks]
+                self._findings.memory[name] = None if None in found else max(found)
 
     def _step_memory(self, context: Context, model: Model, seed: int) -> dict[str, Any]:
         """Figures of a step, after plans with less where it runs out of memory."""

@@ -50,7 +50,7 @@ class TrainingTrial:
         config, view = self._config, self._problem.training
         scores, nodes, kept = self._forward(directions)
         loss = node_loss(scores, view.y, nodes, kind=config.training.loss, weights=loss_weights(view, nodes))
-        gradients = torch.autograd.grad(loss, list(self._model.parameters()))
+        gradients = view.shard.summed(torch.autograd.grad(loss, list(self._model.parameters())))
         return torch.cat([gradient.flatten() for gradient in gradients]), kept
 
     def exact(self, maps: int) -> Tensor:
@@ -67,13 +67,14 @@ class TrainingTrial:
         return self._forward(directions)[2]
 
     def _forward(self, directions: list[Directions]) -> tuple[Tensor, Tensor, int]:
-        """Scores, the nodes that are trained on, and the bytes that are kept."""
+        """Scores, the nodes that are trained on, and the bytes that are kept, in the process that keeps most."""
         self._model.directions = directions
         features, nodes = training_input(self._problem, seed=self._seed)
         graph, precision = self._problem.training.graph, self._config.precision
         with SavedTensors(self._model, excluded=[features, *self._problem.tensors()]) as self._saved:
             scores = forward(self._model, features, graph, precision=precision, seed=self._seed)
-            return scores, nodes, sum(record.bytes for record in self._saved.kept(scores))
+            kept = sum(record.bytes for record in self._saved.kept(scores))
+        return scores, nodes, int(self._problem.training.shard.largest(kept))
 
     def layer(self) -> str:
         """The layer that runs."""
@@ -106,7 +107,8 @@ def plan_training(
     field, budget = _budget(model, problem, config, seed=seed)
     reserve = SPARE if device.type == "cuda" else 1.0
     trial = TrainingTrial(model, problem, config, seed=seed)
-    return make_plan(trial, budget=budget, scale=scale, field=field, trials=trials, reserve=reserve)
+    agree = problem.training.shard.agreed
+    return make_plan(trial, budget=budget, scale=scale, field=field, trials=trials, reserve=reserve, agree=agree)
 
 
 def _budget(model: Model, problem: Problem, config: Config, *, seed: int) -> tuple[str, float]:
@@ -120,7 +122,8 @@ def _budget(model: Model, problem: Problem, config: Config, *, seed: int) -> tup
         if plain is None:
             valid = "what FP32 keeps is not known here; use compression.budget_mib"
             raise ConfigError.of(field, compression.budget, valid)
-        return field, cast(float, compression.budget) * sum(record.bytes for record in plain)
+        most = problem.training.shard.largest(sum(record.bytes for record in plain))
+        return field, cast(float, compression.budget) * most
     available = out_of_memory.available_bytes(device)
     if available is None:
         raise ConfigError.of(field, "fit", f"what is free on {device} is not known; use compression.budget_mib")

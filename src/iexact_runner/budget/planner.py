@@ -9,9 +9,9 @@ which all maps count the same, are held against the exact gradient; the nearer o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -69,6 +69,7 @@ def make_plan(
     scale: float = 1.0,
     trials: int | None = None,
     reserve: float = 1.0,
+    agree: Callable[[Any], Any] = lambda value: value,
 ) -> Plan:
     """The plan of least expected error that keeps at most ``budget`` bytes.
 
@@ -81,13 +82,14 @@ def make_plan(
             Of fewer than two no gradient is computed, and a share that is missed of any map counts the same. The
             exact gradient and those of two plans come on top.
         reserve: what stored signs are multiplied by, where later passes reserve more than they need.
+        agree: gives all processes that make a plan together one value of what each has measured.
 
     Raises:
         ConfigError: if the least that the maps can be kept in is more.
     """
     sites, measured = Sites(trial.layer), trials is None or trials >= TRIALS
     base, saved = trial.gradient(sites) if measured else (None, trial.saved(sites))
-    maps = [site for site in sites if isinstance(site, Site)]
+    maps: list[Site] = agree([site.found() for site in sites if isinstance(site, Site)])
     alike = [_Effect() for _ in maps]
     if scale < 1:
         budget = scale * min(budget, _most(maps, alike, saved, reserve))
@@ -95,30 +97,30 @@ def make_plan(
         found = _deal(trial, maps, alike, saved, budget, reserve)
     else:
         groups = _groups(len(maps), None if trials is None else trials // TRIALS)
-        effects = [effect for group in groups for effect in _effects(trial, maps, group, base, saved)]
+        effects = [effect for group in groups for effect in _effects(trial, maps, group, base, saved, agree)]
         # Sign bytes are as they were measured, whatever an error is worth.
         alike = [_Effect(sign_bytes=effect.sign_bytes) for effect in effects]
         dealt = [_deal(trial, maps, each, saved, budget, reserve, recorded=effects) for each in (effects, alike)]
         plans, count = [plan for plan in dealt if plan is not None], 1 + TRIALS * len(groups)
-        found = _best(trial, plans, base, evaluations=count) if plans else None
+        found = _best(trial, plans, base, evaluations=count, agree=agree) if plans else None
     if found is None:
         least = _least(maps, alike, saved, reserve)
         raise ConfigError.of(field, f"{budget / MIB:.2f} MiB", f"a step keeps at least {least / MIB:.2f} MiB")
     return found
 
 
-def _best(trial: Trial, plans: Sequence[Plan], base: Tensor, *, evaluations: int) -> Plan:
+def _best(trial: Trial, plans: Sequence[Plan], base: Tensor, *, evaluations: int, agree: Callable[[Any], Any]) -> Plan:
     """The plan whose gradient is the nearest to the exact one, for errors of maps do not quite add up."""
     try:
         exact = trial.exact(len(plans[0].maps))
     except ConfigError as full:  # no room on the host either
         logger.warning(f"takes the plan of the least expected error: {full}")
         return replace(plans[0], gradient_norm=base.norm().item(), evaluations=evaluations)
-    norm = exact.norm().item()
+    norm = agree(exact.norm().item())
     tried = []
     for plan in plans:
         gradient, saved = trial.gradient(plan.directions())
-        tried.append(((gradient - exact).norm().item(), saved, plan))
+        tried.append((agree((gradient - exact).norm().item()), saved, plan))
     error, saved, plan = min(tried, key=lambda each: each[0])
     count = evaluations + 1 + len(plans)
     measured = error / norm if norm else 0.0
@@ -192,13 +194,15 @@ def _groups(count: int, most: int | None) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _effects(trial: Trial, maps: Sequence[Site], group: range, gradient: Tensor, saved: int) -> list[_Effect]:
+def _effects(
+    trial: Trial, maps: Sequence[Site], group: range, gradient: Tensor, saved: int, agree: Callable[[Any], Any]
+) -> list[_Effect]:
     """What errors of the maps of a group are worth, of each the same."""
 
     def tried(ways: dict[int, Way]) -> tuple[float, int]:
         chosen = [ways.get(index, site.usual).choice for index, site in enumerate(maps)]
         moved, kept = trial.gradient([Directions(choice=choice) for choice in chosen])
-        return (moved - gradient).square().sum().item(), kept - saved
+        return agree((moved - gradient).square().sum().item()), kept - saved
 
     signed = {index: _with_signs(maps[index]) for index in group}
     moved, added = tried(signed)

@@ -74,6 +74,10 @@ class Site(Directions):
     usual: Way = Way(UNPLANNED, 0.0, 0.0, 0.0, 0.0)
     ways: list[Way] = field(default_factory=list)
 
+    def found(self) -> Site:
+        """What it has found, without the state of the map."""
+        return Site(shape=self.shape, sketched=self.sketched, layer=self.layer, usual=self.usual, ways=self.ways)
+
     def observe(self, z: Tensor, sample: Tensor, offset: Tensor) -> None:
         """Compares the options of a sketch on some rows of it."""
         self.shape, self.layer = (z.size(0), z.size(1)), self.name()

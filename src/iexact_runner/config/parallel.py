@@ -97,7 +97,7 @@ PARALLEL_CONFIGS: dict[str, type[NoParallelConfig]] = {"none": NoParallelConfig,
 
 # Models whose layers read neighbours through products with the adjacency, or in attention.
 MODELS = ("sage", "gcn", "gcn2", "gat", "graphconv")
-SCHEMES = ("none", "projected", "lowrank", "recompute")
+SCHEMES = ("none", "projected", "lowrank", "recompute", "auto")
 
 
 def check_parallel(config: Any) -> None:
@@ -127,6 +127,9 @@ def check_parallel(config: Any) -> None:
     if config.model.name == "gat":
         weighed = "must be 1 for gat: attention over some neighbours is no sum of theirs"
         check(config.parallel.halo_sample == 1.0, "parallel.halo_sample", config.parallel.halo_sample, weighed)
+    if compression.scheme == "auto":
+        told = "parallel=graph needs what each process may keep: a share of FP32, or compression.budget_mib"
+        check(compression.budget != "fit", "compression.budget", "fit", told)
     labels = getattr(config.model, "label_input", False)
     for field, value, valid in (
         ("task", config.task, ("train", "measure", "fidelity", "partition")),

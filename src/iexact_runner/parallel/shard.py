@@ -5,7 +5,9 @@ Shapes: N nodes of the whole graph, D features.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,6 +48,14 @@ class Shard:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sums the gradients over all processes."""
+
+    def largest(self, value: float) -> float:
+        """The largest value of any process."""
+        return value
+
+    def agreed(self, value: Any) -> Any:
+        """The value of the process that has most rows."""
+        return value
 
 
 class DistributedShard(Shard):
@@ -117,6 +127,22 @@ class DistributedShard(Shard):
         grads = [parameter.grad for parameter in held if parameter.grad is not None]
         for grad, total in zip(grads, self.summed(grads), strict=True):
             grad.copy_(total)
+
+    def largest(self, value: float) -> float:
+        """The largest value of any process."""
+        if self.processes == 1:
+            return value
+        held: list[float] = [0.0] * self.processes
+        dist.all_gather_object(held, value)
+        return max(held)
+
+    def agreed(self, value: Any) -> Any:
+        """The value of the process that has most rows."""
+        if self.processes == 1:
+            return value
+        held, rows = [value], [last - first for first, last in itertools.pairwise(self.cuts)]
+        dist.broadcast_object_list(held, src=rows.index(max(rows)))
+        return held[0]
 
 
 WHOLE = Shard()
