@@ -108,7 +108,7 @@ def test_processes_measure_and_compare_together(tmp_path):
     [
         (["model=deepergcn"], "model=deepergcn: parallel=graph works with sage, gcn, gcn2, gat, graphconv"),
         (["model=gat", "model.label_input=true"], "model.label_input=true: parallel=graph works with false"),
-        (["compression=auto"], "compression.scheme=auto: parallel=graph works with"),
+        (["compression=auto"], "compression.budget=fit: parallel=graph needs what each process may keep"),
         (["sampler=cluster"], "sampler=cluster: parallel=graph works with none"),
         (["task=inspect"], "task=inspect: parallel=graph works with train"),
         (

@@ -97,7 +97,6 @@ PARALLEL_CONFIGS: dict[str, type[NoParallelConfig]] = {"none": NoParallelConfig,
 
 # Models whose layers read neighbours through products with the adjacency, or in attention.
 MODELS = ("sage", "gcn", "gcn2", "gat", "graphconv")
-SCHEMES = ("none", "projected", "lowrank", "recompute", "auto")
 
 
 def check_parallel(config: Any) -> None:
@@ -136,7 +135,6 @@ def check_parallel(config: Any) -> None:
         ("model", config.model.name, MODELS),
         ("model.label_input", labels, (False,)),
         ("sampler", config.sampler.name, ("none",)),
-        ("compression.scheme", compression.scheme, SCHEMES),
         ("compression.rounding", compression.rounding, ("nearest",)),
         ("training.cuda_graph", training.cuda_graph, (False,)),
     ):
