@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iexact_runner import __version__, guard
 from iexact_runner import config as schema
-from iexact_runner.errors import ConfigError, TeamError, UserError
+from iexact_runner.errors import OF_ONE_PROCESS, ConfigError, UserError
 from iexact_runner.explanations import explain, suggest_field
 from iexact_runner.guard import check_trust, checked_configurations, config_dir, parse_arguments
 from iexact_runner.job import remove_if_empty, run_job
@@ -107,7 +107,7 @@ def app(composed: DictConfig) -> None:
         remove_if_empty(folder)
         _report(job + explain(error), EXIT_USAGE, debug=debug)
     except UserError as error:
-        _report(job + explain(error), EXIT_FAILED, debug=debug, everywhere=isinstance(error, TeamError))
+        _report(job + explain(error), EXIT_FAILED, debug=debug, everywhere=isinstance(error, OF_ONE_PROCESS))
     except KeyboardInterrupt as interrupt:
         remove_if_empty(folder)
         raise KeyboardInterrupt(_way_on(composed)) from interrupt

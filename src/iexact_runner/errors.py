@@ -43,6 +43,10 @@ class OutOfMemory(UserError, MemoryError):
     """The run does not fit into the memory of its device."""
 
 
+# What one process of several may meet alone, and so tells itself.
+OF_ONE_PROCESS = (TeamError, OutOfMemory)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()

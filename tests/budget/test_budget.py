@@ -573,9 +573,9 @@ def test_without_room_on_the_host_the_expected_error_decides(monkeypatch, caplog
     dealt = []
     best = make_plan.__globals__["_best"]
 
-    def told(trial, plans, base, *, evaluations):
+    def told(trial, plans, base, **options):
         dealt.extend(plans)
-        return best(trial, plans, base, evaluations=evaluations)
+        return best(trial, plans, base, **options)
 
     monkeypatch.setattr(TrainingTrial, "exact", exact)
     monkeypatch.setitem(make_plan.__globals__, "_best", told)

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_dataset
 from iexact_runner.analysis.budgets import TrainingTrial, plan_training
 from iexact_runner.cli import compose_config
+from iexact_runner.data.partitioned import halo_of
 from iexact_runner.errors import ConfigError
 from iexact_runner.measure import MIB
 from iexact_runner.sampling.parallel import in_parts, parallel_problem
@@ -57,3 +58,17 @@ def test_what_fits_is_not_known_for_several():
         compose_config("dataset=digits", *FIELDS)
     with pytest.raises(ConfigError, match=r"^compression.budget=.* MiB: a step keeps at least"):
         in_processes(2, planned, tiny_dataset(nodes=401), ["compression.budget=1.0e-4"], 0)
+
+
+def known_after_a_plan(team, dataset):
+    fields = ("compression.budget=0.2", "messages.forward=int4", "messages.delta=true")
+    config = compose_config("dataset=digits", *FIELDS, *fields)
+    problem, _ = parallel_problem(in_parts(dataset, config, team), config, team, torch.device("cpu"))
+    plan_training(build_(config, problem), problem, config, seed=3, trials=0)
+    known = halo_of(problem.training.graph).known
+    return known.frozen, [part.count_nonzero().item() for both in known.rows for part in both]
+
+
+def test_steps_that_are_tried_leave_what_differences_are_to():
+    for frozen, written in in_processes(2, known_after_a_plan, tiny_dataset(nodes=401)):
+        assert not frozen and written and not any(written)

@@ -15,6 +15,7 @@ from iexact_runner.compression.choices import Choice
 from iexact_runner.compression.directions import Directions
 from iexact_runner.compression.signs import SPARE
 from iexact_runner.config import CompressionConfig, Config
+from iexact_runner.data.partitioned import frozen_messages
 from iexact_runner.errors import ConfigError
 from iexact_runner.loss import node_loss
 from iexact_runner.measure import MIB, SavedTensors, out_of_memory
@@ -71,7 +72,8 @@ class TrainingTrial:
         self._model.directions = directions
         features, nodes = training_input(self._problem, seed=self._seed)
         graph, precision = self._problem.training.graph, self._config.precision
-        with SavedTensors(self._model, excluded=[features, *self._problem.tensors()]) as self._saved:
+        saved = SavedTensors(self._model, excluded=[features, *self._problem.tensors()])
+        with frozen_messages(graph), saved as self._saved:
             scores = forward(self._model, features, graph, precision=precision, seed=self._seed)
             kept = sum(record.bytes for record in self._saved.kept(scores))
         return scores, nodes, int(self._problem.training.shard.largest(kept))

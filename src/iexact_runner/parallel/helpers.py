@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from iexact_runner.errors import TeamError, UserError
+from iexact_runner.errors import OF_ONE_PROCESS, UserError
 from iexact_runner.runs.parents import end_with_parent
 
 # Seconds in which helpers end by themselves after the first process has.
@@ -80,7 +80,7 @@ def _help(job: Callable[[Path], None], environment: Mapping[str, str]) -> None:
         try:
             job(Path(folder))
         except UserError as error:
-            if isinstance(error, TeamError):  # of other errors the first process tells
+            if isinstance(error, OF_ONE_PROCESS):  # of others the first process tells
                 print(f"iexact: {error}", file=sys.stderr)
             raise SystemExit(1) from None
 

@@ -79,7 +79,7 @@ class Planner:
         try:
             plan = self._planned(model, run=run, seed=seed, epoch=epoch, trials=trials)
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or self._problem.whole.shard.distributed:  # others would wait
                 raise
             logger.warning(f"keeps its plan after epoch {epoch}: out of memory while maps were measured")
             return
