@@ -409,7 +409,8 @@ def test_tables_of_several_processes_are_those_of_the_rows():
     assert f"others had ended in {kills['longest_seconds'].max():.0f} seconds" in words
     for row in pd.read_csv(REPOSITORY / "benchmarks" / "message_accuracy_cpu.csv").itertuples():
         difference = f"{100 * row.difference_mean:+.2f} ± {100 * row.difference_interval:.2f}"
-        assert f"| {row.forward} / {row.backward} | {100 * row.test_mean:.2f} | {difference} |" in lines
+        kind = f"{row.forward} / {row.backward}{', differences' if row.delta else ''}"
+        assert f"| {kind} | {100 * row.test_mean:.2f} | {difference} |" in lines
         assert abs(row.difference_mean) < row.difference_interval
     for row in pd.read_csv(REPOSITORY / "benchmarks" / "network_cpu.csv").itertuples():
         ratio = f"{row.ratio:.2f} ({row.ratio_least:.2f} to {row.ratio_most:.2f})"
