@@ -69,7 +69,7 @@ class Known:
     the same exchanges as the one before it.
 
     Args:
-        interval: passes of an optimizer's step between two whose rows travel whole.
+        interval: epochs between two in which rows travel whole.
         rows: of each exchange those sent (n, D) and those that came (H, D), in float32.
         turn: which exchange of the pass is next.
         frozen: what travels changes nothing, as in a pass that is taken again with other draws.
@@ -187,7 +187,8 @@ class Halo:
         self.traffic.exchanges += 1
         self.traffic.sent_bytes += message.nbytes
         if rows.known is not None and self.known is not None and not self.known.frozen:
-            rows.known += self.form.decode(message, to, width, slice(None))
+            for run in self.column_runs(width):
+                rows.known[:, run] += self.form.decode(message, to, width, run)
         return Arriving(self, received, of, width, work)
 
 
