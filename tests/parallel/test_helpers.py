@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
 import commands
 from iexact_runner.cli import compose_config
-from iexact_runner.errors import ConfigError
+from iexact_runner.errors import ConfigError, TeamError
 from iexact_runner.job import run_job
 from iexact_runner.parallel.helpers import beside
 from parallel.test_runs import records
@@ -24,8 +26,12 @@ from runs.test_parents import group_lives
 FIELDS = ("parallel=graph", "parallel.parts=2", "parallel.partition=label_propagation", "compression=none")
 
 
-def test_jobs_of_a_sweep_take_as_many_processes_as_they_say(tmp_path):
+@pytest.mark.parametrize("launcher", ["basic", "processes"])
+def test_jobs_of_a_sweep_take_as_many_processes_as_they_say(tmp_path, launcher):
     words = ("-m", "iexact_runner", "-m", *FIELDS, "processes=1,2", "training.epochs=4", "hydra.sweep.dir=sweep")
+    if launcher != "basic":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        words += (f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=1")
     done = commands.run(*words, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     (one, expected), (two, found) = (records(tmp_path / "sweep" / str(job)) for job in range(2))
@@ -79,6 +85,16 @@ def test_processes_end_with_the_command_that_started_them(tmp_path):
     assert command.wait(60) == 130 and json.loads((folder / "summary.json").read_text())["parallel"]["processes"] == 1
 
 
+class Second:
+    """A job whose second helper ends while it is read."""
+
+    def __init__(self):
+        self.read = itertools.count(1)
+
+    def __reduce__(self):
+        return (os._exit, (7,)) if next(self.read) == 2 else (Path, ())
+
+
 def fails(folder):
     raise ConfigError.of("field", folder.is_dir(), "told by the first process alone")
 
@@ -91,6 +107,11 @@ def test_a_context_leaves_environment_and_threads_as_they_were(capfd):
         assert 1 <= torch.get_num_threads() <= threads
     assert [os.environ.get(name) for name in names] == before and torch.get_num_threads() == threads
     assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_cannot_begin_is_told_at_once():
+    with pytest.raises(TeamError, match="^process 2 of 3 ended before it began$"), beside(3, Second()):
+        raise AssertionError("began")
 
 
 def test_where_processes_are_refused(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -9,11 +10,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from iexact_runner.errors import OF_ONE_PROCESS, UserError
+from iexact_runner.errors import OF_ONE_PROCESS, TeamError, UserError
 from iexact_runner.runs.parents import end_with_parent
 
 # Seconds in which helpers end by themselves after the first process has.
@@ -31,30 +32,51 @@ def beside(size: int, job: Callable[[Path], None]) -> Iterator[None]:
     Args:
         size: of all processes.
         job: can be pickled.
+
+    Raises:
+        TeamError: if one of them cannot be started.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // size))
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": LOCALHOST, "MASTER_PORT": str(_free_port())}
     own = common | {"RANK": "0", "LOCAL_RANK": "0"}
     before = {name: os.environ.get(name) for name in own}
-    context = get_context("spawn")
-    helpers: list[SpawnProcess] = []
+    helpers: list[tuple[SpawnProcess, Connection]] = []
     try:
         for rank in range(1, size):
             environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads}
-            helpers.append(context.Process(target=_help, args=(job, environment), name=f"process {rank}"))
-            helpers[-1].start()
+            helpers.append(_started(job, environment))
+        for rank, (_, begun) in enumerate(helpers, start=1):
+            try:
+                begun.recv()
+            except EOFError:  # this one would wait for it until its time is up
+                raise TeamError(f"process {rank} of {size} ended before it began") from None
         os.environ |= own
         with _threads(int(threads)):
             yield
-        for helper in helpers:
+        for helper, _ in helpers:
             helper.join(END_SECONDS)
     finally:
-        for helper in helpers:
+        for helper, begun in helpers:
             helper.kill()
+            begun.close()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _started(job: Callable[[Path], None], environment: Mapping[str, str]) -> tuple[SpawnProcess, Connection]:
+    """A process, and where it tells that it has begun."""
+    context, usual = multiprocessing.get_context("spawn"), multiprocessing.get_start_method(allow_none=True)
+    ours, theirs = context.Pipe(duplex=False)
+    helper = context.Process(target=_help, args=(job, environment, theirs))
+    multiprocessing.set_start_method("spawn", force=True)  # a worker of joblib has one that its child would not know
+    try:
+        helper.start()
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    theirs.close()
+    return helper, ours
 
 
 @contextmanager
@@ -69,8 +91,10 @@ def _threads(most: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _help(job: Callable[[Path], None], environment: Mapping[str, str]) -> None:
+def _help(job: Callable[[Path], None], environment: Mapping[str, str], begun: Connection) -> None:
     """What another process than the first does."""
+    begun.send(True)
+    begun.close()
     os.environ |= environment
     end_with_parent()
     # The first process finishes its epoch when it is interrupted, for which it needs the others, and then ends them.
