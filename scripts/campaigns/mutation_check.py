@@ -168,6 +168,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "each, width = (torch.tensor(bits)), -(-sum(bits) // 8) * 8",
     ): "another type of integers does as well",
     (
+        "budget/planner.py",
+        "nearest = min(stored, key=lambda way: abs((way.choice.bits or 0) - (usual.choice.bits or 0))) -> "
+        "nearest = min(stored, key=lambda way: abs((way.choice.bits or (1)) - (usual.choice.bits or 0)))",
+    ): "all of these options have bits",
+    (
         "kernels/numba/quantizer.py",
         "decoded = torch.empty(shape, dtype=torch.float32) -> decoded = (torch.empty(shape))",
     ): "torch's default type is float32 too, or holds every float32",
