@@ -16,7 +16,7 @@ from iexact_runner.data.partitioned import PartitionedEdges, with_exact_messages
 from iexact_runner.kernels import block_ops, ops, reference, sketch_ops
 from iexact_runner.kernels.ops import RowSeed
 from iexact_runner.parallel import messages
-from iexact_runner.parallel.halo import Halo
+from iexact_runner.parallel.halo import Halo, Traffic
 from iexact_runner.parallel.halo import _Rows as Gathered
 from iexact_runner.parallel.messages import format_of
 from iexact_runner.parallel.shard import WHOLE, DistributedShard, column_statistics, sampled_rows
@@ -199,6 +199,12 @@ def test_rows_come_as_they_were_sent_on_average(messages, row_bytes):
             deviations = np.sqrt(np.maximum(variance, 1e-12) / draws)
             assert np.all(np.abs(mean - own) <= 5 * deviations + 2e-3)
             assert (variance > 0).mean() > 0.5
+
+
+def test_a_process_alone_waits_for_nobody():
+    halo = Halo.of(DistributedShard([0, 8], 0), torch.arange(0))
+    assert [rows.shape for _, rows in halo.exchange(torch.ones(8, 3))] == [(0, 3)]
+    assert halo.traffic == Traffic(sent_bytes=0, waiting_seconds=0.0, exchanges=1)
 
 
 def test_low_rank_messages_hold_what_the_leading_directions_do(monkeypatch):
