@@ -75,6 +75,12 @@ def test_both_sides_keep_the_same_rows_and_bytes_are_those_of_rows(name):
     assert ours[2] == theirs[2] == [length] * 3
 
 
+def test_what_is_known_is_not_rounded_to_the_type_of_a_map():
+    halo = Halo.of(DistributedShard([0, 8], 0), torch.arange(0), form=format_of("int4", rank=3), known=Known(5))
+    assert [rows.dtype for _, rows in halo.exchange(torch.ones(8, 3, dtype=torch.bfloat16))] == [torch.bfloat16]
+    assert [part.dtype for both in halo.known.rows for part in both] == [torch.float32] * 2
+
+
 def test_rows_travel_whole_where_an_interval_begins():
     ours, _ = in_processes(2, exchanged, "int4", 7, 0.0, (), 3)
     # The seeds are those of the first epoch throughout, so rows that travel whole come as they did there.
