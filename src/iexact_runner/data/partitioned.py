@@ -154,7 +154,10 @@ def begin_epoch(graph: Graph, epoch: int) -> None:
 def frozen_messages(graph: Graph) -> Iterator[None]:
     """A context whose passes leave what processes have of each other's rows as it is, to be taken again."""
     halo = halo_of(graph)
-    known = Known(1) if halo is None or halo.known is None else halo.known
+    known = None if halo is None else halo.known
+    if known is None:
+        yield
+        return
     known.frozen = True
     try:
         yield
