@@ -324,7 +324,8 @@ def shuffled(value, draws):
 def test_hash_knows_no_order_and_is_blind_to_what_changes_no_number(draws, name, value):
     expected = config_hash(CONFIG)
     assert config_hash(shuffled(CONFIG, draws)) == expected
-    assert config_hash(CONFIG | {name: value}) == expected
+    resumed = name == "processes"  # which tell the jobs of a sweep apart
+    assert config_hash(CONFIG | {name: value}, resumed=resumed) == expected
     assert config_hash({other: field for other, field in CONFIG.items() if other != name}) == expected
 
 
@@ -339,3 +340,9 @@ def test_hash_tells_any_two_values_of_a_field_apart(leaf, value):
     numbers = {type(old), type(value)} <= {int, float} and old == value
     changed = CONFIG | {group: CONFIG[group] | {name: value}}
     assert (config_hash(changed) == config_hash(CONFIG)) is (same or numbers)
+
+
+def test_processes_tell_jobs_apart_but_not_runs_that_go_on():
+    one, old, two = ({"seed": 1, **processes} for processes in ({"processes": 1}, {}, {"processes": 2}))
+    assert config_hash(one) == config_hash(old) != config_hash(two)
+    assert config_hash(one, resumed=True) == config_hash(two, resumed=True) == config_hash(one)

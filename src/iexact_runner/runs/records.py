@@ -338,12 +338,18 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
+def config_hash(config: Mapping[str, Any], *, resumed: bool = False) -> str:
     """Tells configurations apart whose numbers may differ: 16 hexadecimal digits.
 
     The same for a resolved ``config.yaml``, for the ``config`` of a summary, and for the fields of a ``Config``.
+
+    Args:
+        config: all fields.
+        resumed: whether a run may go on with another number of processes; else these tell jobs apart too.
     """
     effective = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
+    if not resumed and config.get("processes", 1) != 1:
+        effective["processes"] = config["processes"]
     return hashlib.sha256(json.dumps(_canonical(effective), sort_keys=True).encode()).hexdigest()[:16]
 
 

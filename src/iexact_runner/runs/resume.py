@@ -45,7 +45,7 @@ def place(config: Config, fresh: Path) -> tuple[Path, bool]:
 
 def newest_unfinished(output_dir: Path, config: Mapping[str, Any]) -> Path | None:
     """The folder last written of all runs that were not completed, have this configuration, and do not run now."""
-    wanted = config_hash(config)
+    wanted = config_hash(config, resumed=True)
     found = []
     for folder in run_folders([output_dir]):
         try:
@@ -53,7 +53,7 @@ def newest_unfinished(output_dir: Path, config: Mapping[str, Any]) -> Path | Non
         except DamagedRecord as error:
             logger.warning(f"resume=auto: {error}; passed over")
             continue
-        if run.status != "completed" and config_hash(run.summary["config"]) == wanted:
+        if run.status != "completed" and config_hash(run.summary["config"], resumed=True) == wanted:
             found.append(folder)
     for folder in sorted(found, key=_last_written, reverse=True):
         with locked(folder) as alone:

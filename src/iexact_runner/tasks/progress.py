@@ -83,7 +83,7 @@ class Progress:
         """Plain values and tensors; the tensors are those in use, not copies."""
         findings, device = self._context.findings, self._context.device
         return {
-            "config": config_hash(asdict(self._context.config)),
+            "config": config_hash(asdict(self._context.config), resumed=True),
             "run": self.run,
             "epoch": self.epoch,
             "lines": self.lines,
@@ -144,7 +144,7 @@ def _parts(context: Context) -> int | None:
 
 def _check(state: Mapping[str, Any], context: Context) -> None:
     """That a state is of this configuration and kind of device; says where the last bits may differ."""
-    if state.get("config") != config_hash(asdict(context.config)):
+    if state.get("config") != config_hash(asdict(context.config), resumed=True):
         raise ConfigError.of("resume", context.folder.path, "its checkpoint is of another configuration")
     parts = _parts(context)
     if state.get("parts") != parts:
